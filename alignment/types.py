@@ -1,0 +1,117 @@
+"""The records that travel between stages. Each has only what its stage produced.
+
+Ragged until the learner: actors exchange lists of sequences, so that a record does not depend on who
+else is in the batch; `Experience` is the one padded record.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prompt:
+    """One conversation that waits for an answer."""
+
+    id: str
+    """Stable across runs: it seeds sampling and decides the train / held-out split."""
+    messages: tuple[Mapping[str, str], ...]
+    """`{"role", "content"}` in order; the last one is the user's."""
+    prompt_ids: tuple[int, ...]
+    """The rendered template up to and including the generation prompt."""
+    columns: Mapping[str, Any] = field(default_factory=dict)
+    """Every other column of the row, handed to reward functions by name."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rollout:
+    """One response and what came with it."""
+
+    prompt: Prompt
+    sample_index: int
+    """0 .. num_samples_per_prompt - 1."""
+    response_ids: tuple[int, ...]
+    """Sampled tokens only, the stop token included when one was sampled."""
+    rollout_logprobs: tuple[float, ...]
+    """log p of each response token under the sampler, at the sampling temperature."""
+    finish_reason: FinishReason
+    """`stop`: a stop token was sampled; `length`: the limit cut the answer."""
+    response: str
+    """Decoded answer without control tokens."""
+    weight_version: int
+    """The policy version that sampled it."""
+
+    @property
+    def input_ids(self) -> tuple[int, ...]:
+        return self.prompt.prompt_ids + self.response_ids
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Score:
+    """The raw number of one response, with its parts."""
+
+    total: float | None
+    """Weighted sum of the parts; None when a part could not be scored."""
+    parts: Mapping[str, float | None] = field(default_factory=dict)
+    """Unweighted parts by name."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PreferencePair:
+    """Two answers to one prompt, the first preferred. Both sides share the prompt ids."""
+
+    id: str
+    prompt_ids: tuple[int, ...]
+    chosen_ids: tuple[int, ...]
+    """Response tokens of the preferred answer, end-of-turn token included."""
+    rejected_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Experience:
+    """Training-ready PPO batch: B sequences, T tokens of prompt + response, right-padded.
+
+    Every per-token tensor is (B, T) and position t speaks of token t. Padding may hold anything.
+    """
+
+    input_ids: Tensor
+    """(B, T) int64."""
+    attention_mask: Tensor
+    """(B, T) bool, real tokens."""
+    response_mask: Tensor
+    """(B, T) bool, sampled tokens that may be learnt from; all False in an excluded row."""
+    old_logprobs: Tensor
+    """(B, T) float32, the trainer's, before this update."""
+    ref_logprobs: Tensor
+    """(B, T) float32."""
+    rewards: Tensor
+    """(B, T) float32, per token, after KL shaping."""
+    old_values: Tensor
+    """(B, T) float32, the critic's, before this update."""
+    advantages: Tensor
+    """(B, T) float32, whitened over the global batch."""
+    returns: Tensor
+    """(B, T) float32."""
+
+    def __len__(self) -> int:
+        return self.input_ids.shape[0]
+
+    def rows(self, index: Tensor) -> Experience:
+        """The chosen rows, cut to their longest sequence. `index` (b,) int64."""
+        longest = int(self.attention_mask[index].sum(1).max())
+        return Experience(**{f.name: getattr(self, f.name)[index, :longest] for f in fields(self)})
+
+
+def pad_rows(rows: list[Tensor], *, value: float | int | bool = 0, length: int | None = None) -> Tensor:
+    """Stack 1-D tensors of different lengths into (B, T), padding on the right."""
+    padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
+    if length is not None and padded.shape[1] < length:
+        padded = torch.nn.functional.pad(padded, (0, length - padded.shape[1]), value=value)
+    return padded
