@@ -1,0 +1,183 @@
+"""One run on disk: who holds it, where its files are, and writes that a kill cannot leave half done.
+
+Everything in it is private to the user: samples may be medical.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import socket
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+INNER = (
+    *("config.yaml", "metrics.jsonl", "rollouts.jsonl", "summary.json", ".lock"),
+    *("tensorboard", "checkpoints", "final"),
+)
+
+
+class RunDirectory:
+    """`runs/NAME`: config.yaml metrics.jsonl rollouts.jsonl tensorboard/ checkpoints/ final/ summary.json."""
+
+    def __init__(self, path: Path | str) -> None:
+        """Create the directory, or check the one that is there. From here on the process writes files of mode 0600.
+
+        Raises:
+            ValueError: the path is a file, cannot be written, or one of its parts is a link that leads outside.
+        """
+        self.path = Path(path)
+        os.umask(0o077)
+        if self.path.exists() and not self.path.is_dir():
+            raise ValueError(f"{self.path}: got a file, expected a directory; choose another output-dir")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.path):
+                pass
+        except OSError as error:
+            raise ValueError(
+                f"{self.path}: got {error.strerror}, expected a writable directory; choose another output-dir"
+            ) from None
+        root = self.path.resolve()
+        for name in INNER:
+            inner = self.path / name
+            if inner.is_symlink() and not inner.resolve().is_relative_to(root):
+                raise ValueError(
+                    f"{inner}: got a link to {inner.resolve()}, expected no link out of the run directory; "
+                    "remove it, and put the whole output-dir on that disk"
+                )
+        self._lock: int | None = None
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def rollouts(self) -> Path:
+        return self.path / "rollouts.jsonl"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.path / "tensorboard"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def final(self) -> Path:
+        return self.path / "final"
+
+    @property
+    def summary(self) -> Path:
+        return self.path / "summary.json"
+
+    def lock(self) -> None:
+        """Hold the directory until `unlock` or the end of the process, however it ends.
+
+        Raises:
+            ValueError: another run holds it.
+        """
+        descriptor = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(descriptor, 1000, 0).decode(errors="replace").strip() or "another process"
+            os.close(descriptor)
+            raise ValueError(
+                f"{self.path}: got a run directory in use by {holder}, expected a free one; "
+                "wait for that run, stop it, or choose another output-dir"
+            ) from None
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"pid {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+        self._lock = descriptor
+
+    def unlock(self) -> None:
+        """Let go; without a lock it does nothing."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def require_space(self, num_bytes: int) -> None:
+        """Refuse to start what the disk cannot hold.
+
+        Raises:
+            ValueError: fewer than `num_bytes` bytes are free.
+        """
+        free = shutil.disk_usage(self.path).free
+        if free < num_bytes:
+            raise ValueError(
+                f"{self.path}: got {free / 1e9:.2f} GB free, expected at least {num_bytes / 1e9:.2f} GB for "
+                "checkpoints; free some, lower run.keep_checkpoints, or choose another output-dir"
+            )
+
+    def write_text_atomic(self, path: Path, text: str) -> None:
+        """The whole text or, after a kill, what was there before."""
+        write_text_atomic(path, text)
+
+    def append_rollouts(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
+        """One line per sample in rollouts.jsonl, the step first."""
+        append_lines(self.rollouts, (json.dumps({"step": step, **row}, ensure_ascii=False) for row in rows))
+
+    def truncate_after(self, step: int) -> int:
+        """Cut metric and rollout lines later than `step`, and a line that a kill cut short. Returns how many."""
+        return sum(_keep_until(path, step) for path in (self.metrics, self.rollouts) if path.exists())
+
+
+def append_lines(path: Path, lines: Iterable[str]) -> None:
+    """Append to a private file. It is opened anew each time, so that a cut in between cannot be undone."""
+    with open(path, "a", encoding="utf-8", errors="backslashreplace", opener=_private) as file:
+        file.writelines(f"{line}\n" for line in lines)
+
+
+def write_text_atomic(path: Path, text: str) -> None:
+    """Temporary file, fsync, rename, fsync of the folder: the new text or the old one, never half of it."""
+    with _replacing(path) as file:
+        file.write(text)
+
+
+def fsync_path(path: Path) -> None:
+    """Push a file's bytes or a folder's names to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[IO[str]]:
+    temporary = path.with_name(f".tmp_{path.name}_{os.getpid()}")
+    try:
+        with open(temporary, "w", encoding="utf-8", errors="backslashreplace", opener=_private) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    fsync_path(path.parent)
+
+
+def _keep_until(path: Path, step: int) -> int:
+    num_cut = 0
+    with open(path, encoding="utf-8", errors="backslashreplace") as old, _replacing(path) as new:
+        for line in old:
+            if line.endswith("\n") and json.loads(line)["step"] <= step:
+                new.write(line)
+            else:
+                num_cut += 1
+    return num_cut
