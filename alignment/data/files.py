@@ -1,0 +1,171 @@
+"""Rows out of local files: .jsonl .json .csv .parquet, each also .gz. A broken row is refused by file and line."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, NoReturn
+
+MAX_LINE_BYTES = 10_000_000
+SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row and where it stands."""
+
+    values: dict[str, Any]
+    where: str
+    """`file:line` (`file:row` where a file has no lines)."""
+
+
+def read_file(path: Path) -> Iterator[Row]:
+    """The rows of one file, in order.
+
+    A byte-order mark, CRLF and blank lines are fine.
+
+    Raises:
+        ValueError: `file:line: reason` for broken JSON or CSV, NUL, invalid UTF-8, a lone surrogate, a row that is
+            no object, a line over 10 MB; a cut-off .gz; a format not known; a file that cannot be opened.
+    """
+    suffix = Path(path.name.removesuffix(".gz")).suffix
+    readers = {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet}
+    if suffix not in readers:
+        raise ValueError(f"{path}: got suffix {path.suffix!r}, expected one of {SUFFIXES}, each also .gz; convert it")
+    try:
+        with _open(path) as file:
+            for row in readers[suffix](path, file):
+                _check_text(row)
+                yield row
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        _refuse(str(path), f"the .gz is cut off or damaged ({error}), expected a whole one", "fetch it again")
+    except OSError as error:
+        _refuse(str(path), f"cannot be read ({error.strerror or error})", "correct the path or its permissions")
+
+
+def _open(path: Path) -> IO[bytes]:
+    return gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb")  # type: ignore[return-value]
+
+
+def _refuse(where: str, got: str, remedy: str) -> NoReturn:
+    raise ValueError(f"{where}: {got}; {remedy}")
+
+
+def _lines(path: Path, file: IO[bytes]) -> Iterator[tuple[str, str]]:
+    """`(where, text)` of each line, decoded, without its line end; blank ones included."""
+    number = 0
+    while raw := file.readline(MAX_LINE_BYTES + 1):
+        number += 1
+        where = f"{path}:{number}"
+        if len(raw) > MAX_LINE_BYTES:
+            _refuse(where, f"got a line over {MAX_LINE_BYTES:,} bytes, expected one row a line", "split the row")
+        if b"\0" in raw:
+            _refuse(where, "got a NUL byte, expected text", "remove it, or save the file as UTF-8")
+        try:
+            text = raw.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            _refuse(where, f"got bytes that are no UTF-8 at column {error.start + 1}", "save the file as UTF-8")
+        yield where, text.rstrip("\r\n")
+
+
+def _jsonl(path: Path, file: IO[bytes]) -> Iterator[Row]:
+    for where, text in _lines(path, file):
+        if text.strip():
+            yield Row(_object(_parse(text, where), where), where)
+
+
+def _json(path: Path, file: IO[bytes]) -> Iterator[Row]:
+    lines = [text for _, text in _lines(path, file)]
+    if not any(line.strip() for line in lines):
+        return
+    rows = _parse("\n".join(lines), str(path))
+    if not isinstance(rows, list):
+        _refuse(str(path), f"got a JSON {type(rows).__name__}, expected a list of rows", "use .jsonl for a row a line")
+    for number, row in enumerate(rows, start=1):
+        where = f"{path}:row {number}"
+        yield Row(_object(row, where), where)
+
+
+def _parse(text: str, where: str) -> Any:
+    def no_constant(name: str) -> NoReturn:
+        _refuse(where, f"got {name}, which is not JSON, expected a number or null", "correct the row")
+
+    try:
+        return json.loads(text, parse_constant=no_constant)
+    except json.JSONDecodeError as error:
+        place = f"line {error.lineno}, column {error.colno}" if error.lineno > 1 else f"column {error.colno}"
+        _refuse(where, f"broken JSON at {place} ({error.msg})", "correct or remove the row")
+    except RecursionError:
+        _refuse(where, "got JSON nested too deeply", "correct or remove the row")
+
+
+def _object(value: Any, where: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        _refuse(where, f"got a JSON {type(value).__name__}, expected an object with named columns", "correct the row")
+    return value
+
+
+def _csv(path: Path, file: IO[bytes]) -> Iterator[Row]:
+    # The line number is the one on which the row ends: a quoted field may hold line breaks.
+    reader = csv.reader((f"{text}\n" for _, text in _lines(path, file)), strict=True)
+    header: list[str] = []
+    try:
+        for cells in reader:
+            where = f"{path}:{reader.line_num}"
+            if not cells:
+                continue
+            if not header:
+                header = cells
+                if len(set(header)) != len(header) or not all(header):
+                    _refuse(where, f"got header {header}, expected different names", "name each column once")
+                continue
+            if len(cells) != len(header):
+                _refuse(where, f"got {len(cells)} cells, expected {len(header)}", "quote cells that hold commas")
+            yield Row(dict(zip(header, cells, strict=True)), where)
+    except csv.Error as error:
+        _refuse(f"{path}:{reader.line_num}", f"broken CSV ({error})", "correct the row")
+
+
+def _parquet(path: Path, file: IO[bytes]) -> Iterator[Row]:
+    import pyarrow
+    import pyarrow.parquet
+
+    number = 0
+    try:
+        content = io.BytesIO(file.read()) if path.suffix == ".gz" else path
+        with pyarrow.parquet.ParquetFile(content) as table:
+            for batch in table.iter_batches():
+                for values in batch.to_pylist():
+                    number += 1
+                    yield Row(values, f"{path}:row {number}")
+    except (pyarrow.ArrowInvalid, pyarrow.ArrowNotImplementedError) as error:
+        _refuse(f"{path}:row {number + 1}", f"broken parquet ({str(error).splitlines()[0]})", "write it again")
+
+
+def _check_text(row: Row) -> None:
+    """JSON escapes can hold what UTF-8 and tokenisers cannot: lone surrogates, NUL."""
+    for text in _strings(row.values):
+        if "\0" in text:
+            _refuse(row.where, "got a NUL character, expected text", "remove it")
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError:
+            _refuse(row.where, "got half of a surrogate pair, which is no character", "correct or remove the row")
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            yield str(key)
+            yield from _strings(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _strings(inner)

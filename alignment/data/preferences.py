@@ -1,0 +1,140 @@
+"""Preference pairs: two answers to one prompt, tokenised behind the identical prompt ids."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from alignment.config import PreferenceDataConfig
+from alignment.data.chat import check_messages, encode_answer
+from alignment.data.prompts import prompt_id
+from alignment.data.sources import Row, column, read_rows
+from alignment.data.split import Split, digest, hold_out
+from alignment.types import PreferencePair
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+PreferenceSet = Split[PreferencePair]
+_SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "system": "system", "observation": "tool"}
+
+
+def load_preference_pairs(
+    config: PreferenceDataConfig, tokenizer: PreTrainedTokenizerBase, *, eos_ids: frozenset[int] | None = None
+) -> PreferenceSet:
+    """Read, render, cut, drop duplicates and hold out whole prompts (whole `group`s where rows have that column).
+
+    Accepted rows: text columns `prompt`, `chosen`, `rejected`; message lists in any of them; whole conversations
+    in `chosen` and `rejected` without a `prompt`; and `conversations` with `chosen` and `rejected` messages.
+
+    `counts` has rows, duplicates, truncated (pairs with a side cut), contradictory (the same two answers preferred
+    both ways), chosen_longer (a length bias shows here).
+
+    Raises:
+        ValueError: `file:line: reason` for an answer that is empty or equals the other, a prompt that leaves no room.
+    """
+    counts = {"rows": 0, "duplicates": 0, "truncated": 0, "contradictory": 0, "chosen_longer": 0}
+    pairs: dict[str, PreferencePair] = {}
+    groups: dict[str, str] = {}
+    for row in read_rows(config.source):
+        counts["rows"] += 1
+        try:
+            messages, chosen, rejected = _read(row, config.system_prompt)
+            pair, truncated = _encode(messages, chosen, rejected, config.max_tokens, tokenizer, eos_ids)
+        except ValueError as error:
+            text = str(error)
+            raise ValueError(text if text.startswith(row.where) else f"{row.where}: {text}") from error
+        if pair.id in pairs:
+            counts["duplicates"] += 1
+            continue
+        pairs[pair.id] = pair
+        groups[pair.id] = str(row.values.get("group") or prompt_id(messages))
+        counts["truncated"] += truncated
+        counts["contradictory"] += _pair_id(messages, rejected, chosen) in pairs
+        counts["chosen_longer"] += len(pair.chosen_ids) > len(pair.rejected_ids)
+    return hold_out(list(pairs.values()), config.held_out, group=lambda p: groups[p.id], counts=counts, what="pairs")
+
+
+def _encode(
+    messages: list[dict[str, str]],
+    chosen: str,
+    rejected: str,
+    max_tokens: int,
+    tokenizer: PreTrainedTokenizerBase,
+    eos_ids: frozenset[int] | None,
+) -> tuple[PreferencePair, bool]:
+    prompt_ids, chosen_ids = encode_answer(tokenizer, messages, chosen, eos_ids=eos_ids)
+    _, rejected_ids = encode_answer(tokenizer, messages, rejected, eos_ids=eos_ids)
+    room = max_tokens - len(prompt_ids)
+    if room < 1:
+        raise ValueError(
+            f"got a prompt of {len(prompt_ids)} tokens, expected fewer than data.max_tokens={max_tokens}, so that an "
+            "answer fits behind it; raise data.max_tokens or remove the row"
+        )
+    # A cut answer has no end token: none is invented.
+    truncated = max(len(chosen_ids), len(rejected_ids)) > room
+    if chosen_ids[:room] == rejected_ids[:room]:
+        raise ValueError(
+            f"got two answers with the same first {room} tokens, expected different ones within data.max_tokens="
+            f"{max_tokens}; raise it or remove the row"
+        )
+    pair = PreferencePair(
+        id=_pair_id(messages, chosen, rejected),
+        prompt_ids=tuple(prompt_ids),
+        chosen_ids=tuple(chosen_ids[:room]),
+        rejected_ids=tuple(rejected_ids[:room]),
+    )
+    return pair, truncated
+
+
+def _pair_id(messages: list[dict[str, str]], chosen: str, rejected: str) -> str:
+    return digest("\0".join([prompt_id(messages), chosen, rejected]))
+
+
+def _read(row: Row, system_prompt: str | None) -> tuple[list[dict[str, str]], str, str]:
+    """`(messages of the prompt, chosen text, rejected text)`."""
+    before_chosen, chosen = _answer(column(row, "chosen"), "chosen")
+    before_rejected, rejected = _answer(column(row, "rejected"), "rejected")
+    if "conversations" in row.values:
+        messages = _messages(column(row, "conversations"))
+        if row.values.get("system"):
+            messages = [{"role": "system", "content": str(row.values["system"])}, *messages]
+    elif row.values.get("prompt") is None and before_chosen:
+        messages = before_chosen
+    else:
+        messages = _messages(column(row, "prompt"))
+    if before_chosen != before_rejected:
+        raise ValueError("got chosen and rejected with different prompts, expected one prompt; correct the row")
+    if before_chosen and messages != before_chosen:
+        raise ValueError("got a prompt that differs from the beginning of chosen, expected one; drop either")
+    if messages[-1]["role"] not in ("user", "tool"):
+        raise ValueError(f"got a prompt that ends with role {messages[-1]['role']!r}, expected the user's; correct it")
+    if not chosen.strip() or not rejected.strip():
+        empty = "chosen" if not chosen.strip() else "rejected"
+        raise ValueError(f"got an empty {empty!r}, expected text; remove the row")
+    if chosen == rejected:
+        raise ValueError("got chosen equal to rejected, expected a preference; remove the row")
+    if system_prompt is not None and messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": system_prompt}, *messages]
+    return messages, chosen, rejected
+
+
+def _answer(value: Any, name: str) -> tuple[list[dict[str, str]], str]:
+    """What stands before the answer (nothing, in most forms) and the answer."""
+    if isinstance(value, str):
+        return [], value
+    messages = _messages([value] if isinstance(value, Mapping) else value)
+    if messages[-1]["role"] != "assistant":
+        raise ValueError(f"{name!r}: got a last message of role {messages[-1]['role']!r}, expected the assistant's")
+    return messages[:-1], messages[-1]["content"]
+
+
+def _messages(value: Any) -> list[dict[str, str]]:
+    """From text, from role and content, or from `from` and `value`."""
+    if isinstance(value, str):
+        if not value.strip():
+            raise ValueError("got an empty prompt, expected text; remove the row")
+        return [{"role": "user", "content": value.strip()}]
+    if isinstance(value, list) and all(isinstance(m, Mapping) and {"from", "value"} <= set(m) for m in value):
+        value = [{"role": _SHAREGPT_ROLES.get(m["from"], m["from"]), "content": m["value"]} for m in value]
+    return check_messages(value)

