@@ -266,10 +266,8 @@ class PpoConfig(Config):
 class EvaluationConfig(Config):
     """The held-out table."""
 
-    every: NonNegative = 0
-    """Steps between evaluations; 0 means before and after only."""
-    max_new_tokens: Positive | None = None
-    """Limit while evaluating; None takes the rollout's."""
+    greedy: bool = False
+    """Most likely tokens instead of samples; before and after draw the same random numbers either way."""
     num_shown: NonNegative = 4
     """Held-out prompts printed with both answers at the end, only with run.show_text."""
 

@@ -1,0 +1,111 @@
+"""From a run's config and a cluster's to running roles: the builder that unpacks both."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from actors.critic import CriticActor
+from actors.handles import (
+    CriticHandle,
+    Group,
+    PolicyHandle,
+    ReferenceHandle,
+    RewardHandle,
+    RewardTrainingHandle,
+    RolloutHandle,
+)
+from actors.policy import PolicyActor
+from actors.reference import ReferenceActor
+from actors.reward import RewardModelActor
+from actors.reward_training import RewardTrainingActor
+from actors.rollout import RolloutActor
+from actors.worker import Actor, choose_device
+from alignment.config import ClusterConfig, PpoRunConfig, RewardModelRunConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PpoRoles:
+    """What `train_ppo` is handed."""
+
+    policy: PolicyHandle
+    critic: CriticHandle
+    reference: ReferenceHandle
+    reward: RewardHandle
+    rollout: RolloutHandle
+
+
+def ppo_actors(
+    config: PpoRunConfig, cluster: ClusterConfig, *, model_path: str, critic_path: str
+) -> dict[str, Actor]:
+    """The five actors of a PPO run, not yet set up. `model_path` and `critic_path` are folders or hub names."""
+    sequences = config.ppo.rollout_batch_size * config.ppo.num_samples_per_prompt
+    updates = config.run.num_steps * config.ppo.ppo_epochs * (sequences // config.ppo.minibatch_size)
+    shared = {"model": config.model, "seed": config.run.seed}
+    return {
+        "policy": PolicyActor(
+            model_path=model_path,
+            policy=config.policy,
+            ppo=config.ppo,
+            temperature=config.rollout.temperature,
+            total_updates=updates,
+            device=choose_device(cluster.policy.gpus_per_worker),
+            **shared,
+        ),
+        "critic": CriticActor(
+            model_path=critic_path,
+            critic=config.critic,
+            ppo=config.ppo,
+            total_updates=updates,
+            device=choose_device(cluster.critic.gpus_per_worker),
+            **shared,
+        ),
+        "reference": ReferenceActor(
+            model_path=model_path,
+            model=config.model,
+            temperature=config.rollout.temperature,
+            # The policy's own size: the same shapes give the same bits, so the first KL is exactly 0.
+            micro_batch_size=config.policy.micro_batch_size,
+            device=choose_device(cluster.reference.gpus_per_worker),
+        ),
+        "reward_model": RewardModelActor(
+            model=config.model,
+            reward=config.reward,
+            device=choose_device(cluster.reward_model.gpus_per_worker),
+        ),
+        "rollout": RolloutActor(
+            model_path=model_path,
+            rollout=config.rollout,
+            device=choose_device(cluster.rollout.gpus_per_worker),
+            **shared,
+        ),
+    }
+
+
+def reward_training_actors(
+    config: RewardModelRunConfig, cluster: ClusterConfig, *, model_path: str
+) -> dict[str, Actor]:
+    return {
+        "reward_model": RewardTrainingActor(
+            model_path=model_path,
+            model=config.model,
+            training=config.training,
+            total_updates=config.run.num_steps,
+            seed=config.run.seed,
+            device=choose_device(cluster.reward_model.gpus_per_worker),
+        )
+    }
+
+
+def ppo_roles(groups: Mapping[str, Group]) -> PpoRoles:
+    return PpoRoles(
+        policy=PolicyHandle(groups["policy"]),
+        critic=CriticHandle(groups["critic"]),
+        reference=ReferenceHandle(groups["reference"]),
+        reward=RewardHandle(groups["reward_model"]),
+        rollout=RolloutHandle(groups["rollout"]),
+    )
+
+
+def reward_training_role(groups: Mapping[str, Group]) -> RewardTrainingHandle:
+    return RewardTrainingHandle(groups["reward_model"])

@@ -1,0 +1,84 @@
+"""The value model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from actors.policy import load_trained, make_engine, save_trained
+from actors.worker import Actor, UpdateOnce
+from alignment import adapters, checkpoint, models
+from alignment.config import CriticConfig, ModelConfig, PpoConfig
+from alignment.learners.ppo import CriticLearner
+from alignment.types import Experience, Rollout
+
+
+class CriticActor(Actor):
+    """Holds the critic, its optimiser and the value update."""
+
+    role = "critic"
+
+    def __init__(
+        self,
+        *,
+        model_path: str,
+        model: ModelConfig,
+        critic: CriticConfig,
+        ppo: PpoConfig,
+        total_updates: int,
+        seed: int,
+        device: str = "cpu",
+    ) -> None:
+        self.model_path, self.model_config, self.config, self.ppo = model_path, model, critic, ppo
+        self.total_updates, self.seed, self.device = total_updates, seed, device
+        self._once = UpdateOnce()
+
+    def setup(self, peers: Mapping[str, Actor]) -> None:
+        self.model = models.load_scalar_model(
+            self.model_path,
+            dtype=models.DTYPES[self.model_config.dtype],
+            attention=self.model_config.attention,
+            revision=self.model_config.revision,
+            device=self.device,
+            head="zeros",
+        )
+        lora = self.config.adapter
+        if lora.r:
+            adapters.attach_lora(
+                self.model.model,
+                r=lora.r,
+                alpha=lora.alpha,
+                target_modules=lora.target_modules,
+                last_layers=lora.last_layers,
+                seed=self.seed,
+            )
+        if self.model_config.gradient_checkpointing:
+            models.enable_gradient_checkpointing(self.model)
+        self.learner = CriticLearner(
+            self.model,
+            make_engine(self.model, self.config, self.total_updates),
+            minibatch_size=self.ppo.minibatch_size,
+            micro_batch_size=self.config.micro_batch_size,
+            ppo_epochs=self.ppo.ppo_epochs,
+            value_clip=self.ppo.value_clip,
+            vf_coef=self.ppo.vf_coef,
+            seed=self.seed,
+            device=self.device,
+        )
+
+    def values(self, rollouts: Sequence[Rollout]) -> list[Tensor]:
+        """Per rollout (R_i,) float32."""
+        return self.learner.values(rollouts)
+
+    def update(self, experience: Experience, *, step: int) -> dict[str, float]:
+        return self._once(step, lambda: self.learner.update(experience, step=step))
+
+    def save(self, folder: Path) -> None:
+        save_trained(self.model, folder, self.model_path, None)
+        checkpoint.save_state(folder / "learner.pt", self.learner.state_dict())
+
+    def load(self, folder: Path) -> None:
+        load_trained(self.model, folder)
+        self.learner.load_state_dict(checkpoint.load_state(folder / "learner.pt"))

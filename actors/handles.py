@@ -1,0 +1,109 @@
+"""The five roles as the loops see them: what `alignment.interfaces` asks for, over a group of either kind."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from alignment.interfaces import Pending
+from alignment.types import Experience, PreferencePair, Prompt, Rollout, Score
+
+
+class Group(Protocol):
+    """`ActorGroup` or `LocalGroup`."""
+
+    num_workers: int
+    roles: tuple[str, ...]
+
+    def start(self) -> Pending[Any]: ...
+    def call(self, role: str, method: str, *args: Any, **kwargs: Any) -> Pending[Any]: ...
+    def scatter(self, role: str, method: str, items: Sequence[Any], **kwargs: Any) -> Pending[Any]: ...
+    def put(self, role: str, method: str, **kwargs: Any) -> Pending[Any]: ...
+    def stop(self) -> None: ...
+
+
+class Handle:
+    """A role and the group that runs it."""
+
+    role: str
+
+    def __init__(self, group: Group) -> None:
+        self.group = group
+
+    def save(self, folder: Path) -> Pending[Any]:
+        return self.group.call(self.role, "save", folder)
+
+    def load(self, folder: Path) -> Pending[Any]:
+        return self.group.call(self.role, "load", folder)
+
+
+class RolloutHandle(Handle):
+    role = "rollout"
+
+    def generate(self, prompts: Sequence[Prompt], *, step: int, **kwargs: Any) -> Pending[list[Rollout]]:
+        return self.group.scatter(self.role, "generate", prompts, step=step, **kwargs)
+
+
+class PolicyHandle(Handle):
+    role = "policy"
+
+    def logprobs(self, rollouts: Sequence[Rollout]) -> Pending[list[Tensor]]:
+        return self.group.scatter(self.role, "logprobs", rollouts)
+
+    def update(self, experience: Experience, *, step: int) -> Pending[dict[str, float]]:
+        return self.group.call(self.role, "update", experience, step=step)
+
+    def check(self, experience: Experience) -> Pending[dict[str, float]]:
+        return self.group.call(self.role, "check", experience)
+
+    def send_weights(self, rollout: RolloutHandle, *, version: int) -> Pending[int]:
+        """Make `rollout` sample from this policy. The bytes go from process to process, not through the caller."""
+        if rollout.group is self.group:
+            return rollout.group.call(rollout.role, "follow", version=version)
+        update = self.group.put(self.role, "export_weights", version=version)
+        return rollout.group.call(rollout.role, "receive_weights", update)
+
+    def export(self, folder: Path) -> Pending[Any]:
+        return self.group.call(self.role, "export", folder)
+
+
+class CriticHandle(Handle):
+    role = "critic"
+
+    def values(self, rollouts: Sequence[Rollout]) -> Pending[list[Tensor]]:
+        return self.group.scatter(self.role, "values", rollouts)
+
+    def update(self, experience: Experience, *, step: int) -> Pending[dict[str, float]]:
+        return self.group.call(self.role, "update", experience, step=step)
+
+
+class ReferenceHandle(Handle):
+    role = "reference"
+
+    def logprobs(self, rollouts: Sequence[Rollout]) -> Pending[list[Tensor]]:
+        return self.group.scatter(self.role, "logprobs", rollouts)
+
+
+class RewardHandle(Handle):
+    role = "reward_model"
+
+    def score(self, rollouts: Sequence[Rollout]) -> Pending[list[Score]]:
+        return self.group.scatter(self.role, "score", rollouts)
+
+
+class RewardTrainingHandle(Handle):
+    """The reward model while it learns."""
+
+    role = "reward_model"
+
+    def update(self, pairs: Sequence[PreferencePair], *, step: int) -> Pending[dict[str, float]]:
+        return self.group.call(self.role, "update", pairs, step=step)
+
+    def score_pairs(self, pairs: Sequence[PreferencePair]) -> Pending[list[tuple[float, float]]]:
+        return self.group.scatter(self.role, "score_pairs", pairs)
+
+    def export(self, folder: Path) -> Pending[Any]:
+        return self.group.call(self.role, "export", folder)

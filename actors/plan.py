@@ -1,0 +1,92 @@
+"""Which processes a cluster YAML asks for. Plain arithmetic: it also serves in-process runs and `--dry-run`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from alignment.config import ROLES, ClusterConfig, PpoRunConfig
+
+
+class PlacementError(ValueError):
+    """The cluster does not have what the cluster YAML asks for."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ProcessPlan:
+    """One group of processes: the roles in each, how many, and what each reserves."""
+
+    roles: tuple[str, ...]
+    num_workers: int
+    cpus: float
+    gpus: float
+    threads: int
+
+
+def plan_processes(cluster: ClusterConfig, roles: Sequence[str] = ROLES) -> list[ProcessPlan]:
+    """Colocated roles share a process and add up their reservations; every other role has its own."""
+    groups = [tuple(role for role in group if role in roles) for group in cluster.colocate]
+    colocated = {role for group in groups for role in group}
+    groups = [group for group in groups if group] + [(role,) for role in roles if role not in colocated]
+    plans = []
+    for group in groups:
+        settings = [getattr(cluster, role) for role in group]
+        plans.append(
+            ProcessPlan(
+                roles=group,
+                num_workers=settings[0].num_workers,
+                cpus=sum(s.cpus_per_worker for s in settings),
+                gpus=max(s.gpus_per_worker for s in settings),
+                threads=max(s.threads_per_worker or os.cpu_count() or 1 for s in settings),
+            )
+        )
+    return plans
+
+
+def describe_plan(plans: Sequence[ProcessPlan]) -> str:
+    """A table of processes and what each reserves."""
+    rows = [f"{'processes':<40} {'workers':>7} {'cpus':>6} {'gpus':>6} {'threads':>7}"]
+    rows += [f"{' + '.join(p.roles):<40} {p.num_workers:>7} {p.cpus:>6g} {p.gpus:>6g} {p.threads:>7}" for p in plans]
+    asked = demand(plans)
+    rows.append(f"{'total':<40} {sum(p.num_workers for p in plans):>7} {asked['CPU']:>6g} {asked['GPU']:>6g}")
+    return "\n".join(rows)
+
+
+def demand(plans: Sequence[ProcessPlan]) -> dict[str, float]:
+    return {
+        "CPU": round(sum(p.cpus * p.num_workers for p in plans), 6),
+        "GPU": round(sum(p.gpus * p.num_workers for p in plans), 6),
+    }
+
+
+def check_gpus(plans: Sequence[ProcessPlan], have: float) -> None:
+    """Refuse before any actor starts when GPUs are asked for and there are too few."""
+    asked = demand(plans)["GPU"]
+    if asked > have:
+        raise PlacementError(
+            f"cluster: got a plan that asks for {asked:g} GPUs, expected at most the {have:g} that are here; "
+            "use cluster/local.yaml, or join a cluster that has them"
+        )
+
+
+def estimate_memory(config: PpoRunConfig, cluster: ClusterConfig, num_parameters: int) -> str:
+    """GB per process for weights, gradients and AdamW moments; activations of a micro-batch come on top.
+
+    A trained weight costs its own bytes twice (weight and gradient) and 2 moments; a frozen one its own bytes.
+    """
+    width = 4 if config.model.dtype == "float32" else 2
+    frozen = num_parameters * width / 1e9
+    trained = {"policy": not config.policy.adapter.r, "critic": not config.critic.adapter.r}
+    lines = []
+    for plan in plan_processes(cluster):
+        total = 0.0
+        for role in plan.roles:
+            shares_policy = "policy" in plan.roles and (
+                role == "rollout" or (role == "reference" and config.policy.adapter.r > 0)
+            )
+            if role == "reward_model" and config.reward.model is None:
+                continue
+            total += 0.0 if shares_policy else frozen * (4 if trained.get(role) else 1)
+        lines.append(f"memory of {' + '.join(plan.roles):<36} {total:6.2f} GB of weights, gradients and moments each")
+    return "\n".join(lines)

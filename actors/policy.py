@@ -1,0 +1,144 @@
+"""The model that learns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from actors.weight_sync import WeightUpdate, pack_weights
+from actors.worker import Actor, UpdateOnce
+from alignment import adapters, checkpoint, models
+from alignment.config import ModelConfig, PolicyConfig, PpoConfig
+from alignment.data.chat import load_tokenizer
+from alignment.engines.torch import TorchEngine
+from alignment.learners.ppo import PolicyLearner
+from alignment.schedules import KlAdaptiveRate
+from alignment.types import Experience, Rollout
+
+
+class PolicyActor(Actor):
+    """Holds the policy, its optimiser and the PPO update."""
+
+    role = "policy"
+
+    def __init__(
+        self,
+        *,
+        model_path: str,
+        model: ModelConfig,
+        policy: PolicyConfig,
+        ppo: PpoConfig,
+        temperature: float,
+        total_updates: int,
+        seed: int,
+        device: str = "cpu",
+    ) -> None:
+        self.model_path, self.model_config, self.config, self.ppo = model_path, model, policy, ppo
+        self.temperature, self.total_updates, self.seed, self.device = temperature, total_updates, seed, device
+        self._once = UpdateOnce()
+
+    def setup(self, peers: Mapping[str, Actor]) -> None:
+        self.model = models.load_causal_lm(
+            self.model_path,
+            dtype=models.DTYPES[self.model_config.dtype],
+            attention=self.model_config.attention,
+            revision=self.model_config.revision,
+            device=self.device,
+        )
+        lora = self.config.adapter
+        if lora.r:
+            adapters.attach_lora(
+                self.model.model,
+                r=lora.r,
+                alpha=lora.alpha,
+                target_modules=lora.target_modules,
+                last_layers=lora.last_layers,
+                seed=self.seed,
+            )
+        if self.model_config.gradient_checkpointing:
+            models.enable_gradient_checkpointing(self.model)
+        optimizer = self.config.optimizer
+        self.learner = PolicyLearner(
+            self.model,
+            make_engine(self.model, self.config, self.total_updates),
+            temperature=self.temperature,
+            minibatch_size=self.ppo.minibatch_size,
+            micro_batch_size=self.config.micro_batch_size,
+            ppo_epochs=self.ppo.ppo_epochs,
+            clip_ratio=self.ppo.clip_ratio,
+            clip_ratio_high=self.ppo.clip_ratio_high,
+            dual_clip=self.ppo.dual_clip,
+            entropy_coef=self.ppo.entropy_coef,
+            kl_stop=self.ppo.kl_stop,
+            adaptive_rate=None
+            if optimizer.adaptive_kl_target is None
+            else KlAdaptiveRate(optimizer.adaptive_kl_target, optimizer.adaptive_bounds),
+            seed=self.seed,
+            device=self.device,
+        )
+
+    def logprobs(self, rollouts: Sequence[Rollout]) -> list[Tensor]:
+        """Per rollout (R_i,) float32."""
+        return self.learner.logprobs(rollouts)
+
+    def update(self, experience: Experience, *, step: int) -> dict[str, float]:
+        return self._once(step, lambda: self.learner.update(experience, step=step))
+
+    def check(self, experience: Experience) -> dict[str, float]:
+        return self.learner.check(experience)
+
+    def export_weights(self, *, version: int) -> WeightUpdate:
+        """What a rollout engine needs to become this policy: merged weights with their hash."""
+        return pack_weights(adapters.merged_weights(self.model.model), version=version)
+
+    def save(self, folder: Path) -> None:
+        """Weights in Hugging Face format (an adapter in peft's) and the optimiser."""
+        save_trained(self.model, folder, self.model_path, load_tokenizer(self.model_path))
+        checkpoint.save_state(folder / "learner.pt", self.learner.state_dict())
+
+    def load(self, folder: Path) -> None:
+        load_trained(self.model, folder)
+        self.learner.load_state_dict(checkpoint.load_state(folder / "learner.pt"))
+
+    def export(self, folder: Path) -> None:
+        """The finished model: a plain Hugging Face folder, the adapter beside it when there is one."""
+        adapters.export_merged(self.model.model, folder, load_tokenizer(self.model_path))
+        if adapters.has_adapter(self.model.model):
+            adapters.save_adapter(self.model.model, folder / "adapter", base=self.model_path)
+
+
+def make_engine(model: models.HfModel, config: PolicyConfig, total_updates: int) -> TorchEngine:
+    """Unpack an optimiser config; any stage config with `.optimizer` fits."""
+    optimizer = config.optimizer
+    return TorchEngine(
+        model.named_parameters(),
+        lr=optimizer.lr,
+        total_updates=total_updates,
+        betas=optimizer.betas,
+        eps=optimizer.eps,
+        weight_decay=optimizer.weight_decay,
+        warmup_ratio=optimizer.warmup_ratio,
+        decay=optimizer.decay,
+        min_lr_ratio=optimizer.min_lr_ratio,
+        max_grad_norm=optimizer.max_grad_norm,
+    )
+
+
+def save_trained(model: models.HfModel, folder: Path, base: str, tokenizer: object | None) -> None:
+    """The trained part: an adapter in peft's format, or the whole model in Hugging Face's."""
+    if adapters.has_adapter(model.model):
+        adapters.save_adapter(model.model, folder, base=base)
+    else:
+        models.save_model(model, folder, tokenizer)
+
+
+def load_trained(model: models.HfModel, folder: Path) -> None:
+    """Put back what `save_trained` wrote, bit for bit."""
+    if adapters.has_adapter(model.model):
+        adapters.load_adapter(model.model, folder)
+    else:
+        models.load_weights(model, folder)
+
+

@@ -1,0 +1,59 @@
+"""The frozen policy that the KL penalty ties the learner to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from actors.policy import PolicyActor
+from actors.worker import Actor
+from alignment import adapters, models
+from alignment.config import ModelConfig
+from alignment.learners.base import per_response
+from alignment.types import Rollout
+
+
+class ReferenceActor(Actor):
+    """Log-probabilities under the starting policy. Beside a LoRA policy it is that policy with adapters off."""
+
+    role = "reference"
+    peers_needed = ("policy",)
+
+    def __init__(
+        self, *, model_path: str, model: ModelConfig, temperature: float, micro_batch_size: int, device: str = "cpu"
+    ) -> None:
+        self.model_path, self.model_config, self.temperature = model_path, model, temperature
+        self.micro_batch_size, self.device = micro_batch_size, device
+
+    def setup(self, peers: Mapping[str, Actor]) -> None:
+        policy = peers.get("policy")
+        if isinstance(policy, PolicyActor) and policy.config.adapter.r:
+            self.model, self.shared = policy.model, True
+            return
+        self.model, self.shared = (
+            models.load_causal_lm(
+                self.model_path,
+                dtype=models.DTYPES[self.model_config.dtype],
+                attention=self.model_config.attention,
+                revision=self.model_config.revision,
+                device=self.device,
+            ),
+            False,
+        )
+        self.model.requires_grad_(False)
+
+    def logprobs(self, rollouts: Sequence[Rollout]) -> list[Tensor]:
+        """Per rollout (R_i,) float32."""
+        if not self.shared:
+            return self._logprobs(rollouts)
+        with adapters.adapter_disabled(self.model.model):
+            return self._logprobs(rollouts)
+
+    def _logprobs(self, rollouts: Sequence[Rollout]) -> list[Tensor]:
+        def forward(ids: Tensor, mask: Tensor, response: Tensor) -> Tensor:
+            return models.response_logprobs(self.model, ids, mask, response, temperature=self.temperature)[0]
+
+        with torch.no_grad():
+            return per_response(rollouts, forward, micro_batch_size=self.micro_batch_size, device=self.device)

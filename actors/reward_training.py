@@ -1,0 +1,93 @@
+"""The reward model while it learns; `actors.reward` hosts the finished one."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from actors.policy import load_trained, make_engine, save_trained
+from actors.reward import STATISTICS_FILE
+from actors.worker import Actor, UpdateOnce
+from alignment import adapters, checkpoint, models
+from alignment.config import ModelConfig, RewardModelTrainingConfig
+from alignment.data.chat import load_tokenizer
+from alignment.learners.reward_model import RewardModelLearner
+from alignment.types import PreferencePair
+
+
+class RewardTrainingActor(Actor):
+    """Trains a Bradley-Terry scalar head on a backbone, full or LoRA."""
+
+    role = "reward_model"
+
+    def __init__(
+        self,
+        *,
+        model_path: str,
+        model: ModelConfig,
+        training: RewardModelTrainingConfig,
+        total_updates: int,
+        seed: int,
+        device: str = "cpu",
+    ) -> None:
+        self.model_path, self.model_config, self.config = model_path, model, training
+        self.total_updates, self.seed, self.device = total_updates, seed, device
+        self._once = UpdateOnce()
+
+    def setup(self, peers: Mapping[str, Actor]) -> None:
+        self.model = models.load_scalar_model(
+            self.model_path,
+            dtype=models.DTYPES[self.model_config.dtype],
+            attention=self.model_config.attention,
+            revision=self.model_config.revision,
+            device=self.device,
+            head="random",
+            seed=self.seed,
+        )
+        lora = self.config.adapter
+        if lora.r:
+            adapters.attach_lora(
+                self.model.model,
+                r=lora.r,
+                alpha=lora.alpha,
+                target_modules=lora.target_modules,
+                last_layers=lora.last_layers,
+                seed=self.seed,
+            )
+        self.learner = RewardModelLearner(
+            self.model,
+            make_engine(self.model, self.config, self.total_updates),
+            micro_batch_size=self.config.micro_batch_size,
+            center_coef=self.config.center_coef,
+            device=self.device,
+        )
+
+    def update(self, pairs: Sequence[PreferencePair], *, step: int) -> dict[str, float]:
+        return self._once(step, lambda: self.learner.update(pairs, step=step))
+
+    def score_pairs(self, pairs: Sequence[PreferencePair]) -> list[tuple[float, float]]:
+        """(chosen, rejected) scores per pair."""
+        chosen = self.learner.score([pair.prompt_ids + pair.chosen_ids for pair in pairs])
+        rejected = self.learner.score([pair.prompt_ids + pair.rejected_ids for pair in pairs])
+        return list(zip(chosen, rejected, strict=True))
+
+    def save(self, folder: Path) -> None:
+        save_trained(self.model, folder, self.model_path, None)
+        checkpoint.save_state(folder / "learner.pt", self.learner.state_dict())
+
+    def load(self, folder: Path) -> None:
+        load_trained(self.model, folder)
+        self.learner.load_state_dict(checkpoint.load_state(folder / "learner.pt"))
+
+    def export(self, folder: Path) -> None:
+        """A sequence-classification folder, adapters merged, that `RewardModelActor` (or transformers) loads."""
+        adapters.export_merged(self.model.model, folder, load_tokenizer(self.model_path))
+
+
+def write_statistics(folder: Path, scores: Sequence[float]) -> dict[str, float]:
+    """Mean and standard deviation of the scores of real answers: a hosted model reports multiples of it."""
+    saved = {"mean": statistics.fmean(scores), "std": statistics.pstdev(scores), "count": len(scores)}
+    (folder / STATISTICS_FILE).write_text(json.dumps(saved), encoding="utf-8")
+    return saved

@@ -1,0 +1,78 @@
+"""What all actors are: light to construct, heavy in `setup`, plain Python underneath.
+
+An actor stores its arguments when it is constructed, so that it can be pickled to the process that will run it;
+`setup` loads the models there. The same object works in this process (`actors.local`) and as a Ray actor
+(`actors.group`), alone or beside the roles it is colocated with.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from alignment.models import quiet_transformers
+
+
+class Actor:
+    """Base of the five roles."""
+
+    role: str
+    peers_needed: tuple[str, ...] = ()
+    """Roles that must be set up first when they share this actor's process."""
+
+    def setup(self, peers: Mapping[str, Actor]) -> None:
+        """Load models. `peers` are the roles of the same process, set up before this one where possible."""
+        raise NotImplementedError
+
+    @classmethod
+    def remote(cls, *args: Any, num_cpus: float = 1, num_gpus: float = 0, **kwargs: Any) -> Any:
+        """A Ray actor of this role for a user's own script: `PolicyActor.remote(...)`; call `.setup.remote({})` first."""
+        import ray
+
+        return ray.remote(num_cpus=num_cpus, num_gpus=num_gpus)(cls).remote(*args, **kwargs)
+
+
+class Host:
+    """One process and the roles that live in it."""
+
+    def __init__(self, actors: Mapping[str, Actor], *, threads: int | None = None) -> None:
+        self.actors = dict(actors)
+        self.threads = threads or os.cpu_count() or 1
+
+    def setup(self) -> str:
+        """Set every role up, those that others need first. Returns a word on where it runs."""
+        quiet_transformers()
+        torch.set_num_threads(self.threads)
+        for _, actor in sorted(self.actors.items(), key=lambda item: len(item[1].peers_needed)):
+            actor.setup({role: peer for role, peer in self.actors.items() if peer is not actor})
+        return f"pid {os.getpid()}, {self.threads} threads"
+
+    def call(self, role: str, method: str, *args: Any, **kwargs: Any) -> Any:
+        """`actors[role].method(...)`. Threads are set again because in-process hosts share one torch."""
+        if torch.get_num_threads() != self.threads:
+            torch.set_num_threads(self.threads)
+        return getattr(self.actors[role], method)(*args, **kwargs)
+
+
+def choose_device(gpus_per_worker: float) -> str:
+    """The device of a role: the GPU that Ray (or the user) made visible, or the CPU."""
+    if gpus_per_worker > 0:
+        return "cuda"
+    return "cpu"
+
+
+class UpdateOnce:
+    """Answers a repeated step from memory, so that a retried call cannot make a second optimiser step."""
+
+    def __init__(self) -> None:
+        self._step: int | None = None
+        self._answer: dict[str, float] = {}
+
+    def __call__(self, step: int, update: Any) -> dict[str, float]:
+        if step != self._step:
+            self._answer = update()
+            self._step = step
+        return self._answer

@@ -1,0 +1,157 @@
+"""Attach, disable, merge and store LoRA adapters (Hu 2021) on a transformers model. The only importer of peft."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+
+def attach_lora(
+    model: nn.Module,
+    *,
+    r: int,
+    alpha: float,
+    target_modules: tuple[str, ...] | str = "all-linear",
+    last_layers: int | None = None,
+    seed: int = 0,
+) -> None:
+    """Put LoRA layers into `model` in place; only they (and a scalar head) stay trainable.
+
+    B starts at zero, so the adapted model equals the base until the first update.
+    """
+    from peft import LoraConfig, inject_adapter_in_model
+    from transformers.pytorch_utils import Conv1D
+
+    names = _target_names(model, target_modules, last_layers)
+    conv = any(isinstance(model.get_submodule(name), Conv1D) for name in names)
+    config = LoraConfig(r=r, lora_alpha=alpha, lora_dropout=0.0, target_modules=names, fan_in_fan_out=conv)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        inject_adapter_in_model(config, model)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_" in name or name == "score.weight")
+
+
+def _target_names(model: nn.Module, target_modules: tuple[str, ...] | str, last_layers: int | None) -> list[str]:
+    """Full names of the matrices that get an adapter, from the top `last_layers` decoder layers."""
+    from transformers.pytorch_utils import Conv1D
+
+    layers = next(module for module in model.modules() if isinstance(module, nn.ModuleList))
+    prefix = next(name for name, module in model.named_modules() if module is layers)
+    first = 0 if last_layers is None else max(0, len(layers) - last_layers)
+    names = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D))
+        and name.startswith(prefix + ".")
+        and int(name[len(prefix) + 1 :].split(".")[0]) >= first
+        and (target_modules == "all-linear" or name.rsplit(".", 1)[-1] in target_modules)
+    ]
+    if not names:
+        raise ValueError(
+            f"adapter.target_modules: got {target_modules}, expected names of linear layers of this model; "
+            'use "all-linear" or one of its layer names'
+        )
+    return names
+
+
+def has_adapter(model: nn.Module) -> bool:
+    return any("lora_" in name for name, _ in model.named_parameters())
+
+
+@contextlib.contextmanager
+def adapter_disabled(model: nn.Module) -> Iterator[None]:
+    """The base model, for the time of the block: with LoRA this is the reference, at no cost in memory."""
+    layers = list(_lora_layers(model))
+    for _, layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for _, layer in layers:
+            layer.enable_adapters(True)
+            # peft re-enables gradients for the active adapter only when asked.
+            for name, parameter in layer.named_parameters():
+                parameter.requires_grad_("lora_" in name)
+
+
+def _lora_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    from peft.tuners.lora import LoraLayer
+
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer):
+            yield name, module
+
+
+def trained_state(model: nn.Module) -> dict[str, Tensor]:
+    """What training changes, by parameter name: the adapter (and the scalar head), or every parameter."""
+    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def _peft_name(name: str) -> str:
+    return "base_model.model." + name.replace(".default.", ".")
+
+
+def save_adapter(model: Any, folder: Path, *, base: str) -> None:
+    """Write the adapter (and a scalar head) in peft's format: `PeftModel.from_pretrained` loads the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = model.peft_config["default"]
+    config.base_model_name_or_path, config.inference_mode = base, True
+    config.save_pretrained(str(folder))
+    config.inference_mode = False
+    tensors = {_peft_name(name): tensor.contiguous() for name, tensor in trained_state(model).items()}
+    save_file(tensors, str(folder / "adapter_model.safetensors"), metadata={"format": "pt"})
+
+
+@torch.no_grad()
+def load_adapter(model: nn.Module, folder: Path) -> None:
+    """Copy a saved adapter back, bit for bit. A missing or unknown name is an error."""
+    saved = load_file(str(folder / "adapter_model.safetensors"))
+    own = {_peft_name(name): p for name, p in model.named_parameters() if p.requires_grad}
+    if own.keys() != saved.keys():
+        raise ValueError(
+            f"{folder}: got {len(saved)} adapter tensors, expected {len(own)}; first differences "
+            f"{sorted(own.keys() ^ saved.keys())[:3]}; resume with the adapter settings of the saved run"
+        )
+    for name, parameter in own.items():
+        parameter.copy_(saved[name])
+
+
+@torch.no_grad()
+def merged_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """(name, weight) of all that differs from the base, under the base model's own names.
+
+    Full fine-tuning yields every parameter once (a tied head is its embedding); LoRA yields W + scale * B A.
+    """
+    layers = dict(_lora_layers(model))
+    if not layers:
+        yield from ((name, p.detach()) for name, p in model.named_parameters())
+        return
+    for name, layer in layers.items():
+        yield f"{name}.weight", layer.base_layer.weight + layer.get_delta_weight("default")
+
+
+@torch.no_grad()
+def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The whole model's state dict with adapters merged, under the base model's names."""
+    merged = dict(merged_weights(model))
+    state = {}
+    for name, tensor in model.state_dict().items():
+        if "lora_" in name:
+            continue
+        plain = name.replace(".base_layer.", ".")
+        state[plain] = merged.get(plain, tensor).detach()
+    return state
+
+
+def export_merged(model: Any, folder: Path, tokenizer: Any | None = None) -> None:
+    """Write a Hugging Face folder with adapters merged into the weights; the trained model is left as it is."""
+    model.save_pretrained(folder, state_dict=merged_state_dict(model))
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)

@@ -1,0 +1,121 @@
+"""Rollouts + scores + log-probabilities + values -> Experience, the one padded record that the learners read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from alignment.advantages import gae
+from alignment.batching import rollout_batch
+from alignment.kl import kl_estimate, shaped_rewards
+from alignment.masked import masked_mean, whiten
+from alignment.types import Experience, Rollout, pad_rows
+
+
+def align(rollouts: Sequence[Rollout], per_response: Sequence[Tensor], length: int) -> Tensor:
+    """Ragged (R_i,) numbers of responses -> (B, length) float32, entry t speaking of token t."""
+    rows = []
+    for rollout, numbers in zip(rollouts, per_response, strict=True):
+        if len(numbers) != len(rollout.response_ids):
+            raise ValueError(
+                f"per-token numbers: got {len(numbers)}, expected {len(rollout.response_ids)}, one per response token; "
+                "return one number per sampled token"
+            )
+        rows.append(torch.cat([numbers.new_zeros(len(rollout.prompt.prompt_ids)), numbers]).float())
+    return pad_rows(rows, length=length)
+
+
+def make_experience(
+    rollouts: Sequence[Rollout],
+    scores: Sequence[float | None],
+    old_logprobs: Sequence[Tensor],
+    ref_logprobs: Sequence[Tensor],
+    values: Sequence[Tensor],
+    *,
+    kl_coef: float,
+    kl_estimator: str = "k1",
+    gamma: float = 1.0,
+    gae_lambda: float = 0.95,
+    whiten_advantages: bool = True,
+    whiten_rewards: bool = False,
+) -> tuple[Experience, dict[str, float]]:
+    """Everything PPO needs of one batch, and what to log about it.
+
+    Args:
+        scores: one per rollout, after shaping; None excludes the row: its response mask is empty, its advantage 0.
+        old_logprobs, ref_logprobs, values: per rollout (R_i,), under the trainer, the reference and the critic.
+
+    The returns are taken before the advantages are whitened (formulae: Schulman 2015b, Ziegler 2019).
+    """
+    if len(scores) != len(rollouts):
+        raise ValueError(f"scores: got {len(scores)}, expected {len(rollouts)}, one per rollout; return one each")
+    input_ids, attention_mask, response_mask = rollout_batch(rollouts)
+    length = input_ids.shape[1]
+    scored = torch.tensor([score is not None for score in scores])
+    learn = response_mask & scored.unsqueeze(1)
+    old, ref, value = (align(rollouts, rows, length) for rows in (old_logprobs, ref_logprobs, values))
+    totals = torch.tensor([0.0 if score is None else score for score in scores])
+
+    rewards = shaped_rewards(totals, old, ref, learn, kl_coef=kl_coef, kl_estimator=kl_estimator)
+    if whiten_rewards:
+        rewards = whiten(rewards, learn, shift_mean=False)
+    advantages, returns = gae(rewards, value, learn, gamma=gamma, gae_lambda=gae_lambda)
+    raw_advantages = advantages
+    if whiten_advantages:
+        advantages = whiten(advantages, learn)
+
+    metrics = _describe(rollouts, old, ref, value, returns, raw_advantages, totals, scored, learn)
+    return Experience(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        response_mask=learn,
+        old_logprobs=old,
+        ref_logprobs=ref,
+        rewards=rewards,
+        old_values=value,
+        advantages=advantages,
+        returns=returns,
+    ), metrics
+
+
+def _describe(
+    rollouts: Sequence[Rollout],
+    old: Tensor,
+    ref: Tensor,
+    values: Tensor,
+    returns: Tensor,
+    advantages: Tensor,
+    totals: Tensor,
+    scored: Tensor,
+    learn: Tensor,
+) -> dict[str, float]:
+    sampled = align(rollouts, [torch.tensor(r.rollout_logprobs) for r in rollouts], old.shape[1])
+    gap = torch.where(learn, (sampled - old).abs(), 0.0)
+    kept = totals[scored]
+    error = masked_mean((returns - values) ** 2, learn)
+    spread = masked_mean((returns - masked_mean(returns, learn)) ** 2, learn)
+    lengths = torch.tensor([float(len(r.response_ids)) for r in rollouts])
+    return {
+        "reward/shaped_score": float(kept.mean()) if len(kept) else 0.0,
+        "reward/unscorable_count": float((~scored).sum()),
+        "kl/per_sequence": kl_per_sequence(old, ref, learn),
+        "kl/per_token_k3": float(masked_mean(kl_estimate(old, ref, "k3"), learn)),
+        "rollout/logprob_gap": float(masked_mean(gap, learn)),
+        "rollout/logprob_gap_max": float(gap.max()),
+        "rollout/length": float(lengths.mean()),
+        "rollout/stopped_share": sum(r.finish_reason == "stop" for r in rollouts) / len(rollouts),
+        "rollout/tokens_count": float(lengths.sum()),
+        "critic/value_mean": float(masked_mean(values, learn)),
+        "critic/return_mean": float(masked_mean(returns, learn)),
+        "critic/explained_variance": float(1 - error / spread) if spread > 0 else 0.0,
+        "ppo/advantage_std": float(masked_mean(advantages**2, learn) ** 0.5),
+    }
+
+
+def kl_per_sequence(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor) -> float:
+    """Mean over sequences with a valid token of the sum over tokens of logprobs - ref_logprobs (Ziegler 2019)."""
+    sums = torch.where(mask, logprobs - ref_logprobs, 0.0).sum(1)
+    valid = mask.any(1)
+    return float(sums[valid].mean()) if valid.any() else 0.0

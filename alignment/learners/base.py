@@ -1,0 +1,70 @@
+"""What every learner shares: metrics that add up, and forward passes over ragged rollouts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from alignment.batching import micro_batches, rollout_batch, rollout_lengths
+from alignment.types import Rollout
+
+
+class Tally:
+    """Metrics of one update. Micro-batches add up (each is divided by the minibatch's count), minibatches average."""
+
+    def __init__(self) -> None:
+        self._minibatches: list[dict[str, float]] = []
+
+    def begin_minibatch(self) -> None:
+        self._minibatches.append({})
+
+    def add(self, metrics: Mapping[str, float | Tensor]) -> None:
+        """Counts, sums and means add; a key that ends in `_max` keeps the largest."""
+        current = self._minibatches[-1]
+        for name, value in metrics.items():
+            number = float(value)
+            if name.endswith("_max"):
+                current[name] = max(current.get(name, number), number)
+            else:
+                current[name] = current.get(name, 0.0) + number
+
+    def current(self, name: str) -> float:
+        return self._minibatches[-1][name]
+
+    def result(self, prefix: str) -> dict[str, float]:
+        """`prefix/name`: means over minibatches; maxima and counts over all of them."""
+        merged: dict[str, float] = {}
+        for name in dict.fromkeys(name for metrics in self._minibatches for name in metrics):
+            values = [metrics[name] for metrics in self._minibatches if name in metrics]
+            if name.endswith("_max"):
+                merged[f"{prefix}/{name}"] = max(values)
+            elif name.endswith("_count"):
+                merged[f"{prefix}/{name}"] = sum(values)
+            else:
+                merged[f"{prefix}/{name}"] = sum(values) / len(values)
+        return merged
+
+
+@torch.no_grad()
+def per_response(
+    rollouts: Sequence[Rollout],
+    forward: Callable[[Tensor, Tensor, Tensor], Tensor],
+    *,
+    micro_batch_size: int,
+    device: torch.device | str = "cpu",
+) -> list[Tensor]:
+    """Run `forward(input_ids, attention_mask, response_mask) -> (b, T)` in micro-batches of similar length.
+
+    Returns per rollout the (R_i,) float32 numbers of its response tokens, on the CPU, in the order given.
+    """
+    results: list[Tensor | None] = [None] * len(rollouts)
+    lengths = rollout_lengths(rollouts)
+    for index in micro_batches(torch.arange(len(rollouts)), lengths, micro_batch_size):
+        chosen = [rollouts[i] for i in index.tolist()]
+        input_ids, attention_mask, response_mask = rollout_batch(chosen, device)
+        numbers = forward(input_ids, attention_mask, response_mask)
+        for row, i in enumerate(index.tolist()):
+            results[i] = numbers[row][response_mask[row]].float().cpu()
+    return [numbers for numbers in results if numbers is not None]

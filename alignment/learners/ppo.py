@@ -1,0 +1,201 @@
+"""The two learners of PPO (Schulman 2017): the policy and its critic, each a model, an optimiser and a loss."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from alignment.batching import micro_batches, minibatches
+from alignment.engines.torch import TorchEngine
+from alignment.learners.base import Tally, per_response
+from alignment.losses import aggregate, ppo_policy_loss, ppo_value_loss
+from alignment.models import CausalModel, response_logprobs, response_values
+from alignment.schedules import KlAdaptiveRate
+from alignment.types import Experience, Rollout
+
+
+class PolicyLearner:
+    """Clipped policy gradient over `ppo_epochs` x minibatches x micro-batches.
+
+    Losses are divided by the minibatch's count of response tokens, so that the micro-batch size changes memory only.
+    """
+
+    def __init__(
+        self,
+        model: CausalModel,
+        engine: TorchEngine,
+        *,
+        temperature: float = 1.0,
+        minibatch_size: int,
+        micro_batch_size: int,
+        ppo_epochs: int = 1,
+        clip_ratio: float = 0.2,
+        clip_ratio_high: float | None = None,
+        dual_clip: float | None = None,
+        entropy_coef: float = 0.0,
+        kl_stop: float | None = None,
+        adaptive_rate: KlAdaptiveRate | None = None,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.model, self.engine, self.temperature = model, engine, temperature
+        self.minibatch_size, self.micro_batch_size, self.ppo_epochs = minibatch_size, micro_batch_size, ppo_epochs
+        self.clip = {"clip_ratio": clip_ratio, "clip_ratio_high": clip_ratio_high, "dual_clip": dual_clip}
+        self.entropy_coef, self.kl_stop, self.adaptive_rate = entropy_coef, kl_stop, adaptive_rate
+        self.seed, self.device = seed, device
+
+    def logprobs(self, rollouts: Sequence[Rollout]) -> list[Tensor]:
+        """Per rollout (R_i,) float32 log-probabilities of its response tokens, without gradient."""
+        return per_response(
+            rollouts,
+            lambda ids, mask, response: response_logprobs(
+                self.model, ids, mask, response, temperature=self.temperature
+            )[0],
+            micro_batch_size=self.micro_batch_size,
+            device=self.device,
+        )
+
+    def update(self, experience: Experience, *, step: int) -> dict[str, float]:
+        """Improve the policy on one batch. Stops early once a minibatch's KL to the old policy exceeds `kl_stop`."""
+        tally = Tally()
+        lengths = experience.attention_mask.sum(1)
+        num_updates = 0
+        for _, index in minibatches(
+            len(experience), self.minibatch_size, epochs=self.ppo_epochs, seed=self.seed, step=step
+        ):
+            if not experience.response_mask[index].any():
+                continue
+            tally.begin_minibatch()
+            for rows in micro_batches(index, lengths, self.micro_batch_size):
+                loss, metrics = self._loss(experience.rows(rows), self._token_count(experience, index))
+                self.engine.backward(loss)
+                tally.add(metrics)
+            tally.add(self.engine.step())
+            num_updates += 1
+            if self.kl_stop is not None and tally.current("approx_kl") > self.kl_stop:
+                break
+        metrics = tally.result("ppo")
+        if self.adaptive_rate is not None and num_updates:
+            self.adaptive_rate.update(metrics["ppo/approx_kl"])
+            self.engine.rate_factor = self.adaptive_rate.value
+        return {**metrics, "ppo/updates_count": float(num_updates)}
+
+    @torch.no_grad()
+    def check(self, experience: Experience) -> dict[str, float]:
+        """The metrics of the first update, without making it: ratio 1, KL 0 and nothing clipped, or a bug."""
+        tally = Tally()
+        tally.begin_minibatch()
+        index = torch.arange(min(len(experience), self.minibatch_size))
+        lengths = experience.attention_mask.sum(1)
+        for rows in micro_batches(index, lengths, self.micro_batch_size):
+            _, metrics = self._loss(experience.rows(rows), self._token_count(experience, index))
+            tally.add(metrics)
+        return tally.result("ppo")
+
+    def _token_count(self, experience: Experience, index: Tensor) -> float:
+        return max(float(experience.response_mask[index].sum()), 1.0)
+
+    def _loss(self, rows: Experience, denominator: float) -> tuple[Tensor, dict[str, Any]]:
+        batch = _to(rows, self.device)
+        logprobs, entropy = response_logprobs(
+            self.model,
+            batch.input_ids,
+            batch.attention_mask,
+            batch.response_mask,
+            temperature=self.temperature,
+            with_entropy=self.entropy_coef > 0,
+        )
+        loss, metrics = ppo_policy_loss(
+            logprobs,
+            batch.old_logprobs,
+            batch.advantages,
+            batch.response_mask,
+            **self.clip,  # type: ignore[arg-type]
+            denominator=denominator,
+        )
+        metrics = {"policy_loss": loss.detach(), **metrics}
+        if entropy is not None:
+            bonus = aggregate(entropy, batch.response_mask, mode="token_mean", denominator=denominator)
+            loss = loss - self.entropy_coef * bonus
+            metrics["entropy"] = bonus.detach()
+        return loss, metrics
+
+    def state_dict(self) -> dict[str, Any]:
+        rate = None if self.adaptive_rate is None else self.adaptive_rate.state_dict()
+        return {"engine": self.engine.state_dict(), "adaptive_rate": rate}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.engine.load_state_dict(state["engine"])
+        if self.adaptive_rate is not None and state["adaptive_rate"] is not None:
+            self.adaptive_rate.load_state_dict(state["adaptive_rate"])
+
+
+class CriticLearner:
+    """Clipped value regression on the returns, in the same minibatches as the policy's."""
+
+    def __init__(
+        self,
+        model: CausalModel,
+        engine: TorchEngine,
+        *,
+        minibatch_size: int,
+        micro_batch_size: int,
+        ppo_epochs: int = 1,
+        value_clip: float | None = 0.2,
+        vf_coef: float = 1.0,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.model, self.engine = model, engine
+        self.minibatch_size, self.micro_batch_size, self.ppo_epochs = minibatch_size, micro_batch_size, ppo_epochs
+        self.value_clip, self.vf_coef, self.seed, self.device = value_clip, vf_coef, seed, device
+
+    def values(self, rollouts: Sequence[Rollout]) -> list[Tensor]:
+        """Per rollout (R_i,) float32: entry t is the value of the state that emits response token t."""
+        return per_response(
+            rollouts,
+            lambda ids, mask, _: response_values(self.model, ids, mask),
+            micro_batch_size=self.micro_batch_size,
+            device=self.device,
+        )
+
+    def update(self, experience: Experience, *, step: int) -> dict[str, float]:
+        """Fit the returns on one batch."""
+        tally = Tally()
+        lengths = experience.attention_mask.sum(1)
+        for _, index in minibatches(
+            len(experience), self.minibatch_size, epochs=self.ppo_epochs, seed=self.seed, step=step
+        ):
+            count = float(experience.response_mask[index].sum())
+            if count == 0:
+                continue
+            tally.begin_minibatch()
+            for rows in micro_batches(index, lengths, self.micro_batch_size):
+                batch = _to(experience.rows(rows), self.device)
+                loss, metrics = ppo_value_loss(
+                    response_values(self.model, batch.input_ids, batch.attention_mask),
+                    batch.old_values,
+                    batch.returns,
+                    batch.response_mask,
+                    value_clip=self.value_clip,
+                    denominator=count,
+                )
+                self.engine.backward(self.vf_coef * loss)
+                tally.add({"value_loss": loss.detach(), **metrics})
+            tally.add(self.engine.step())
+        return tally.result("critic")
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"engine": self.engine.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.engine.load_state_dict(state["engine"])
+
+
+def _to(experience: Experience, device: torch.device | str) -> Experience:
+    if torch.device(device).type == "cpu":
+        return experience
+    return Experience(**{name: getattr(experience, name).to(device) for name in Experience.__slots__})

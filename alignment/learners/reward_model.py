@@ -1,0 +1,78 @@
+"""Bradley-Terry reward model: a scalar head learns to score the preferred answer higher."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from alignment.batching import micro_batches, sequence_batch
+from alignment.engines.torch import TorchEngine
+from alignment.learners.base import Tally
+from alignment.losses import reward_model_loss
+from alignment.models import CausalModel, sequence_scores
+from alignment.types import PreferencePair
+
+
+class RewardModelLearner:
+    """One update per batch of pairs; both answers of a pair share a forward."""
+
+    def __init__(
+        self,
+        model: CausalModel,
+        engine: TorchEngine,
+        *,
+        micro_batch_size: int,
+        center_coef: float = 0.0,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.model, self.engine, self.device = model, engine, device
+        self.micro_batch_size, self.center_coef = micro_batch_size, center_coef
+
+    def update(self, pairs: Sequence[PreferencePair], *, step: int) -> dict[str, float]:
+        """One optimiser step on `pairs`; the loss is the mean over all of them whatever the micro-batch size."""
+        tally = Tally()
+        tally.begin_minibatch()
+        lengths = torch.tensor([len(p.prompt_ids) + max(len(p.chosen_ids), len(p.rejected_ids)) for p in pairs])
+        for index in micro_batches(torch.arange(len(pairs)), lengths, self.micro_batch_size):
+            chosen = [pairs[i] for i in index.tolist()]
+            sequences = [p.prompt_ids + p.chosen_ids for p in chosen] + [p.prompt_ids + p.rejected_ids for p in chosen]
+            ids, mask = sequence_batch(sequences, self.device)
+            scores = sequence_scores(self.model, ids, mask)
+            better, worse = scores[: len(chosen)], scores[len(chosen) :]
+            loss, metrics = reward_model_loss(better, worse, center_coef=self.center_coef, denominator=len(pairs))
+            self.engine.backward(loss)
+            tally.add({"loss": loss.detach(), **metrics})
+        tally.add(self.engine.step())
+        return tally.result("reward_model")
+
+    @torch.no_grad()
+    def score(self, sequences: Sequence[Sequence[int]], *, micro_batch_size: int | None = None) -> list[float]:
+        """One score per sequence of ids, in the order given."""
+        return score_sequences(
+            self.model, sequences, micro_batch_size=micro_batch_size or 2 * self.micro_batch_size, device=self.device
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"engine": self.engine.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.engine.load_state_dict(state["engine"])
+
+
+@torch.no_grad()
+def score_sequences(
+    model: CausalModel,
+    sequences: Sequence[Sequence[int]],
+    *,
+    micro_batch_size: int,
+    device: torch.device | str = "cpu",
+) -> list[float]:
+    """Scores at the last token of each sequence, in the order given."""
+    scores = torch.zeros(len(sequences))
+    lengths = torch.tensor([len(s) for s in sequences])
+    for index in micro_batches(torch.arange(len(sequences)), lengths, micro_batch_size):
+        ids, mask = sequence_batch([sequences[i] for i in index.tolist()], device)
+        scores[index] = sequence_scores(model, ids, mask).cpu()
+    return scores.tolist()

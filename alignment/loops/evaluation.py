@@ -1,0 +1,132 @@
+"""Answer the held-out prompts and compare two states of the policy, item by item."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from alignment.bootstrap import paired_bootstrap
+from alignment.checkpoint import load_json, save_json
+from alignment.interfaces import Generator, LogprobWorker, Scorer
+from alignment.types import Prompt
+
+HELD_OUT_STEP = -1
+"""Stands for the step in sampling seeds, so that before and after draw the same random numbers."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Answer:
+    """One held-out prompt, answered."""
+
+    prompt_id: str
+    prompt: str
+    response: str
+    finish_reason: str
+    scores: dict[str, float | None]
+    """`score` is the weighted total; the parts follow by name."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HeldOut:
+    """All held-out answers of one policy state."""
+
+    answers: list[Answer]
+    kl: float
+    """Mean over answers of the summed log-ratio to the reference, in nats."""
+
+    def save(self, path: Path) -> None:
+        save_json(path, asdict(self))
+
+    @classmethod
+    def load(cls, path: Path) -> HeldOut:
+        saved = load_json(path)
+        return cls(answers=[Answer(**answer) for answer in saved["answers"]], kl=saved["kl"])
+
+
+def evaluate(
+    prompts: Sequence[Prompt],
+    *,
+    policy: LogprobWorker,
+    reference: LogprobWorker,
+    reward: Scorer,
+    rollout: Generator,
+    greedy: bool = False,
+) -> HeldOut:
+    """One answer per prompt, scored, with the KL to the reference over these answers."""
+    rollouts = rollout.generate(prompts, step=HELD_OUT_STEP, greedy=greedy).result()
+    scoring, own, ref = reward.score(rollouts), policy.logprobs(rollouts), reference.logprobs(rollouts)
+    scores = scoring.result()
+    gaps = [float((a - b).sum()) for a, b in zip(own.result(), ref.result(), strict=True)]
+    answers = [
+        Answer(
+            prompt_id=rollout.prompt.id,
+            prompt=rollout.prompt.messages[-1]["content"],
+            response=rollout.response,
+            finish_reason=rollout.finish_reason,
+            scores={
+                "score": score.total,
+                **score.parts,
+                "finished": float(rollout.finish_reason == "stop"),
+            },
+        )
+        for rollout, score in zip(rollouts, scores, strict=True)
+    ]
+    return HeldOut(answers=answers, kl=sum(gaps) / len(gaps))
+
+
+def compare(before: HeldOut, after: HeldOut, *, seed: int) -> dict[str, dict[str, Any]]:
+    """`{metric: {before, after, n, gain_ci95, higher_is_better}}` over the items that both states have a number for."""
+    table: dict[str, dict[str, Any]] = {}
+    for name in before.answers[0].scores:
+        pairs = [
+            (first, second)
+            for a, b in zip(before.answers, after.answers, strict=True)
+            if (first := a.scores[name]) is not None and (second := b.scores[name]) is not None
+        ]
+        if not pairs:
+            continue
+        old, new = [p[0] for p in pairs], [p[1] for p in pairs]
+        _, low, high = paired_bootstrap(old, new, seed=seed)
+        table[name] = {
+            "before": sum(old) / len(old),
+            "after": sum(new) / len(new),
+            "n": len(pairs),
+            "gain_ci95": [low, high],
+            "higher_is_better": True,
+        }
+    return table
+
+
+def answer_table(before: HeldOut, after: HeldOut, *, num_shown: int, width: int = 300) -> str:
+    """Held-out prompts with both answers, those with the largest gain and the largest loss first and last."""
+
+    def gain(i: int) -> float:
+        return (after.answers[i].scores["score"] or 0.0) - (before.answers[i].scores["score"] or 0.0)
+
+    order = sorted(range(len(before.answers)), key=gain, reverse=True)
+    # A spread over the whole ranking, the worst included: a table of the best alone would flatter.
+    count = min(num_shown, len(order))
+    chosen = [order[round(k * (len(order) - 1) / max(count - 1, 1))] for k in range(count)]
+    lines = []
+    for i in chosen:
+        a, b = before.answers[i], after.answers[i]
+        lines.append(f"PROMPT  {_line(a.prompt, width)}")
+        lines.append(f"before  {_number(a)}  {_line(a.response, width)}{_cut(a)}")
+        lines.append(f"after   {_number(b)}  {_line(b.response, width)}{_cut(b)}\n")
+    return "\n".join(lines)
+
+
+def _number(answer: Answer) -> str:
+    score = answer.scores["score"]
+    return "  none" if score is None else f"{score:+6.2f}"
+
+
+def _line(text: str, width: int) -> str:
+    flat = " ".join(text.split())
+    return flat if len(flat) <= width else flat[: width - 1] + "…"
+
+
+def _cut(answer: Answer) -> str:
+    return "" if answer.finish_reason == "stop" else " [cut off]"

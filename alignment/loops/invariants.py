@@ -1,0 +1,83 @@
+"""What must hold before the first update, whatever the model and the machines; a FAIL stops the run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from alignment.config import PpoRunConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Invariant:
+    """One line of the table."""
+
+    name: str
+    got: float
+    limit: float
+    look_at: str
+    """Where the cause is, when it fails."""
+
+    @property
+    def holds(self) -> bool:
+        # Written so that NaN fails.
+        return abs(self.got) <= self.limit
+
+
+TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2, "float16": 2e-2}
+"""What other batch shapes may change in a log-probability, by the dtype of the matrix products."""
+
+
+def check_first_step(
+    config: PpoRunConfig, check: Mapping[str, float], metrics: Mapping[str, float], eos_is_trained: bool
+) -> list[Invariant]:
+    """The table of the first step. `check` is the first update's metrics, not yet made; `metrics` the step's so far."""
+    tolerance = TOLERANCE[config.model.dtype]
+    return [
+        Invariant(
+            name="importance ratio - 1",
+            got=check["ppo/ratio_mean"] - 1,
+            limit=tolerance,
+            look_at="dropout left on, or a temperature missing from the log-probabilities",
+        ),
+        Invariant(
+            name="KL of the policy to itself",
+            got=check["ppo/approx_kl"],
+            limit=tolerance,
+            look_at="old log-probabilities from another model state or batch order",
+        ),
+        Invariant(
+            name="clip fraction",
+            got=check["ppo/clip_fraction"],
+            limit=0.0,
+            look_at="the same causes as the ratio",
+        ),
+        Invariant(
+            name="KL to the reference",
+            got=metrics["kl/per_token_k3"],
+            limit=tolerance,
+            look_at="the reference loads another checkpoint, dtype or template than the policy",
+        ),
+        Invariant(
+            name="rollout - trainer log-probability gap",
+            got=metrics["rollout/logprob_gap"],
+            limit=config.rollout.logprob_gap_limit,
+            look_at="stale engine weights, a cut support (top-p, top-k), or another temperature",
+        ),
+        Invariant(
+            name="template leaves EOS untrained",
+            got=0.0 if eos_is_trained else 1.0,
+            limit=0.0,
+            look_at="the chat template closes the assistant's turn without an EOS token",
+        ),
+    ]
+
+
+def table(invariants: Sequence[Invariant]) -> str:
+    """PASS / FAIL lines, with what to look at after each FAIL."""
+    lines = ["invariants before the first update"]
+    for item in invariants:
+        lines.append(f"  {'PASS' if item.holds else 'FAIL'}  {item.name:<40} {item.got:>10.2e}  limit {item.limit:g}")
+        if not item.holds:
+            lines.append(f"        look at: {item.look_at}")
+    return "\n".join(lines)

@@ -1,0 +1,165 @@
+"""Online loops. `train_ppo` is PPO with a critic; a different schedule is a sibling function, not a flag in this one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from alignment.config import PpoRunConfig
+from alignment.data.prompts import prompts_for_step
+from alignment.experience import make_experience
+from alignment.interfaces import Generator, LogprobWorker, PolicyWorker, Scorer, ValueWorker
+from alignment.kl import AdaptiveKLController
+from alignment.loops.invariants import check_first_step
+from alignment.loops.run import Run
+from alignment.scores import ScoreNormalizer, shape_scores
+from alignment.types import Experience, Prompt, Rollout, Score
+
+
+@dataclass(slots=True)
+class PpoState:
+    """What the loop itself remembers between steps; the models remember the rest."""
+
+    step: int
+    """The next step."""
+    kl_coef: AdaptiveKLController
+    normalizer: ScoreNormalizer
+
+    @classmethod
+    def start(cls, config: PpoRunConfig) -> PpoState:
+        # With no target the controller is never updated and the coefficient stays.
+        target = config.kl.target if config.kl.target is not None else 1.0
+        return cls(0, AdaptiveKLController(config.kl.coef, target, config.kl.horizon), ScoreNormalizer())
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "kl_coef": self.kl_coef.state_dict(),
+            "normalizer": self.normalizer.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.step = state["step"]
+        self.kl_coef.load_state_dict(state["kl_coef"])
+        self.normalizer.load_state_dict(state["normalizer"])
+
+
+def train_ppo(
+    config: PpoRunConfig,
+    prompts: Sequence[Prompt],
+    *,
+    policy: PolicyWorker,
+    critic: ValueWorker,
+    reference: LogprobWorker,
+    reward: Scorer,
+    rollout: Generator,
+    run: Run,
+    state: PpoState,
+) -> None:
+    """Sample, score, shape, update, send the new weights; every completed step is on disk before the next starts."""
+    for step in range(state.step, config.run.num_steps):
+        log = run.begin_step(step)
+        batch = prompts_for_step(prompts, step, batch_size=config.ppo.rollout_batch_size, seed=config.run.seed)
+        with log.phase("generate"):
+            rollouts = rollout.generate(
+                batch, step=step, num_samples=config.ppo.num_samples_per_prompt
+            ).result()
+
+        with log.phase("score"):  # four forwards side by side
+            scoring, old = reward.score(rollouts), policy.logprobs(rollouts)
+            ref, values = reference.logprobs(rollouts), critic.values(rollouts)
+            scores = scoring.result()
+            experience = experience_of(
+                config, state, rollouts, scores, old.result(), ref.result(), values.result(), log.metrics
+            )
+        if step == 0:
+            run.require(check_first_step(config, policy.check(experience).result(), log.metrics, run.eos_is_trained))
+
+        with log.phase("update"):
+            updates = [critic.update(experience, step=step)]
+            if step >= config.critic.warmup_steps:
+                updates.append(policy.update(experience, step=step))
+            for update in updates:
+                log.metrics.update(update.result())
+
+        with log.phase("sync"):
+            policy.send_weights(rollout, version=step + 1).result()
+
+        state.step = step + 1
+        if config.kl.target is not None:
+            state.kl_coef.update(log.metrics["kl/per_sequence"], len(rollouts))
+        run.finish_step(log, rollouts, scores)
+        run.checkpoint(step + 1, {"policy": policy, "critic": critic}, state.state_dict())
+        stop_on_blow_up(config, log.metrics, step)
+
+
+def experience_of(
+    config: PpoRunConfig,
+    state: PpoState,
+    rollouts: Sequence[Rollout],
+    scores: Sequence[Score],
+    old: Any,
+    ref: Any,
+    values: Any,
+    metrics: dict[str, float],
+) -> Experience:
+    """Shape the scores, make the experience, and note what both say about the step in `metrics`."""
+    reward, ppo = config.reward, config.ppo
+    refuse_unscorable(scores, reward.max_unscorable)
+    shaped = shape_scores(
+        rollouts,
+        scores,
+        max_new_tokens=config.rollout.max_new_tokens,
+        missing_eos_penalty=reward.missing_eos_penalty,
+        overlong_buffer=reward.overlong_buffer,
+        overlong_penalty=reward.overlong_penalty,
+        clip=reward.clip,
+        normalizer=state.normalizer if reward.normalize else None,
+    )
+    experience, described = make_experience(
+        rollouts,
+        shaped,
+        old,
+        ref,
+        values,
+        kl_coef=state.kl_coef.value,
+        kl_estimator=config.kl.estimator,
+        gamma=ppo.gamma,
+        gae_lambda=ppo.gae_lambda,
+        whiten_advantages=ppo.whiten_advantages,
+        whiten_rewards=ppo.whiten_rewards,
+    )
+    metrics.update(score_metrics(scores))
+    metrics.update(described)
+    metrics["kl/coef"] = state.kl_coef.value
+    return experience
+
+
+def score_metrics(scores: Sequence[Score]) -> dict[str, float]:
+    """Mean of the raw total and of each part over the answers that have one."""
+    columns = {"reward/mean": [score.total for score in scores]}
+    for name in scores[0].parts:
+        columns[f"reward/{name}"] = [score.parts[name] for score in scores]
+    kept = {name: [value for value in column if value is not None] for name, column in columns.items()}
+    return {name: sum(column) / len(column) for name, column in kept.items() if column}
+
+
+def refuse_unscorable(scores: Sequence[Score], limit: float) -> None:
+    """Stop when more answers than the budget allows have no score; nothing is ever made up for them."""
+    missing = sum(score.total is None for score in scores)
+    if missing > limit * len(scores):
+        raise RuntimeError(
+            f"reward: got {missing} of {len(scores)} answers without a score, expected at most "
+            f"{limit:.0%}; mend the reward, or raise reward.max_unscorable to leave such answers out"
+        )
+
+
+def stop_on_blow_up(config: PpoRunConfig, metrics: dict[str, float], step: int) -> None:
+    """End the run when the policy has left the reference further behind than the user allows."""
+    kl, limit = metrics["kl/per_sequence"], config.kl.limit
+    if limit is not None and kl > limit:
+        raise RuntimeError(
+            f"step {step}: got a KL of {kl:.2f} per sequence to the reference, expected at most kl.limit={limit:g}; "
+            "raise kl.coef, lower policy.optimizer.lr, or resume an earlier step"
+        )

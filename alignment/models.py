@@ -1,0 +1,257 @@
+"""Load the four models, and run them: hidden states first, then only the head that is asked for.
+
+A causal model is used through two calls, `hidden` and `head`, so that logits exist only for the positions that
+are needed (see `alignment.logprobs`). Anything with these two calls can be trained, a tabular policy included.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from alignment.logprobs import selected_logprobs
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class CausalModel(Protocol):
+    """A language model in two halves: (B, T) ids -> (B, T, d) hidden states -> (..., V) logits."""
+
+    def hidden(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor: ...
+    def head(self, hidden: Tensor) -> Tensor: ...
+
+
+def quiet_transformers() -> None:
+    """No progress bars and load reports: in a worker's log they drown what matters. Errors still show."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def positions(attention_mask: Tensor) -> Tensor:
+    """Position ids that count real tokens only, so that left or right padding gives the same row. (B, T) -> (B, T)."""
+    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
+class HfModel(nn.Module):
+    """A transformers model behind `hidden` and `head`; the weights stay in `model` for saving and adapters."""
+
+    def __init__(self, model: Any, head: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        # Registered once, inside `model`: a second registration would name the same weights twice in a state dict.
+        object.__setattr__(self, "_head", head)
+
+    def hidden(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """(B, T) ids and mask -> (B, T, d) last hidden states."""
+        # Padding may carry any id; an id outside the vocabulary would crash the embedding.
+        mask = attention_mask.long()
+        return self.model.base_model(
+            input_ids=input_ids * mask, attention_mask=mask, position_ids=positions(mask), use_cache=False
+        ).last_hidden_state
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """(..., d) -> (..., V), or (..., 1) for a scalar model."""
+        return self._head(hidden)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+
+def response_logprobs(
+    model: CausalModel,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    response_mask: Tensor,
+    *,
+    temperature: float,
+    with_entropy: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Log-probabilities of the response tokens: (B, T) float32, 0 elsewhere; with the entropy alike when asked.
+
+    The head runs on the hidden states before response tokens only, in chunks: prompt and padding cost no logits.
+    """
+    wanted = response_mask[:, 1:]
+    hidden = model.hidden(input_ids, attention_mask)[:, :-1][wanted]
+    targets = input_ids[:, 1:][wanted]
+    picked, entropy = selected_logprobs(
+        hidden, model.head, targets, temperature=temperature, with_entropy=with_entropy
+    )
+    return _place(picked, response_mask), None if entropy is None else _place(entropy, response_mask)
+
+
+def _place(picked: Tensor, response_mask: Tensor) -> Tensor:
+    """Put (N,) numbers back at the N true positions of (B, T); the first column is never a response."""
+    full = torch.zeros(response_mask.shape, dtype=torch.float32, device=picked.device)
+    body = response_mask.clone()
+    body[:, 0] = False
+    return full.masked_scatter(body, picked.float())
+
+
+def response_values(model: CausalModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """Critic values (B, T) float32: entry t is the value of the state that emits token t, entry 0 is 0."""
+    hidden = model.hidden(input_ids, attention_mask)[:, :-1]
+    values = model.head(hidden).squeeze(-1).float()
+    return torch.nn.functional.pad(values, (1, 0))
+
+
+def sequence_scores(model: CausalModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """Reward-model scores (B,) float32, read at the last attended token whichever side is padded."""
+    hidden = model.hidden(input_ids, attention_mask)
+    last = (attention_mask.long() * torch.arange(attention_mask.shape[1], device=hidden.device)).argmax(-1)
+    return model.head(hidden[torch.arange(hidden.shape[0], device=hidden.device), last]).squeeze(-1).float()
+
+
+def choose_attention(attention: str, *, dtype: torch.dtype, device: torch.device) -> tuple[str, str]:
+    """The attention implementation that will run, and why. `auto` prefers flash-attn where it can run."""
+    if attention != "auto":
+        return attention, "as configured"
+    if device.type != "cuda":
+        return "sdpa", f"flash-attn needs a GPU, this is {device.type}"
+    if dtype == torch.float32:
+        return "sdpa", "flash-attn needs bfloat16 or float16"
+    if importlib.util.find_spec("flash_attn") is None:
+        return "sdpa", "flash-attn is not installed"
+    return "flash_attention_2", "flash-attn is installed"
+
+
+def load_causal_lm(
+    path: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    attention: str = "auto",
+    revision: str | None = None,
+    device: torch.device | str = "cpu",
+) -> HfModel:
+    """A causal language model from a Hugging Face folder or hub name, in evaluation mode."""
+    from transformers import AutoModelForCausalLM
+
+    device = torch.device(device)
+    implementation, _ = choose_attention(attention, dtype=dtype, device=device)
+    model = AutoModelForCausalLM.from_pretrained(
+        path, dtype=dtype, attn_implementation=implementation, revision=revision
+    )
+    _refuse_transformed_logits(model, path)
+    return HfModel(model.to(device).eval(), model.get_output_embeddings())
+
+
+def _refuse_transformed_logits(model: Any, path: str) -> None:
+    """`head(hidden)` must be the model's logits; compare on a few tokens, whatever the architecture's name says."""
+    ids = torch.arange(4).unsqueeze(0) % model.config.vocab_size
+    with torch.no_grad():
+        split = model.get_output_embeddings()(model.base_model(input_ids=ids).last_hidden_state).float()
+        whole = model(input_ids=ids).logits.float()
+    if not torch.allclose(split, whole, rtol=1e-2, atol=1e-2):
+        raise ValueError(
+            f"model.path: got {path!r}, whose logits are not its head applied to its hidden states (soft-capped or "
+            "scaled logits), expected a Llama-, Qwen-, Mistral- or GPT-2-like head; choose such a model"
+        )
+
+
+def load_scalar_model(
+    path: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    attention: str = "auto",
+    revision: str | None = None,
+    device: torch.device | str = "cpu",
+    head: str = "require",
+    seed: int = 0,
+) -> HfModel:
+    """A backbone with a scalar head (`score`, no bias), as transformers' sequence classification stores it.
+
+    `head`: "require" refuses a folder without a trained head; "zeros" starts one at 0 (critic: first values are 0);
+    "random" draws N(0, 1 / (d + 1)) as Ziegler 2019 does for reward models.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    if head == "require":
+        check_scalar_head(path)
+    device = torch.device(device)
+    implementation, _ = choose_attention(attention, dtype=dtype, device=device)
+    model, info = AutoModelForSequenceClassification.from_pretrained(
+        path,
+        num_labels=1,
+        dtype=dtype,
+        attn_implementation=implementation,
+        revision=revision,
+        output_loading_info=True,
+    )
+    missing = sorted(info["missing_keys"])
+    if head == "require" and missing:
+        raise ValueError(_no_head(path, f"no weights for {missing[:3]}"))
+    if head != "require":
+        std = 0.0 if head == "zeros" else 1 / math.sqrt(model.score.in_features + 1)
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            noise = torch.randn(model.score.weight.shape, generator=generator)
+            model.score.weight.copy_(noise * std)
+    return HfModel(model.to(device).eval(), model.score)
+
+
+def check_scalar_head(path: str) -> None:
+    """Refuse a local reward-model folder whose config does not describe one scalar head; cheap, loads no weights."""
+    config_file = Path(path) / "config.json"
+    if not os.path.isdir(path):
+        return
+    if not config_file.is_file():
+        raise ValueError(f"reward model: got {path!r} without config.json, expected a Hugging Face folder; check the path")
+    config = json.loads(config_file.read_text(encoding="utf-8"))
+    architectures = config.get("architectures") or []
+    if not any("SequenceClassification" in name for name in architectures):
+        raise ValueError(_no_head(path, f"architectures {architectures}"))
+    labels = len(config.get("id2label") or {}) or config.get("num_labels", 2)
+    if labels != 1:
+        raise ValueError(_no_head(path, f"a head with {labels} labels"))
+
+
+def _no_head(path: str, got: str) -> str:
+    return (
+        f"reward model {path!r}: got {got}, expected a sequence-classification model with one label and a trained "
+        "`score` head; train one with recipes/reward_model_medical.py"
+    )
+
+
+def enable_gradient_checkpointing(model: HfModel) -> None:
+    """Recompute activations in the backward pass.
+
+    transformers checkpoints in train mode only; dropout is set to zero first, since a policy whose old and new
+    log-probabilities see different masks has no ratio of 1.
+    """
+    for module in model.model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if getattr(module, "attention_dropout", 0.0):
+            module.attention_dropout = 0.0
+    model.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.model.train()
+
+
+def save_model(model: HfModel, folder: Path, tokenizer: Any | None = None) -> None:
+    """Write a Hugging Face folder (safetensors, config, tokenizer) that plain transformers loads."""
+    model.model.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+
+
+@torch.no_grad()
+def load_weights(model: HfModel, folder: Path) -> None:
+    """Copy the weights that `save_model` wrote back into `model`, bit for bit. Tied weights are stored once."""
+    parameters = dict(model.model.named_parameters())
+    saved: dict[str, Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        saved.update(load_file(str(file)))
+    if missing := sorted(parameters.keys() - saved.keys()):
+        raise ValueError(f"{folder}: got no weights for {missing[:3]}, expected all of this model's; check the folder")
+    for name, parameter in parameters.items():
+        parameter.copy_(saved[name])

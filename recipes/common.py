@@ -1,0 +1,348 @@
+"""What all recipes share: the command line, the checks before the start, and the exit codes.
+
+0 done; 2 refused before starting; 1 failed while running; 130 and 143 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.metadata
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from alignment.config import ClusterConfig, Config
+from alignment.config_io import describe, diff_configs, dump_config, load_config, read_yaml
+from alignment.memory import PeakMemory
+from alignment.run_directory import RunDirectory
+
+ROOT = Path(__file__).resolve().parent.parent
+ConfigT = TypeVar("ConfigT", bound=Config)
+
+
+@dataclass
+class Job(Generic[ConfigT]):
+    """One invocation of a recipe, checked."""
+
+    name: str
+    config: ConfigT
+    cluster: ClusterConfig
+    cluster_file: Path
+    output_dir: Path
+    resume: str
+    local: bool
+    dry_run: bool
+    began: float
+    memory: PeakMemory
+    started: bool = False
+    """True once actors may exist: from then on an error is a failure (1), before it a refusal (2)."""
+
+    @contextlib.contextmanager
+    def groups(self, actors: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+        """The roles' processes, in this process with `--local`, on Ray otherwise."""
+        from actors.launch import local_groups, ray_groups
+        from actors.plan import PlacementError
+
+        opener = local_groups if self.local else ray_groups
+        self.started = True
+        try:
+            with opener(actors, self.cluster) as groups:
+                yield groups
+        except PlacementError:
+            self.started = False
+            raise
+
+
+def run_recipe(
+    name: str, config_class: type[ConfigT], body: Callable[[Job[ConfigT]], None], argv: list[str] | None = None
+) -> int:
+    """Parse the command line, run `body`, and turn what happens into an exit code."""
+    job: Job[ConfigT] | None = None
+    previous = signal.signal(signal.SIGTERM, _terminate)
+    try:
+        refuse_intruders()
+        job = parse(name, config_class, argv)
+        body(job)
+        return 0
+    except KeyboardInterrupt:
+        _say(f"{name}: interrupted; the last completed step is on disk, continue with --resume auto")
+        return 130
+    except Terminated:
+        _say(f"{name}: terminated; the last completed step is on disk, continue with --resume auto")
+        return 143
+    except ValueError as error:
+        if job is not None and job.started:
+            traceback.print_exc()
+            _say(f"{name}: failed: {error}")
+            return 1
+        _say(f"{name}: refused: {error}")
+        return 2
+    except Exception as error:
+        # The one place that ends every failure with a line a person can act on; the trace stays above it.
+        traceback.print_exc()
+        _say(f"{name}: failed: {type(error).__name__}: {error}")
+        return 1
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+class Terminated(BaseException):
+    """SIGTERM, as an exception, so that actors are stopped on the way out."""
+
+
+def _terminate(*_: Any) -> None:
+    # A second SIGTERM while stopping must not interrupt the stopping.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise Terminated
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def parse(name: str, config_class: type[ConfigT], argv: list[str] | None) -> Job[ConfigT]:
+    """The fixed flags by argparse; every `--section.key value` goes to the config."""
+    parser = argparse.ArgumentParser(
+        prog=f"python recipes/{name}.py",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="keys, each settable as --section.key value:\n\n" + describe(config_class),
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", type=Path, default=ROOT / "recipes" / "configs" / f"{name}.yaml", help="YAML file")
+    parser.add_argument("--cluster", type=Path, default=ROOT / "cluster" / "local.yaml", help="machines, YAML file")
+    parser.add_argument("--output-dir", type=Path, default=Path("runs") / name, help="the run's directory")
+    parser.add_argument("--resume", default="auto", help="auto (default), never, or a checkpoint folder")
+    parser.add_argument("--local", action="store_true", help="one process, no Ray")
+    parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan, start no actor")
+    known, overrides = parser.parse_known_args(argv)
+    return Job(
+        name=name,
+        config=load_config(config_class, file=known.config, overrides=overrides),
+        cluster=load_config(ClusterConfig, file=known.cluster, overrides=[]),
+        cluster_file=known.cluster,
+        output_dir=known.output_dir,
+        resume=known.resume,
+        local=known.local,
+        dry_run=known.dry_run,
+        began=time.monotonic(),
+        memory=PeakMemory(),
+    )
+
+
+def refuse_intruders() -> None:
+    """`alignment` and `recipes` are import names of other distributions too; two of them on one path lose silently."""
+    owners = importlib.metadata.packages_distributions()
+    for package in ("alignment", "actors", "rewards", "recipes"):
+        others = sorted(set(owners.get(package, [])) - {"raylign"})
+        if others:
+            raise ValueError(
+                f"environment: got package {package!r} from {others} too, expected it from raylign alone; "
+                f"pip uninstall {' '.join(others)}"
+            )
+
+
+def open_run_directory(job: Job[Any]) -> tuple[RunDirectory, Path | None]:
+    """Create and lock the run directory; the verified checkpoint to resume from, or None for a fresh start."""
+    from alignment.checkpoint import CheckpointStore
+
+    directory = RunDirectory(job.output_dir)
+    directory.lock()
+    saved = directory.config
+    if saved.exists() and job.resume == "never":
+        raise ValueError(
+            f"--resume never: got a run in {job.output_dir}, expected a directory without one; "
+            "choose another --output-dir, or --resume auto"
+        )
+    if saved.exists():
+        changes = diff_configs(read_yaml(saved), job.config.model_dump(mode="json"))
+        if changes:
+            raise ValueError(
+                f"--resume: got a config that differs from the run in {job.output_dir}:\n  " + "\n  ".join(changes)
+                + "\nexpected the same config; undo the change, or choose another --output-dir"
+            )
+    else:
+        directory.write_text_atomic(saved, dump_config(job.config))
+    return directory, _checkpoint_to_resume(job, CheckpointStore(directory.checkpoints, keep=1))
+
+
+def _checkpoint_to_resume(job: Job[Any], store: Any) -> Path | None:
+    if job.resume not in ("auto", "never"):
+        chosen = Path(job.resume)
+        reason = store.verify_folder(chosen) if chosen.is_dir() else "no such folder"
+        if reason:
+            raise ValueError(f"--resume: got {chosen} ({reason}), expected a complete checkpoint; use --resume auto")
+        return chosen
+    found, passed_over = store.latest_valid()
+    for step, reason in passed_over:
+        _say(f"checkpoint of step {step} is not used: {reason}; falling back to the step before")
+    return found
+
+
+def check_model(path: str, tokenizer: Any) -> int:
+    """Refuse a tokenizer with more ids than the model has embeddings. Returns the number of parameters."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from alignment.data.chat import check_vocabulary
+
+    config = AutoConfig.from_pretrained(path)
+    check_vocabulary(tokenizer, config.vocab_size)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    return sum(p.numel() for p in {id(p): p for p in model.parameters()}.values())
+
+
+def check_machines(job: Job[Any]) -> None:
+    """Refuse GPUs that are asked for and not there. On a cluster only Ray knows; it is asked at the start."""
+    from actors.plan import check_gpus, plan_processes
+
+    if job.local or "RAY_ADDRESS" not in os.environ:
+        import torch
+
+        check_gpus(plan_processes(job.cluster), torch.cuda.device_count() if torch.cuda.is_available() else 0)
+
+
+def check_reward_functions(reward: Any) -> None:
+    """Every rule reward exists."""
+    from rewards.base import load_function
+
+    for function in reward.functions:
+        load_function(function.name)
+
+
+def is_own_reward_model(path: str) -> bool:
+    """True for the folder that recipes/reward_model_medical.py writes, while it is not there yet."""
+    return Path(path).name == "final" and "reward_model_medical" in Path(path).parts and not Path(path).is_dir()
+
+
+def train_first(job: Job[Any], recipe: Callable[[list[str]], int], output_dir: Path) -> None:
+    """Run an upstream recipe whose result this run needs, on the same machines."""
+    _say(f"{job.name}: {output_dir}/final is not there yet; training it first")
+    with contextlib.ExitStack() as stack:
+        if not job.local:
+            from actors.launch import session
+
+            stack.enter_context(session())
+        flags = ["--cluster", str(job.cluster_file), "--output-dir", str(output_dir)] + ["--local"] * job.local
+        if code := recipe(flags):
+            raise RuntimeError(f"{output_dir}: the upstream recipe ended with exit code {code}; see above")
+
+
+def make_run(run_class: Any, directory: RunDirectory, run: Any, *, model_path: str, eos_is_trained: bool = True) -> Any:
+    """Unpack a RunConfig."""
+    import torch
+    import transformers
+
+    return run_class(
+        directory,
+        num_steps=run.num_steps,
+        checkpoint_every=run.checkpoint_every,
+        keep_checkpoints=run.keep_checkpoints,
+        trackers=run.trackers,
+        eos_is_trained=eos_is_trained,
+        provenance={"model": model_path, "torch": torch.__version__, "transformers": transformers.__version__},
+    )
+
+
+def once(path: Path, record: Any, make: Callable[[], Any]) -> Any:
+    """The saved record of an earlier start of this run, or a new one, saved."""
+    if path.exists():
+        return record.load(path)
+    made = make()
+    made.save(path)
+    return made
+
+
+def write_summary(job: Job[Any], directory: RunDirectory, held_out: Mapping[str, Any], **extra: Any) -> None:
+    """`summary.json`, and its table on the screen."""
+    summary = {
+        "recipe": job.name,
+        "seed": job.config.run.seed,
+        "seconds": round(time.monotonic() - job.began, 1),
+        "peak_memory_mb": round(job.memory.stop()),
+        "held_out": dict(held_out),
+        **extra,
+    }
+    directory.write_text_atomic(directory.summary, json.dumps(summary, indent=2) + "\n")
+    lines = [f"{'held-out':<34} {'before':>8} {'after':>8} {'gain, 95% interval':>24}"]
+    for name, row in held_out.items():
+        low, high = row["gain_ci95"]
+        lines.append(f"{name:<34} {row['before']:>8.3f} {row['after']:>8.3f} {low:>+13.3f} .. {high:+.3f}  n={row['n']}")
+    if kl := extra.get("kl"):
+        lines.append(f"KL to the reference: {kl['value']:.2f} nats per answer, limit {kl['limit']}")
+    print("\n".join(lines))
+    print(f"wrote {directory.path}/summary.json, model in {directory.final}", flush=True)
+
+
+def batch_arithmetic(config: Any, cluster: ClusterConfig) -> str:
+    """One line per role: what the batch words come to."""
+    ppo = config.ppo
+    sequences = ppo.rollout_batch_size * ppo.num_samples_per_prompt
+    updates = sequences // ppo.minibatch_size
+    lines = [
+        f"{ppo.rollout_batch_size} prompts x {ppo.num_samples_per_prompt} samples = {sequences} sequences a step",
+        f"{sequences} sequences = {updates} minibatches x {ppo.minibatch_size}, {ppo.ppo_epochs} epochs: "
+        f"{updates * ppo.ppo_epochs} optimiser steps a step, {updates * ppo.ppo_epochs * config.run.num_steps} in all",
+    ]
+    for role, settings in (("policy", config.policy), ("critic", config.critic)):
+        workers = getattr(cluster, role).num_workers
+        micro = -(-ppo.minibatch_size // (settings.micro_batch_size * workers))
+        lines.append(
+            f"{role}: {ppo.minibatch_size} = up to {micro} accumulated micro-batches x {settings.micro_batch_size} "
+            f"x {workers} workers"
+        )
+    return "\n".join(lines)
+
+
+def ppo_plan(job: Job[Any], num_parameters: int, num_train: int, num_held_out: int) -> str:
+    """What `--dry-run` prints."""
+    from actors.plan import describe_plan, estimate_memory, plan_processes
+
+    return "\n".join(
+        [
+            f"{num_train} training prompts, {num_held_out} held out; {num_parameters / 1e6:.1f} M parameters",
+            batch_arithmetic(job.config, job.cluster),
+            describe_plan(plan_processes(job.cluster)),
+            estimate_memory(job.config, job.cluster, num_parameters),
+            "dry run: no actor was started",
+        ]
+    )
+
+
+def reward_model_plan(job: Job[Any], num_parameters: int, num_train: int, num_held_out: int) -> str:
+    """What `--dry-run` prints."""
+    from actors.plan import describe_plan, plan_processes
+
+    training = job.config.training
+    return "\n".join(
+        [
+            f"{num_train} training pairs, {num_held_out} held out; {num_parameters / 1e6:.1f} M parameters",
+            f"{training.batch_size} pairs a step = up to {-(-training.batch_size // training.micro_batch_size)} "
+            f"accumulated micro-batches x {training.micro_batch_size} pairs x 1 worker",
+            describe_plan(plan_processes(job.cluster, ("reward_model",))),
+            "dry run: no actor was started",
+        ]
+    )
+
+
+def compare_items(before: Mapping[str, Any], after: Mapping[str, Any], seed: int) -> dict[str, Any]:
+    """One row of `held_out` from two reports with a 0 / 1 per item."""
+    from alignment.bootstrap import paired_bootstrap
+
+    _, low, high = paired_bootstrap(before["correct"], after["correct"], seed=seed)
+    return {
+        "before": before["accuracy"],
+        "after": after["accuracy"],
+        "after_ci95": after["accuracy_ci95"],
+        "n": after["n"],
+        "gain_ci95": [low, high],
+        "higher_is_better": True,
+    }

@@ -1,0 +1,97 @@
+"""PPO on a medical assistant, four models and a sampler as Ray actors: `python recipes/ppo_medical.py`.
+
+Consumer health questions in, better answers out: the policy learns from a reward model (trained first by
+`recipes/reward_model_medical.py` when it is not there yet) and from rule rewards, tied to the reference by a KL
+penalty. `--local` runs the same in one process.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from actors.build import ppo_actors, ppo_roles
+from alignment.config import PpoRunConfig
+from alignment.data.chat import eos_is_trained, load_tokenizer
+from alignment.data.model_assets import resolve_model
+from alignment.data.prompts import load_prompts
+from alignment.loops.evaluation import HeldOut, answer_table, compare, evaluate
+from alignment.loops.ppo import PpoState, train_ppo
+from alignment.loops.run import Run
+from alignment.models import check_scalar_head
+from recipes import common, reward_model_medical
+
+
+def train(job: common.Job[PpoRunConfig]) -> None:
+    config = job.config
+    model_path = resolve_model(config.model.path)
+    tokenizer = load_tokenizer(model_path, config.model.revision)
+    num_parameters = common.check_model(model_path, tokenizer)
+    prompts = load_prompts(config.data, tokenizer)
+    common.check_machines(job)
+    common.check_reward_functions(config.reward)
+    if config.reward.model is not None and not common.is_own_reward_model(config.reward.model):
+        check_scalar_head(config.reward.model)
+    if job.dry_run:
+        print(common.ppo_plan(job, num_parameters, len(prompts.train), len(prompts.held_out)))
+        return
+    directory, resume_from = common.open_run_directory(job)
+    if config.reward.model is not None and common.is_own_reward_model(config.reward.model):
+        common.train_first(job, reward_model_medical.main, Path(config.reward.model).parent)
+
+    critic_path = resolve_model(config.critic.path) if config.critic.path else model_path
+    actors = ppo_actors(config, job.cluster, model_path=model_path, critic_path=critic_path)
+    with job.groups(actors) as groups:
+        roles = ppo_roles(groups)
+        run = common.make_run(
+            Run, directory, config.run, model_path=model_path, eos_is_trained=eos_is_trained(tokenizer)
+        )
+        state = PpoState.start(config)
+        if resume_from:
+            state.load_state_dict(run.restore(resume_from, {"policy": roles.policy, "critic": roles.critic}))
+            roles.policy.send_weights(roles.rollout, version=state.step).result()
+
+        def answer_held_out() -> HeldOut:
+            return evaluate(
+                prompts.held_out,
+                policy=roles.policy,
+                reference=roles.reference,
+                reward=roles.reward,
+                rollout=roles.rollout,
+                greedy=config.evaluation.greedy,
+            )
+
+        before = common.once(directory.path / "held_out_before.json", HeldOut, answer_held_out)
+        train_ppo(
+            config,
+            prompts.train,
+            policy=roles.policy,
+            critic=roles.critic,
+            reference=roles.reference,
+            reward=roles.reward,
+            rollout=roles.rollout,
+            run=run,
+            state=state,
+        )
+        after = answer_held_out()
+        after.save(directory.path / "held_out_after.json")
+        roles.policy.export(directory.final).result()
+        common.write_summary(
+            job,
+            directory,
+            compare(before, after, seed=config.run.seed),
+            kl={"value": after.kl, "limit": config.kl.limit},
+        )
+        if config.run.show_text:
+            print(answer_table(before, after, num_shown=config.evaluation.num_shown))
+        run.close()
+
+
+def main(argv: list[str] | None = None) -> int:
+    return common.run_recipe("ppo_medical", PpoRunConfig, train, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,57 @@
+"""Train a Bradley-Terry reward model on real medical answers: `python recipes/reward_model_medical.py`.
+
+The preferred answer of a pair is a clinician's treatment plan for the diagnosis asked about. The result,
+`OUTPUT_DIR/final`, is an ordinary sequence-classification folder; `recipes/ppo_medical.py` hosts it.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from actors.build import reward_training_actors, reward_training_role
+from actors.reward_training import write_statistics
+from alignment.config import RewardModelRunConfig
+from alignment.data.chat import load_tokenizer
+from alignment.data.model_assets import resolve_model
+from alignment.data.preferences import load_preference_pairs
+from alignment.loops.offline import pair_report, train_reward_model
+from alignment.loops.run import Run
+from recipes import common
+
+
+def train(job: common.Job[RewardModelRunConfig]) -> None:
+    config = job.config
+    model_path = resolve_model(config.model.path)
+    tokenizer = load_tokenizer(model_path, config.model.revision)
+    num_parameters = common.check_model(model_path, tokenizer)
+    pairs = load_preference_pairs(config.data, tokenizer)
+    common.check_machines(job)
+    if job.dry_run:
+        print(common.reward_model_plan(job, num_parameters, len(pairs.train), len(pairs.held_out)))
+        return
+    directory, resume_from = common.open_run_directory(job)
+
+    actors = reward_training_actors(config, job.cluster, model_path=model_path)
+    with job.groups(actors) as groups:
+        role = reward_training_role(groups)
+        run = common.make_run(Run, directory, config.run, model_path=model_path)
+        first_step = run.restore(resume_from, {"reward_model": role})["step"] if resume_from else 0
+        before = pair_report(role.score_pairs(pairs.held_out).result())
+        train_reward_model(config, pairs.train, reward_model=role, run=run, first_step=first_step)
+        scores = role.score_pairs(pairs.held_out).result()
+        role.export(directory.final).result()
+        # Standardised on real answers of both kinds, so that a score of 1 means one deviation better than these.
+        write_statistics(directory.final, [score for pair in scores for score in pair])
+        common.write_summary(job, directory, {"accuracy": common.compare_items(before, pair_report(scores), config.run.seed)})
+        run.close()
+
+
+def main(argv: list[str] | None = None) -> int:
+    return common.run_recipe("reward_model_medical", RewardModelRunConfig, train, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
