@@ -145,8 +145,12 @@ def _flatten(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
         if isinstance(value, Mapping):
             yield from _flatten(value, f"{prefix}{key}.")
         else:
-            # A resolved config holds tuples, the one read back from YAML lists.
-            yield f"{prefix}{key}", list(value) if isinstance(value, tuple) else value
+            yield f"{prefix}{key}", _lists(value)
+
+
+def _lists(value: Any) -> Any:
+    """A resolved config holds tuples, the one read back from YAML lists."""
+    return [_lists(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _section(field: FieldInfo) -> type[BaseModel] | None:
