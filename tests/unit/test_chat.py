@@ -12,6 +12,7 @@ CORPUS = [
     "How is hypertension treated? With diet, exercise and ACE inhibitors such as lisinopril.",
     "system user assistant You are a helpful assistant. Good day. Hello <|im_end|> | im_end eot_id",
     "The patient should see a doctor.\n\nTake 500 mg twice daily.\n",
+    *["a\n\nb\n\n\nc"] * 20,  # so that line breaks merge, also across the seam of prompt and answer
 ]
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -165,6 +166,18 @@ def test_the_answer_never_changes_the_prompt_ids():
         assert response[-1] == tokenizer.eos_token_id
         assert response.count(tokenizer.eos_token_id) == 1
         assert tokenizer.decode(response[:-1]) == answer
+
+
+def test_a_token_that_would_straddle_the_seam_is_not_made():
+    tokenizer = chatml()
+    messages = [*DIALOGUE[:1], {"role": "assistant", "content": "\n\nYes."}]
+    whole = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
+    prompt_ids = chat.encode_prompt(tokenizer, DIALOGUE[:1])
+    assert whole[: len(prompt_ids)] != prompt_ids  # the template as a whole would change the prompt
+    ids, mask = chat.encode_conversation(tokenizer, messages)
+    assert ids[: len(prompt_ids)] == prompt_ids
+    assert mask == [False] * len(prompt_ids) + [True] * (len(ids) - len(prompt_ids))
+    assert tokenizer.decode(ids[len(prompt_ids) :]) == "\n\nYes.<|im_end|>"
 
 
 def test_generation_prompt_that_thinks_is_not_learnt():

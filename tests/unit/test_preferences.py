@@ -96,6 +96,10 @@ def test_a_cut_takes_the_end_of_the_answer_and_no_more_than_needed(tmp_path, tok
     assert cut.counts["truncated"] == 1
     assert load(tmp_path, [row], tokenizer, max_tokens=prompt + 51).counts["truncated"] == 0
 
+    swapped = {"prompt": "Why?", "chosen": "short", "rejected": "c" * 50}
+    (pair,) = load(tmp_path, [swapped], tokenizer, max_tokens=prompt + 20).train
+    assert tokenizer.decode(pair.rejected_ids) == "c" * 20
+
 
 @pytest.mark.parametrize(
     ("row", "options", "reason"),
