@@ -1,0 +1,189 @@
+"""Losses as pure functions: tensors in, `(loss, metrics)` out. `aggregate` is the one place that takes means.
+
+Metrics are detached scalar tensors. Without `denominator` they are means over the valid tokens (or pairs). With it
+each is a sum over `denominator`, so that loss and metrics of the micro-batches of one minibatch add up to those of the
+whole, whatever the split. A name that ends in `_max` is a maximum instead, of which the largest counts.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from alignment.masked import masked_mean, masked_sum, zero_masked
+
+Aggregation = Literal["token_mean", "sequence_mean", "sequence_sum"]
+Metrics = dict[str, Tensor]
+LOG_RATIO_LIMIT = 20.0
+
+
+def aggregate(per_token: Tensor, mask: Tensor, *, mode: str, denominator: float | Tensor | None = None) -> Tensor:
+    """Reduce a loss to a scalar. Rows without a valid token count neither above nor below the line.
+
+    Args:
+        per_token: (B, T); "token_mean" takes any shape, so (B,) serves losses per sequence.
+        mask: the same shape, bool.
+        mode: "token_mean": sum over valid tokens / their number. "sequence_mean": each sequence's mean over its
+            tokens, then the mean over sequences. "sequence_sum": each sequence's sum, then the mean over sequences.
+        denominator: the global number of tokens ("token_mean") or of sequences with a valid token (the others), when
+            this is a part of a larger batch; takes the place of the local number.
+
+    Returns:
+        A scalar; 0, still attached to the graph, when nothing is valid.
+    """
+    if mode not in get_args(Aggregation):
+        raise ValueError(f"mode: got {mode!r}, expected one of {get_args(Aggregation)}; choose one of them")
+    if denominator is not None and not float(denominator) > 0:
+        raise ValueError(
+            f"denominator: got {float(denominator)}, expected the positive count of the global batch; "
+            "skip a minibatch without valid tokens"
+        )
+    if mode == "token_mean":
+        total, count = masked_sum(per_token, mask), mask.bool().sum()
+    else:
+        if per_token.ndim != 2:
+            raise ValueError(f"{mode}: got shape {tuple(per_token.shape)}, expected (B, T); use token_mean for (B,)")
+        per_sequence = masked_mean if mode == "sequence_mean" else masked_sum
+        total, count = per_sequence(per_token, mask, dim=1).sum(), mask.bool().any(1).sum()
+    return total / (count.clamp(min=1) if denominator is None else denominator)
+
+
+def ppo_policy_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    response_mask: Tensor,
+    *,
+    clip_ratio: float,
+    clip_ratio_high: float | None = None,
+    dual_clip: float | None = None,
+    denominator: float | Tensor | None = None,
+) -> tuple[Tensor, Metrics]:
+    """Clipped surrogate (Schulman 2017, arXiv 1707.06347, eq. 7), with the dual clip of Ye 2020 (1912.09729, eq. 5).
+
+    Args:
+        logprobs, old_logprobs, advantages: (B, T); only `logprobs` gets a gradient.
+        response_mask: (B, T) bool.
+        clip_ratio: the ratio is clipped to [1 - clip_ratio, 1 + clip_ratio_high]; the latter defaults to the former.
+        dual_clip: bounds the loss of a negative advantage by -advantage * dual_clip; above 1, None switches it off.
+        denominator: global number of response tokens, when this is a micro-batch.
+
+    Returns:
+        The loss, and `clip_fraction`, `approx_kl` (k3 of KL(old || new)), `ratio_mean`, `ratio_max`.
+    """
+    _check_shapes(response_mask, logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages)
+    if dual_clip is not None and not dual_clip > 1:
+        raise ValueError(f"dual_clip: got {dual_clip}, expected above 1; 3.0 is customary, None switches it off")
+    log_ratio = zero_masked(logprobs, response_mask) - zero_masked(old_logprobs.detach(), response_mask)
+    log_ratio = log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+    advantages = zero_masked(advantages.detach(), response_mask)
+    ratio = log_ratio.exp()
+    high = clip_ratio if clip_ratio_high is None else clip_ratio_high
+
+    unclipped = -advantages * ratio
+    clipped = -advantages * ratio.clamp(1 - clip_ratio, 1 + high)
+    per_token = torch.maximum(unclipped, clipped)
+    if dual_clip is not None:
+        per_token = torch.where(advantages < 0, torch.minimum(per_token, -advantages * dual_clip), per_token)
+
+    def mean(x: Tensor) -> Tensor:
+        return aggregate(x, response_mask, mode="token_mean", denominator=denominator)
+
+    with torch.no_grad():
+        metrics = {
+            "clip_fraction": mean((clipped > unclipped).float()),
+            "approx_kl": mean(torch.expm1(log_ratio) - log_ratio),
+            "ratio_mean": mean(ratio),
+            "ratio_max": zero_masked(ratio, response_mask).max(),
+        }
+    return mean(per_token), metrics
+
+
+def ppo_value_loss(
+    values: Tensor,
+    old_values: Tensor,
+    returns: Tensor,
+    response_mask: Tensor,
+    *,
+    value_clip: float | None,
+    denominator: float | Tensor | None = None,
+) -> tuple[Tensor, Metrics]:
+    """Half the squared error to the returns, the larger of plain and clipped (Schulman 2017's implementation).
+
+    Args:
+        values, old_values, returns: (B, T), or any one shape; only `values` gets a gradient.
+        response_mask: that shape, bool.
+        value_clip: how far a value may move from `old_values` before the clipped error counts; None switches it off.
+        denominator: global number of response tokens, when this is a micro-batch.
+
+    Returns:
+        The loss, and `clip_fraction`, `squared_error` (without clip or factor).
+
+    Raises:
+        ValueError: shapes differ; (B,) against (B, 1) would broadcast to (B, B).
+    """
+    _check_shapes(response_mask, values=values, old_values=old_values, returns=returns)
+    values = zero_masked(values, response_mask)
+    old_values = zero_masked(old_values.detach(), response_mask)
+    returns = zero_masked(returns.detach(), response_mask)
+    error = (values - returns) ** 2
+    worst = error
+    if value_clip is not None:
+        clipped = old_values + (values - old_values).clamp(-value_clip, value_clip)
+        worst = torch.maximum(error, (clipped - returns) ** 2)
+
+    def mean(x: Tensor) -> Tensor:
+        return aggregate(x, response_mask, mode="token_mean", denominator=denominator)
+
+    with torch.no_grad():
+        metrics = {"clip_fraction": mean((worst > error).float()), "squared_error": mean(error)}
+    return 0.5 * mean(worst), metrics
+
+
+def reward_model_loss(
+    chosen_scores: Tensor,
+    rejected_scores: Tensor,
+    *,
+    margin: Tensor | None = None,
+    center_coef: float = 0.0,
+    denominator: float | Tensor | None = None,
+) -> tuple[Tensor, Metrics]:
+    """Bradley-Terry: -log sigmoid(chosen - rejected - margin) + center_coef * (chosen + rejected)^2.
+
+    The margin is Llama 2's (arXiv 2307.09288, section 3.2.2), the centring Eisenstein's (arXiv 2312.09244).
+
+    Args:
+        chosen_scores, rejected_scores: (P,), one pair per row.
+        margin: (P,), None for 0.
+        denominator: global number of pairs, when this is a micro-batch.
+
+    Returns:
+        The loss, and `accuracy` (a tie counts as wrong), `margin`, `chosen_score`, `rejected_score`.
+    """
+    every = torch.ones_like(chosen_scores, dtype=torch.bool)
+    margin = torch.zeros_like(chosen_scores) if margin is None else margin
+    _check_shapes(every, rejected_scores=rejected_scores, margin=margin)
+    chosen, rejected = zero_masked(chosen_scores, every), zero_masked(rejected_scores, every)
+    gap = chosen - rejected
+
+    def mean(x: Tensor) -> Tensor:
+        return aggregate(x, every, mode="token_mean", denominator=denominator)
+
+    loss = mean(-logsigmoid(gap - margin) + center_coef * (chosen + rejected) ** 2)
+    with torch.no_grad():
+        metrics = {
+            "accuracy": mean((gap > 0).float()),
+            "margin": mean(gap),
+            "chosen_score": mean(chosen),
+            "rejected_score": mean(rejected),
+        }
+    return loss, metrics
+
+
+def _check_shapes(mask: Tensor, **tensors: Tensor) -> None:
+    wrong = {name: tuple(tensor.shape) for name, tensor in tensors.items() if tensor.shape != mask.shape}
+    if wrong:
+        raise ValueError(f"shapes: got {wrong}, expected {tuple(mask.shape)}; squeeze or expand them to one shape")
