@@ -1,0 +1,65 @@
+# GNU make. `make` alone lists the targets.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test slow gpu check ray-up ray-down bench clean
+
+BIN := .venv/bin
+PYTHON ?= $(shell for name in python3.11 python3; do \
+	if $$name -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then echo $$name; break; fi; done)
+SEED ?= 1
+DEMO_FLAGS ?=
+TORCH ?= torch==2.13.0
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-10s %s\n", $$1, $$2 }'
+
+setup: .venv/.installed ## .venv with the project and what its checks need
+
+.venv/.installed: pyproject.toml
+	@$(or $(PYTHON),false) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+		echo "got $$($(or $(PYTHON),python3) --version 2>&1 || true), expected Python 3.11 or newer;" \
+			"install it, or run make PYTHON=/path/to/python3.11" >&2; exit 2; }
+	@echo "setting up .venv: a few minutes the first time"
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install -q "$(TORCH)" -e ".[dev]"
+	@touch $@
+
+demo: setup ## train a small model on medical questions with PPO, here, and compare before with after (SEED=1)
+	@echo "demo: PPO on a small language model with medical questions, seed $(SEED), on this machine; result in runs/demo-seed$(SEED)"
+	@$(BIN)/python recipes/ppo_medical.py --output-dir runs/demo-seed$(SEED) --run.seed $(SEED) $(DEMO_FLAGS)
+
+test: setup ## everything that needs no GPU and no patience
+	@$(BIN)/python -m pytest -q -m "not slow and not gpu"
+
+slow: setup ## faults and end-to-end runs: many minutes
+	@$(BIN)/python -m pytest -q -m "slow and not gpu"
+
+gpu: setup ## what needs a GPU
+	@$(BIN)/python -m pytest -q -m gpu
+
+check: setup ## lint, format, types, architecture
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/python -m pytest -q tests/test_architecture.py
+
+# Jobs run with the PATH and in the folder of `ray start`, so that `python recipes/...` is this checkout's.
+RAY_ENV := export RAY_AUTH_MODE=token PATH="$(CURDIR)/$(BIN):$$PATH" RAY_USAGE_STATS_ENABLED=0
+
+ray-up: setup ## start Ray on loopback, behind a token
+	@$(RAY_ENV); ray get-auth-token --generate >/dev/null
+	@$(RAY_ENV); ray start --head --node-ip-address 127.0.0.1 --dashboard-host 127.0.0.1 >/dev/null
+	@echo "Ray is up on 127.0.0.1, dashboard at http://127.0.0.1:8265. Submit a job with:"
+	@echo '  export RAY_AUTH_MODE=token PATH="$(CURDIR)/$(BIN):$$PATH"'
+	@echo "  ray job submit -- python recipes/ppo_medical.py"
+
+ray-down: setup ## stop every Ray of yours on this machine
+	@$(RAY_ENV); ray stop
+
+bench: setup ## time the parts that cost the most
+	@for file in benchmarks/*.py; do $(BIN)/python "$$file"; done
+
+clean: ## remove .venv and caches; runs/ stays
+	@rm -rf .venv .pytest_cache .mypy_cache .ruff_cache build dist *.egg-info
+	@find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
