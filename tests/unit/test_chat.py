@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
@@ -12,7 +14,6 @@ CORPUS = [
     "How is hypertension treated? With diet, exercise and ACE inhibitors such as lisinopril.",
     "system user assistant You are a helpful assistant. Good day. Hello <|im_end|> | im_end eot_id",
     "The patient should see a doctor.\n\nTake 500 mg twice daily.\n",
-    *["a\n\nb\n\n\nc"] * 20,  # so that line breaks merge, also across the seam of prompt and answer
 ]
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -35,13 +36,15 @@ DIALOGUE = [
 ]
 
 
-def build(special: list[str], template: str, *, adds_bos: bool = False, **roles: str) -> PreTrainedTokenizerFast:
+def build(
+    special: list[str], template: str, *, adds_bos: bool = False, corpus: Sequence[str] = CORPUS, **roles: str
+) -> PreTrainedTokenizerFast:
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     bpe.train_from_iterator(
-        CORPUS, trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
+        corpus, trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
     )
     bpe.add_special_tokens([AddedToken(name, normalized=False) for name in special])
     if adds_bos:
@@ -169,7 +172,8 @@ def test_the_answer_never_changes_the_prompt_ids():
 
 
 def test_a_token_that_would_straddle_the_seam_is_not_made():
-    tokenizer = chatml()
+    merging = [*CORPUS, *["a\n\nb\n\n\nc"] * 20]  # line breaks merge, also across the seam of prompt and answer
+    tokenizer = build(["<|im_start|>", "<|im_end|>"], CHATML, corpus=merging, eos_token="<|im_end|>")
     messages = [*DIALOGUE[:1], {"role": "assistant", "content": "\n\nYes."}]
     whole = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
     prompt_ids = chat.encode_prompt(tokenizer, DIALOGUE[:1])
