@@ -48,14 +48,17 @@ check: setup ## lint, format, types, architecture
 RAY_ENV := export RAY_AUTH_MODE=token PATH="$(CURDIR)/$(BIN):$$PATH" RAY_USAGE_STATS_ENABLED=0
 
 ray-up: setup ## start Ray on loopback, behind a token
-	@$(RAY_ENV); ray get-auth-token --generate >/dev/null
+	@$(RAY_ENV); if ray health-check --address 127.0.0.1:6379 >/dev/null 2>&1; then \
+		echo "got Ray running on 127.0.0.1:6379 already, expected none; use it, or run make ray-down first" >&2; exit 2; fi
+	@$(RAY_ENV); umask 077; ray get-auth-token --generate >/dev/null
 	@$(RAY_ENV); ray start --head --node-ip-address 127.0.0.1 --dashboard-host 127.0.0.1 >/dev/null
 	@echo "Ray is up on 127.0.0.1, dashboard at http://127.0.0.1:8265. Submit a job with:"
 	@echo '  export RAY_AUTH_MODE=token PATH="$(CURDIR)/$(BIN):$$PATH"'
 	@echo "  ray job submit -- python recipes/ppo_medical.py"
 
 ray-down: setup ## stop every Ray of yours on this machine
-	@$(RAY_ENV); ray stop
+	@$(RAY_ENV); ray stop >/dev/null
+	@echo "Ray is down."
 
 bench: setup ## time the parts that cost the most
 	@for file in benchmarks/*.py; do $(BIN)/python "$$file"; done
