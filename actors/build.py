@@ -35,13 +35,10 @@ class PpoRoles:
     rollout: RolloutHandle
 
 
-def ppo_actors(
-    config: PpoRunConfig, cluster: ClusterConfig, *, model_path: str, critic_path: str
-) -> dict[str, Actor]:
+def ppo_actors(config: PpoRunConfig, cluster: ClusterConfig, *, model_path: str, critic_path: str) -> dict[str, Actor]:
     """The five actors of a PPO run, not yet set up. `model_path` and `critic_path` are folders or hub names."""
     sequences = config.ppo.rollout_batch_size * config.ppo.num_samples_per_prompt
     updates = config.run.num_steps * config.ppo.ppo_epochs * (sequences // config.ppo.minibatch_size)
-    shared = {"model": config.model, "seed": config.run.seed}
     return {
         "policy": PolicyActor(
             model_path=model_path,
@@ -50,7 +47,8 @@ def ppo_actors(
             temperature=config.rollout.temperature,
             total_updates=updates,
             device=choose_device(cluster.policy.gpus_per_worker),
-            **shared,
+            model=config.model,
+            seed=config.run.seed,
         ),
         "critic": CriticActor(
             model_path=critic_path,
@@ -58,7 +56,8 @@ def ppo_actors(
             ppo=config.ppo,
             total_updates=updates,
             device=choose_device(cluster.critic.gpus_per_worker),
-            **shared,
+            model=config.model,
+            seed=config.run.seed,
         ),
         "reference": ReferenceActor(
             model_path=model_path,
@@ -77,7 +76,8 @@ def ppo_actors(
             model_path=model_path,
             rollout=config.rollout,
             device=choose_device(cluster.rollout.gpus_per_worker),
-            **shared,
+            model=config.model,
+            seed=config.run.seed,
         ),
     }
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from actors.policy import load_trained, make_engine, save_trained
+from actors.loading import load_trained, make_trainable, save_trained, scalar_model
 from actors.worker import Actor, UpdateOnce
-from alignment import adapters, checkpoint, models
+from alignment import checkpoint
 from alignment.config import CriticConfig, ModelConfig, PpoConfig
 from alignment.learners.ppo import CriticLearner
 from alignment.types import Experience, Rollout
@@ -36,29 +36,18 @@ class CriticActor(Actor):
         self._once = UpdateOnce()
 
     def setup(self, peers: Mapping[str, Actor]) -> None:
-        self.model = models.load_scalar_model(
-            self.model_path,
-            dtype=models.DTYPES[self.model_config.dtype],
-            attention=self.model_config.attention,
-            revision=self.model_config.revision,
-            device=self.device,
-            head="zeros",
+        self.model = scalar_model(self.model_path, self.model_config, self.device, head="zeros")
+        engine = make_trainable(
+            self.model,
+            adapter=self.config.adapter,
+            optimizer=self.config.optimizer,
+            total_updates=self.total_updates,
+            seed=self.seed,
+            gradient_checkpointing=self.model_config.gradient_checkpointing,
         )
-        lora = self.config.adapter
-        if lora.r:
-            adapters.attach_lora(
-                self.model.model,
-                r=lora.r,
-                alpha=lora.alpha,
-                target_modules=lora.target_modules,
-                last_layers=lora.last_layers,
-                seed=self.seed,
-            )
-        if self.model_config.gradient_checkpointing:
-            models.enable_gradient_checkpointing(self.model)
         self.learner = CriticLearner(
             self.model,
-            make_engine(self.model, self.config, self.total_updates),
+            engine,
             minibatch_size=self.ppo.minibatch_size,
             micro_batch_size=self.config.micro_batch_size,
             ppo_epochs=self.ppo.ppo_epochs,
@@ -76,7 +65,7 @@ class CriticActor(Actor):
         return self._once(step, lambda: self.learner.update(experience, step=step))
 
     def save(self, folder: Path) -> None:
-        save_trained(self.model, folder, self.model_path, None)
+        save_trained(self.model, folder, self.model_path)
         checkpoint.save_state(folder / "learner.pt", self.learner.state_dict())
 
     def load(self, folder: Path) -> None:

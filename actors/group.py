@@ -65,8 +65,8 @@ class ActorGroup:
         self.roles, self.num_workers = tuple(actors), num_workers
         # The class name is what `ray list actors` and the logs show: the roles, not "Host".
         name = "_".join(type(actor).__name__ for actor in actors.values())
-        remote = ray.remote(type(name, (Host,), {"__module__": Host.__module__}))
-        self.workers = []
+        remote: Any = ray.remote(type(name, (Host,), {"__module__": Host.__module__}))
+        self.workers: list[Any] = []
         for rank in range(num_workers):
             strategy = (
                 PlacementGroupSchedulingStrategy(placement, placement_group_bundle_index=bundles[rank])

@@ -59,8 +59,8 @@ class PolicyHandle(Handle):
     def check(self, experience: Experience) -> Pending[dict[str, float]]:
         return self.group.call(self.role, "check", experience)
 
-    def send_weights(self, rollout: RolloutHandle, *, version: int) -> Pending[int]:
-        """Make `rollout` sample from this policy. The bytes go from process to process, not through the caller."""
+    def send_weights(self, rollout: Any, *, version: int) -> Pending[int]:
+        """Make `rollout`, a RolloutHandle, sample from this policy. The bytes do not pass through the caller."""
         if rollout.group is self.group:
             return rollout.group.call(rollout.role, "follow", version=version)
         update = self.group.put(self.role, "export_weights", version=version)

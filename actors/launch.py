@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import sys
 from collections.abc import Iterator, Mapping
@@ -19,7 +20,7 @@ def local_groups(actors: Mapping[str, Actor], cluster: ClusterConfig) -> Iterato
     """Every role in this process; roles that the cluster YAML colocates share weights here too."""
     by_role: dict[str, Group] = {}
     for plan in plan_processes(cluster, tuple(actors)):
-        group = LocalGroup({role: actors[role] for role in plan.roles}, threads=plan.threads)
+        group: Group = LocalGroup({role: actors[role] for role in plan.roles}, threads=plan.threads)
         by_role |= dict.fromkeys(plan.roles, group)
     for group in dict.fromkeys(by_role.values()):
         group.start().result()
@@ -80,7 +81,7 @@ def connect() -> bool:
     # A worker imports our packages by the driver's path; bytecode and hub look-ups are no business of theirs.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     try:
-        ray.init(address="auto", log_to_driver=True, logging_level="warning")
+        ray.init(address="auto", log_to_driver=True, logging_level=logging.WARNING)
         print("joined the running Ray cluster", file=sys.stderr, flush=True)
         return False
     except ConnectionError:
@@ -89,6 +90,6 @@ def connect() -> bool:
             include_dashboard=False,
             _node_ip_address="127.0.0.1",
             log_to_driver=True,
-            logging_level="warning",
+            logging_level=logging.WARNING,
         )
         return True

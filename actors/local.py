@@ -47,5 +47,3 @@ class LocalGroup:
 
 def _values(args: Sequence[Any]) -> list[Any]:
     return [arg.value if isinstance(arg, Done) else arg for arg in args]
-
-

@@ -7,12 +7,12 @@ from pathlib import Path
 
 from torch import Tensor
 
+from actors.loading import causal_model, load_trained, make_trainable, save_trained
 from actors.weight_sync import WeightUpdate, pack_weights
 from actors.worker import Actor, UpdateOnce
-from alignment import adapters, checkpoint, models
+from alignment import adapters, checkpoint
 from alignment.config import ModelConfig, PolicyConfig, PpoConfig
 from alignment.data.chat import load_tokenizer
-from alignment.engines.torch import TorchEngine
 from alignment.learners.ppo import PolicyLearner
 from alignment.schedules import KlAdaptiveRate
 from alignment.types import Experience, Rollout
@@ -40,29 +40,19 @@ class PolicyActor(Actor):
         self._once = UpdateOnce()
 
     def setup(self, peers: Mapping[str, Actor]) -> None:
-        self.model = models.load_causal_lm(
-            self.model_path,
-            dtype=models.DTYPES[self.model_config.dtype],
-            attention=self.model_config.attention,
-            revision=self.model_config.revision,
-            device=self.device,
-        )
-        lora = self.config.adapter
-        if lora.r:
-            adapters.attach_lora(
-                self.model.model,
-                r=lora.r,
-                alpha=lora.alpha,
-                target_modules=lora.target_modules,
-                last_layers=lora.last_layers,
-                seed=self.seed,
-            )
-        if self.model_config.gradient_checkpointing:
-            models.enable_gradient_checkpointing(self.model)
         optimizer = self.config.optimizer
+        self.model = causal_model(self.model_path, self.model_config, self.device)
+        engine = make_trainable(
+            self.model,
+            adapter=self.config.adapter,
+            optimizer=optimizer,
+            total_updates=self.total_updates,
+            seed=self.seed,
+            gradient_checkpointing=self.model_config.gradient_checkpointing,
+        )
         self.learner = PolicyLearner(
             self.model,
-            make_engine(self.model, self.config, self.total_updates),
+            engine,
             temperature=self.temperature,
             minibatch_size=self.ppo.minibatch_size,
             micro_batch_size=self.config.micro_batch_size,
@@ -107,38 +97,3 @@ class PolicyActor(Actor):
         adapters.export_merged(self.model.model, folder, load_tokenizer(self.model_path))
         if adapters.has_adapter(self.model.model):
             adapters.save_adapter(self.model.model, folder / "adapter", base=self.model_path)
-
-
-def make_engine(model: models.HfModel, config: PolicyConfig, total_updates: int) -> TorchEngine:
-    """Unpack an optimiser config; any stage config with `.optimizer` fits."""
-    optimizer = config.optimizer
-    return TorchEngine(
-        model.named_parameters(),
-        lr=optimizer.lr,
-        total_updates=total_updates,
-        betas=optimizer.betas,
-        eps=optimizer.eps,
-        weight_decay=optimizer.weight_decay,
-        warmup_ratio=optimizer.warmup_ratio,
-        decay=optimizer.decay,
-        min_lr_ratio=optimizer.min_lr_ratio,
-        max_grad_norm=optimizer.max_grad_norm,
-    )
-
-
-def save_trained(model: models.HfModel, folder: Path, base: str, tokenizer: object | None) -> None:
-    """The trained part: an adapter in peft's format, or the whole model in Hugging Face's."""
-    if adapters.has_adapter(model.model):
-        adapters.save_adapter(model.model, folder, base=base)
-    else:
-        models.save_model(model, folder, tokenizer)
-
-
-def load_trained(model: models.HfModel, folder: Path) -> None:
-    """Put back what `save_trained` wrote, bit for bit."""
-    if adapters.has_adapter(model.model):
-        adapters.load_adapter(model.model, folder)
-    else:
-        models.load_weights(model, folder)
-
-

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from actors.loading import causal_model
 from actors.policy import PolicyActor
 from actors.worker import Actor
 from alignment import adapters, models
@@ -32,17 +33,8 @@ class ReferenceActor(Actor):
         if isinstance(policy, PolicyActor) and policy.config.adapter.r:
             self.model, self.shared = policy.model, True
             return
-        self.model, self.shared = (
-            models.load_causal_lm(
-                self.model_path,
-                dtype=models.DTYPES[self.model_config.dtype],
-                attention=self.model_config.attention,
-                revision=self.model_config.revision,
-                device=self.device,
-            ),
-            False,
-        )
-        self.model.requires_grad_(False)
+        self.model = causal_model(self.model_path, self.model_config, self.device, frozen=True)
+        self.shared = False
 
     def logprobs(self, rollouts: Sequence[Rollout]) -> list[Tensor]:
         """Per rollout (R_i,) float32."""

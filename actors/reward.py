@@ -6,10 +6,11 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from actors.loading import scalar_model
 from actors.worker import Actor
 from alignment import models
 from alignment.config import ModelConfig, RewardConfig
-from alignment.data.chat import encode_conversation, load_tokenizer
+from alignment.data.chat import encode_conversation, eos_ids_of_model, load_tokenizer
 from alignment.learners.reward_model import score_sequences
 from alignment.types import Rollout, Score
 from rewards.base import RewardFunction, combine, load_function
@@ -34,14 +35,8 @@ class RewardModelActor(Actor):
             return
         self.weights["reward_model"] = self.config.model_weight
         self.tokenizer = load_tokenizer(self.config.model)
-        self.model = models.load_scalar_model(
-            self.config.model,
-            dtype=models.DTYPES[self.model_config.dtype],
-            attention=self.model_config.attention,
-            device=self.device,
-            head="require",
-        )
-        self.model.requires_grad_(False)
+        self.eos_ids = eos_ids_of_model(self.tokenizer, self.config.model)
+        self.model = scalar_model(self.config.model, self.model_config, self.device, head="require", frozen=True)
         statistics = Path(self.config.model) / STATISTICS_FILE
         if self.config.standardize_model and statistics.is_file():
             saved = json.loads(statistics.read_text(encoding="utf-8"))
@@ -58,9 +53,7 @@ class RewardModelActor(Actor):
         for name, function in self.functions.items():
             parts[name] = function(prompts, responses, **columns)
         totals, breakdowns = combine(parts, self.weights, num_responses=len(rollouts))
-        return [
-            Score(total=total, parts=breakdown) for total, breakdown in zip(totals, breakdowns, strict=True)
-        ]
+        return [Score(total=total, parts=breakdown) for total, breakdown in zip(totals, breakdowns, strict=True)]
 
     def _model_scores(self, rollouts: Sequence[Rollout]) -> list[float | None]:
         """The answer is read as a finished turn, end token included, exactly as the training pairs were.
@@ -70,7 +63,9 @@ class RewardModelActor(Actor):
         assert self.model is not None
         sequences = [
             encode_conversation(
-                self.tokenizer, [*rollout.prompt.messages, {"role": "assistant", "content": rollout.response}]
+                self.tokenizer,
+                [*rollout.prompt.messages, {"role": "assistant", "content": rollout.response}],
+                eos_ids=self.eos_ids,
             )[0]
             for rollout in rollouts
         ]

@@ -7,10 +7,10 @@ import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from actors.policy import load_trained, make_engine, save_trained
+from actors.loading import load_trained, make_trainable, save_trained, scalar_model
 from actors.reward import STATISTICS_FILE
 from actors.worker import Actor, UpdateOnce
-from alignment import adapters, checkpoint, models
+from alignment import adapters, checkpoint
 from alignment.config import ModelConfig, RewardModelTrainingConfig
 from alignment.data.chat import load_tokenizer
 from alignment.learners.reward_model import RewardModelLearner
@@ -37,28 +37,18 @@ class RewardTrainingActor(Actor):
         self._once = UpdateOnce()
 
     def setup(self, peers: Mapping[str, Actor]) -> None:
-        self.model = models.load_scalar_model(
-            self.model_path,
-            dtype=models.DTYPES[self.model_config.dtype],
-            attention=self.model_config.attention,
-            revision=self.model_config.revision,
-            device=self.device,
-            head="random",
+        self.model = scalar_model(self.model_path, self.model_config, self.device, head="random", seed=self.seed)
+        engine = make_trainable(
+            self.model,
+            adapter=self.config.adapter,
+            optimizer=self.config.optimizer,
+            total_updates=self.total_updates,
             seed=self.seed,
+            gradient_checkpointing=self.model_config.gradient_checkpointing,
         )
-        lora = self.config.adapter
-        if lora.r:
-            adapters.attach_lora(
-                self.model.model,
-                r=lora.r,
-                alpha=lora.alpha,
-                target_modules=lora.target_modules,
-                last_layers=lora.last_layers,
-                seed=self.seed,
-            )
         self.learner = RewardModelLearner(
             self.model,
-            make_engine(self.model, self.config, self.total_updates),
+            engine,
             micro_batch_size=self.config.micro_batch_size,
             center_coef=self.config.center_coef,
             device=self.device,
@@ -74,7 +64,7 @@ class RewardTrainingActor(Actor):
         return list(zip(chosen, rejected, strict=True))
 
     def save(self, folder: Path) -> None:
-        save_trained(self.model, folder, self.model_path, None)
+        save_trained(self.model, folder, self.model_path)
         checkpoint.save_state(folder / "learner.pt", self.learner.state_dict())
 
     def load(self, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""The sampler. One engine here: transformers, embedded; its own copy of the weights, or the policy's when colocated."""
+"""The sampler: transformers, embedded, with a copy of the weights of its own, or the policy's when colocated."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from actors.loading import causal_model
 from actors.policy import PolicyActor
 from actors.weight_sync import WeightUpdate, unpack_weights
 from actors.worker import Actor
-from alignment import models
 from alignment.config import ModelConfig, RolloutConfig
-from alignment.data.chat import decode, eos_token_ids, load_tokenizer
+from alignment.data.chat import decode, eos_ids_of_model, load_tokenizer
 from alignment.generation import generate, sampling_seed
 from alignment.types import Prompt, Rollout
 
@@ -35,16 +35,9 @@ class RolloutActor(Actor):
         if isinstance(policy, PolicyActor):
             self.model = policy.model
         else:
-            self.model = models.load_causal_lm(
-                self.model_path,
-                dtype=models.DTYPES[self.model_config.dtype],
-                attention=self.model_config.attention,
-                revision=self.model_config.revision,
-                device=self.device,
-            )
-            self.model.requires_grad_(False)
+            self.model = causal_model(self.model_path, self.model_config, self.device, frozen=True)
         self.tokenizer = load_tokenizer(self.model_path)
-        self.stop_ids = frozenset(eos_token_ids(self.tokenizer, self.model.model.generation_config)) | {
+        self.stop_ids = eos_ids_of_model(self.tokenizer, self.model_path, self.model_config.revision) | {
             _single_token(self.tokenizer, stop) for stop in self.config.stop
         }
 

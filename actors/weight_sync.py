@@ -69,5 +69,5 @@ def digest(names: Iterable[str], shapes: Iterable[tuple[int, ...]], buffers: Ite
     total = hashlib.sha256()
     for name, shape, buffer in zip(names, shapes, buffers, strict=True):
         total.update(f"{name}{shape}".encode())
-        total.update(memoryview(buffer))
+        total.update(buffer.data)
     return total.hexdigest()

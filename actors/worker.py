@@ -29,7 +29,7 @@ class Actor:
 
     @classmethod
     def remote(cls, *args: Any, num_cpus: float = 1, num_gpus: float = 0, **kwargs: Any) -> Any:
-        """A Ray actor of this role for a user's own script: `PolicyActor.remote(...)`; call `.setup.remote({})` first."""
+        """A Ray actor of this role for a script of one's own; call its `.setup.remote({})` first."""
         import ray
 
         return ray.remote(num_cpus=num_cpus, num_gpus=num_gpus)(cls).remote(*args, **kwargs)

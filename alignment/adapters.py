@@ -30,7 +30,13 @@ def attach_lora(
 
     names = _target_names(model, target_modules, last_layers)
     conv = any(isinstance(model.get_submodule(name), Conv1D) for name in names)
-    config = LoraConfig(r=r, lora_alpha=alpha, lora_dropout=0.0, target_modules=names, fan_in_fan_out=conv)
+    config = LoraConfig(
+        r=r,
+        lora_alpha=alpha,  # type: ignore[arg-type]  # any float
+        lora_dropout=0.0,
+        target_modules=names,
+        fan_in_fan_out=conv,
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         inject_adapter_in_model(config, model)
@@ -103,6 +109,8 @@ def save_adapter(model: Any, folder: Path, *, base: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     config = model.peft_config["default"]
     config.base_model_name_or_path, config.inference_mode = base, True
+    # A set, whose order would differ from process to process.
+    config.target_modules = sorted(config.target_modules)
     config.save_pretrained(str(folder))
     config.inference_mode = False
     tensors = {_peft_name(name): tensor.contiguous() for name, tensor in trained_state(model).items()}

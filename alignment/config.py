@@ -429,8 +429,12 @@ class ClusterConfig(Config):
         named = [role for group in self.colocate for role in group]
         unknown = sorted(set(named) - set(ROLES))
         if unknown or len(named) != len(set(named)):
-            raise ValueError(f"colocate: got {self.colocate}, expected each of {ROLES} at most once; correct the groups")
+            raise ValueError(
+                f"colocate: got {self.colocate}, expected each of {ROLES} at most once; correct the groups"
+            )
         for group in self.colocate:
             if len({getattr(self, role).num_workers for role in group}) > 1:
-                raise ValueError(f"colocate: got different numbers of workers in {group}, expected one number; align them")
+                raise ValueError(
+                    f"colocate: got different numbers of workers in {group}, expected one number; align them"
+                )
         return self

@@ -20,7 +20,7 @@ def align(rollouts: Sequence[Rollout], per_response: Sequence[Tensor], length: i
     for rollout, numbers in zip(rollouts, per_response, strict=True):
         if len(numbers) != len(rollout.response_ids):
             raise ValueError(
-                f"per-token numbers: got {len(numbers)}, expected {len(rollout.response_ids)}, one per response token; "
+                f"per-token numbers: got {len(numbers)}, expected {len(rollout.response_ids)}; "
                 "return one number per sampled token"
             )
         rows.append(torch.cat([numbers.new_zeros(len(rollout.prompt.prompt_ids)), numbers]).float())

@@ -84,7 +84,10 @@ class _Batch:
         self.mask = torch.arange(longest, device=device) >= (longest - lengths).unsqueeze(1)
         self.next_position = lengths.unsqueeze(1)
         self.uniform = torch.stack(
-            [torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(s), dtype=torch.float64) for s in seeds]
+            [
+                torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(s), dtype=torch.float64)
+                for s in seeds
+            ]
         ).to(device)
         self.rows = torch.arange(len(prompts), device=device)
         self.ids: list[list[int]] = [[] for _ in prompts]

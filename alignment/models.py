@@ -11,7 +11,7 @@ import json
 import math
 import os
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from safetensors.torch import load_file
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from alignment.logprobs import selected_logprobs
 
+HeadStart = Literal["require", "zeros", "random"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -45,6 +46,9 @@ def positions(attention_mask: Tensor) -> Tensor:
 class HfModel(nn.Module):
     """A transformers model behind `hidden` and `head`; the weights stay in `model` for saving and adapters."""
 
+    model: Any
+    _head: nn.Module
+
     def __init__(self, model: Any, head: nn.Module) -> None:
         super().__init__()
         self.model = model
@@ -61,7 +65,8 @@ class HfModel(nn.Module):
 
     def head(self, hidden: Tensor) -> Tensor:
         """(..., d) -> (..., V), or (..., 1) for a scalar model."""
-        return self._head(hidden)
+        result: Tensor = self._head(hidden)
+        return result
 
     @property
     def device(self) -> torch.device:
@@ -138,7 +143,7 @@ def load_causal_lm(
 
     device = torch.device(device)
     implementation, _ = choose_attention(attention, dtype=dtype, device=device)
-    model = AutoModelForCausalLM.from_pretrained(
+    model: Any = AutoModelForCausalLM.from_pretrained(
         path, dtype=dtype, attn_implementation=implementation, revision=revision
     )
     _refuse_transformed_logits(model, path)
@@ -165,7 +170,7 @@ def load_scalar_model(
     attention: str = "auto",
     revision: str | None = None,
     device: torch.device | str = "cpu",
-    head: str = "require",
+    head: HeadStart = "require",
     seed: int = 0,
 ) -> HfModel:
     """A backbone with a scalar head (`score`, no bias), as transformers' sequence classification stores it.
@@ -205,7 +210,9 @@ def check_scalar_head(path: str) -> None:
     if not os.path.isdir(path):
         return
     if not config_file.is_file():
-        raise ValueError(f"reward model: got {path!r} without config.json, expected a Hugging Face folder; check the path")
+        raise ValueError(
+            f"reward model: got {path!r} without config.json, expected a Hugging Face folder; check the path"
+        )
     config = json.loads(config_file.read_text(encoding="utf-8"))
     architectures = config.get("architectures") or []
     if not any("SequenceClassification" in name for name in architectures):

@@ -165,7 +165,8 @@ def open_run_directory(job: Job[Any]) -> tuple[RunDirectory, Path | None]:
         changes = diff_configs(read_yaml(saved), job.config.model_dump(mode="json"))
         if changes:
             raise ValueError(
-                f"--resume: got a config that differs from the run in {job.output_dir}:\n  " + "\n  ".join(changes)
+                f"--resume: got a config that differs from the run in {job.output_dir}:\n  "
+                + "\n  ".join(changes)
                 + "\nexpected the same config; undo the change, or choose another --output-dir"
             )
     else:
@@ -236,7 +237,9 @@ def train_first(job: Job[Any], recipe: Callable[[list[str]], int], output_dir: P
             raise RuntimeError(f"{output_dir}: the upstream recipe ended with exit code {code}; see above")
 
 
-def make_run(run_class: Any, directory: RunDirectory, run: Any, *, model_path: str, eos_is_trained: bool = True) -> Any:
+def make_run(
+    run_class: Any, directory: RunDirectory, run: Any, *, model_path: str, eos_is_trained: bool = True
+) -> Any:
     """Unpack a RunConfig."""
     import torch
     import transformers
@@ -275,7 +278,9 @@ def write_summary(job: Job[Any], directory: RunDirectory, held_out: Mapping[str,
     lines = [f"{'held-out':<34} {'before':>8} {'after':>8} {'gain, 95% interval':>24}"]
     for name, row in held_out.items():
         low, high = row["gain_ci95"]
-        lines.append(f"{name:<34} {row['before']:>8.3f} {row['after']:>8.3f} {low:>+13.3f} .. {high:+.3f}  n={row['n']}")
+        lines.append(
+            f"{name:<34} {row['before']:>8.3f} {row['after']:>8.3f} {low:>+13.3f} .. {high:+.3f}  n={row['n']}"
+        )
     if kl := extra.get("kl"):
         lines.append(f"KL to the reference: {kl['value']:.2f} nats per answer, limit {kl['limit']}")
     print("\n".join(lines))

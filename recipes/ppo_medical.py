@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from actors.build import ppo_actors, ppo_roles
 from alignment.config import PpoRunConfig
-from alignment.data.chat import eos_is_trained, load_tokenizer
+from alignment.data.chat import eos_ids_of_model, eos_is_trained, load_tokenizer
 from alignment.data.model_assets import resolve_model
 from alignment.data.prompts import load_prompts
 from alignment.loops.evaluation import HeldOut, answer_table, compare, evaluate
@@ -45,15 +45,15 @@ def train(job: common.Job[PpoRunConfig]) -> None:
     actors = ppo_actors(config, job.cluster, model_path=model_path, critic_path=critic_path)
     with job.groups(actors) as groups:
         roles = ppo_roles(groups)
-        run = common.make_run(
-            Run, directory, config.run, model_path=model_path, eos_is_trained=eos_is_trained(tokenizer)
-        )
+        trained = eos_is_trained(tokenizer, eos_ids=eos_ids_of_model(tokenizer, model_path, config.model.revision))
+        run = common.make_run(Run, directory, config.run, model_path=model_path, eos_is_trained=trained)
         state = PpoState.start(config)
         if resume_from:
             state.load_state_dict(run.restore(resume_from, {"policy": roles.policy, "critic": roles.critic}))
             roles.policy.send_weights(roles.rollout, version=state.step).result()
 
         def answer_held_out() -> HeldOut:
+            run.progress.message(f"answering {len(prompts.held_out)} held-out prompts with policy {state.step}")
             return evaluate(
                 prompts.held_out,
                 policy=roles.policy,

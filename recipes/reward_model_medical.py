@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from actors.build import reward_training_actors, reward_training_role
 from actors.reward_training import write_statistics
 from alignment.config import RewardModelRunConfig
-from alignment.data.chat import load_tokenizer
+from alignment.data.chat import eos_ids_of_model, load_tokenizer
 from alignment.data.model_assets import resolve_model
 from alignment.data.preferences import load_preference_pairs
 from alignment.loops.offline import pair_report, train_reward_model
@@ -27,7 +27,9 @@ def train(job: common.Job[RewardModelRunConfig]) -> None:
     model_path = resolve_model(config.model.path)
     tokenizer = load_tokenizer(model_path, config.model.revision)
     num_parameters = common.check_model(model_path, tokenizer)
-    pairs = load_preference_pairs(config.data, tokenizer)
+    pairs = load_preference_pairs(
+        config.data, tokenizer, eos_ids=eos_ids_of_model(tokenizer, model_path, config.model.revision)
+    )
     common.check_machines(job)
     if job.dry_run:
         print(common.reward_model_plan(job, num_parameters, len(pairs.train), len(pairs.held_out)))
@@ -45,7 +47,9 @@ def train(job: common.Job[RewardModelRunConfig]) -> None:
         role.export(directory.final).result()
         # Standardised on real answers of both kinds, so that a score of 1 means one deviation better than these.
         write_statistics(directory.final, [score for pair in scores for score in pair])
-        common.write_summary(job, directory, {"accuracy": common.compare_items(before, pair_report(scores), config.run.seed)})
+        common.write_summary(
+            job, directory, {"accuracy": common.compare_items(before, pair_report(scores), config.run.seed)}
+        )
         run.close()
 
 

@@ -61,6 +61,17 @@ def eos_token_ids(tokenizer: PreTrainedTokenizerBase, config: Any = None) -> fro
     return frozenset([*more, own] if own is not None else more)
 
 
+def eos_ids_of_model(tokenizer: PreTrainedTokenizerBase, path: str, revision: str | None = None) -> frozenset[int]:
+    """`eos_token_ids` of a model folder or hub name: its generation config where it has one, else its config."""
+    from transformers import AutoConfig, GenerationConfig
+
+    try:
+        config: Any = GenerationConfig.from_pretrained(path, revision=revision or "main")
+    except OSError:
+        config = AutoConfig.from_pretrained(path, revision=revision)
+    return eos_token_ids(tokenizer, config)
+
+
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
     """Refuse a tokenizer with ids beyond the model's embedding rows.
 

@@ -12,7 +12,7 @@ from alignment.schedules import lr_factor
 
 
 class TorchEngine:
-    """AdamW with warm-up, decay and clipping. The learner calls `backward` per micro-batch and `step` per minibatch."""
+    """AdamW with warm-up, decay and clipping: `backward` per micro-batch, `step` per minibatch."""
 
     def __init__(
         self,

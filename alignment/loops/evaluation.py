@@ -77,7 +77,7 @@ def evaluate(
 
 
 def compare(before: HeldOut, after: HeldOut, *, seed: int) -> dict[str, dict[str, Any]]:
-    """`{metric: {before, after, n, gain_ci95, higher_is_better}}` over the items that both states have a number for."""
+    """`{metric: {before, after, n, gain_ci95, higher_is_better}}` over the items that both have a number for."""
     table: dict[str, dict[str, Any]] = {}
     for name in before.answers[0].scores:
         pairs = [

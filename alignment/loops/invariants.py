@@ -31,7 +31,7 @@ TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2, "float16": 2e-2}
 def check_first_step(
     config: PpoRunConfig, check: Mapping[str, float], metrics: Mapping[str, float], eos_is_trained: bool
 ) -> list[Invariant]:
-    """The table of the first step. `check` is the first update's metrics, not yet made; `metrics` the step's so far."""
+    """The table of the first step. `check`: the first update's metrics, before it is made; `metrics`: the step's."""
     tolerance = TOLERANCE[config.model.dtype]
     return [
         Invariant(

@@ -21,9 +21,7 @@ class RewardTrainer(Saves, Protocol):
     def score_pairs(self, pairs: Sequence[PreferencePair]) -> Pending[list[tuple[float, float]]]: ...
 
 
-def pairs_for_step(
-    pairs: Sequence[PreferencePair], step: int, *, batch_size: int, seed: int
-) -> list[PreferencePair]:
+def pairs_for_step(pairs: Sequence[PreferencePair], step: int, *, batch_size: int, seed: int) -> list[PreferencePair]:
     """The batch of a step, a pure function of it: epochs are permutations and a batch may span two of them."""
     first = step * batch_size
     picked: list[PreferencePair] = []

@@ -1,4 +1,4 @@
-"""Online loops. `train_ppo` is PPO with a critic; a different schedule is a sibling function, not a flag in this one."""
+"""PPO with a critic. Another schedule is a sibling function, not a flag in this one."""
 
 from __future__ import annotations
 
@@ -62,9 +62,7 @@ def train_ppo(
         log = run.begin_step(step)
         batch = prompts_for_step(prompts, step, batch_size=config.ppo.rollout_batch_size, seed=config.run.seed)
         with log.phase("generate"):
-            rollouts = rollout.generate(
-                batch, step=step, num_samples=config.ppo.num_samples_per_prompt
-            ).result()
+            rollouts = rollout.generate(batch, step=step, num_samples=config.ppo.num_samples_per_prompt).result()
 
         with log.phase("score"):  # four forwards side by side
             scoring, old = reward.score(rollouts), policy.logprobs(rollouts)

@@ -1,4 +1,4 @@
-"""One run on disk and on the screen: metrics, rollouts, checkpoints, progress. The loops call it; it knows no maths."""
+"""One run on disk and on the screen: metrics, rollouts, checkpoints, progress. It knows no maths."""
 
 from __future__ import annotations
 
@@ -66,7 +66,9 @@ class Run:
         self.progress.message(table(invariants))
         failed = [item.name for item in invariants if not item.holds]
         if failed:
-            raise RuntimeError(f"invariants: got {failed} broken, expected all to hold before the first update; see above")
+            raise RuntimeError(
+                f"invariants: got {failed} broken, expected all to hold before the first update; see above"
+            )
 
     def finish_step(self, log: StepLog, rollouts: Sequence[Rollout] = (), scores: Sequence[Score] = ()) -> None:
         """Write the step's metrics and samples, then its line on the screen."""

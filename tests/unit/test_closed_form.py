@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 
-import pytest
 import torch
 from torch import nn
 
@@ -184,7 +183,10 @@ def pad_and_learn(experience, columns=2):
         response_mask=wider(experience.response_mask, ones),
         old_logprobs=wider(experience.old_logprobs, padding),
         advantages=wider(experience.advantages, 0.5 * ones),
-        **{name: wider(getattr(experience, name), 0 * ones) for name in ("ref_logprobs", "rewards", "old_values", "returns")},
+        **{
+            name: wider(getattr(experience, name), 0 * ones)
+            for name in ("ref_logprobs", "rewards", "old_values", "returns")
+        },
     )
 
 
@@ -211,7 +213,9 @@ def test_clip_sides_swapped_is_seen(monkeypatch):
     def swapped(logprobs, old_logprobs, advantages, mask, *, clip_ratio, denominator, **_):
         ratio = (logprobs - old_logprobs).exp()
         other_bounds = torch.minimum(torch.maximum(ratio, torch.tensor(1 + clip_ratio)), torch.tensor(1 - clip_ratio))
-        loss = torch.where(mask, torch.maximum(-advantages * ratio, -advantages * other_bounds), 0.0).sum() / denominator
+        loss = (
+            torch.where(mask, torch.maximum(-advantages * ratio, -advantages * other_bounds), 0.0).sum() / denominator
+        )
         _, metrics = original(logprobs, old_logprobs, advantages, mask, clip_ratio=clip_ratio, denominator=denominator)
         return loss, metrics
 

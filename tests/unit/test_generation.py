@@ -77,7 +77,13 @@ def test_frequencies_follow_the_distribution(tiny):
     model = models.load_causal_lm(str(tiny / "policy"))
     count = 4000
     samples = generate(
-        model, [[5, 9]] * count, list(range(count)), max_new_tokens=1, temperature=1.0, stop_ids=frozenset(), max_batch=500
+        model,
+        [[5, 9]] * count,
+        list(range(count)),
+        max_new_tokens=1,
+        temperature=1.0,
+        stop_ids=frozenset(),
+        max_batch=500,
     )
     with torch.no_grad():
         expected = model.model(input_ids=torch.tensor([[5, 9]])).logits[0, -1].softmax(-1)

@@ -34,7 +34,8 @@ def test_chunked_logprobs_equal_the_models_own_logits(any_model_folder):
         whole = token_logprobs(model.model(input_ids=ids, attention_mask=mask.long()).logits, ids, temperature=0.7)
     torch.testing.assert_close(got[response], whole[response], rtol=1e-5, atol=1e-5)
     assert (got[~response] == 0).all()
-    assert entropy is not None and (entropy[response] > 0).all()
+    assert entropy is not None
+    assert (entropy[response] > 0).all()
 
 
 @pytest.mark.parametrize("garbage", [0, 2, 10**6])
@@ -46,7 +47,9 @@ def test_padding_side_width_and_content_change_nothing(any_model_folder, garbage
     with torch.no_grad():
         tight = models.response_logprobs(model, ids, mask, response, temperature=1.0)[0][response]
         right = models.response_logprobs(model, wide, wide_mask, wide_response, temperature=1.0)[0][wide_response]
-        padded_left = models.response_logprobs(model, left, left_mask, left_response, temperature=1.0)[0][left_response]
+        padded_left = models.response_logprobs(model, left, left_mask, left_response, temperature=1.0)[0][
+            left_response
+        ]
     torch.testing.assert_close(tight, right, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(tight, padded_left, rtol=1e-5, atol=1e-5)
 
@@ -86,7 +89,9 @@ def test_score_is_read_at_the_last_attended_token_whatever_the_padding(tiny):
     left, left_mask, _ = batch_of([7, 4, 5], [2, 2, 2], 11, left=True, garbage=2)
     with torch.no_grad():
         scores = models.sequence_scores(model, ids, mask)
-        alone = torch.cat([models.sequence_scores(model, ids[i : i + 1, :n], mask[i : i + 1, :n]) for i, n in enumerate([7, 4, 5])])
+        alone = torch.cat(
+            [models.sequence_scores(model, ids[i : i + 1, :n], mask[i : i + 1, :n]) for i, n in enumerate([7, 4, 5])]
+        )
         torch.testing.assert_close(scores, alone, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(scores, models.sequence_scores(model, left, left_mask), rtol=1e-5, atol=1e-5)
         # transformers reads the same head, one row at a time.
@@ -160,7 +165,8 @@ def test_adapter_off_is_the_base_and_gradients_come_back(any_model_folder):
         with adapters.adapter_disabled(model.model):
             assert torch.equal(model.hidden(ids, mask), plain)
     assert [name for name, p in model.named_parameters() if p.requires_grad] == trainable
-    assert trainable and all("lora_" in name for name in trainable)
+    assert trainable
+    assert all("lora_" in name for name in trainable)
 
 
 def test_merged_weights_give_the_adapted_models_hidden_states(any_model_folder):
@@ -181,7 +187,7 @@ def test_exported_folders_load_with_plain_transformers_and_peft(any_model_folder
     model = trained_adapter(any_model_folder)
     adapters.export_merged(model.model, tmp_path / "merged")
     adapters.save_adapter(model.model, tmp_path / "adapter", base=str(any_model_folder))
-    ids, mask, _ = batch_of([6, 6], [2, 2], 6)
+    ids, _, _ = batch_of([6, 6], [2, 2], 6)
     with torch.no_grad():
         expected = model.model(input_ids=ids).logits
         merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")(input_ids=ids).logits
@@ -210,4 +216,5 @@ def test_adapter_survives_saving_bit_for_bit_and_refuses_another_shape(any_model
 def test_last_layers_adapts_the_top_only(any_model_folder):
     model = trained_adapter(any_model_folder, last_layers=1)
     names = [name for name, p in model.model.named_parameters() if p.requires_grad]
-    assert names and all(".1." in name for name in names)
+    assert names
+    assert all(".1." in name for name in names)

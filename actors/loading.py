@@ -1,0 +1,89 @@
+"""Configs -> models and optimisers: where the actors' configs stop and plain arguments begin."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from alignment import adapters, models
+from alignment.config import AdapterConfig, ModelConfig, OptimizerConfig
+from alignment.engines.torch import TorchEngine
+
+
+def causal_model(path: str, config: ModelConfig, device: str, *, frozen: bool = False) -> models.HfModel:
+    """A language model as configured; `frozen` for those that never learn."""
+    model = models.load_causal_lm(
+        path,
+        dtype=models.DTYPES[config.dtype],
+        attention=config.attention,
+        revision=config.revision,
+        device=device,
+    )
+    return model.requires_grad_(False) if frozen else model
+
+
+def scalar_model(
+    path: str, config: ModelConfig, device: str, *, head: models.HeadStart, seed: int = 0, frozen: bool = False
+) -> models.HfModel:
+    """A backbone with a scalar head as configured."""
+    model = models.load_scalar_model(
+        path,
+        dtype=models.DTYPES[config.dtype],
+        attention=config.attention,
+        revision=config.revision,
+        device=device,
+        head=head,
+        seed=seed,
+    )
+    return model.requires_grad_(False) if frozen else model
+
+
+def make_trainable(
+    model: models.HfModel,
+    *,
+    adapter: AdapterConfig,
+    optimizer: OptimizerConfig,
+    total_updates: int,
+    seed: int,
+    gradient_checkpointing: bool = False,
+) -> TorchEngine:
+    """Attach the adapter, if one is asked for, and return the optimiser of what is left to train."""
+    if adapter.r:
+        adapters.attach_lora(
+            model.model,
+            r=adapter.r,
+            alpha=adapter.alpha,
+            target_modules=adapter.target_modules,
+            last_layers=adapter.last_layers,
+            seed=seed,
+        )
+    if gradient_checkpointing:
+        models.enable_gradient_checkpointing(model)
+    return TorchEngine(
+        model.named_parameters(),
+        lr=optimizer.lr,
+        total_updates=total_updates,
+        betas=optimizer.betas,
+        eps=optimizer.eps,
+        weight_decay=optimizer.weight_decay,
+        warmup_ratio=optimizer.warmup_ratio,
+        decay=optimizer.decay,
+        min_lr_ratio=optimizer.min_lr_ratio,
+        max_grad_norm=optimizer.max_grad_norm,
+    )
+
+
+def save_trained(model: models.HfModel, folder: Path, base: str, tokenizer: Any | None = None) -> None:
+    """The trained part: an adapter in peft's format, or the whole model in Hugging Face's."""
+    if adapters.has_adapter(model.model):
+        adapters.save_adapter(model.model, folder, base=base)
+    else:
+        models.save_model(model, folder, tokenizer)
+
+
+def load_trained(model: models.HfModel, folder: Path) -> None:
+    """Put back what `save_trained` wrote, bit for bit."""
+    if adapters.has_adapter(model.model):
+        adapters.load_adapter(model.model, folder)
+    else:
+        models.load_weights(model, folder)

@@ -1,0 +1,264 @@
+"""The learners on tiny models: answers do not depend on how the batch is cut, and state survives saving."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from alignment import adapters, models
+from alignment.checkpoint import load_state, save_state
+from alignment.engines.torch import TorchEngine
+from alignment.experience import make_experience
+from alignment.learners.ppo import CriticLearner, PolicyLearner
+from alignment.learners.reward_model import RewardModelLearner
+from alignment.loops.offline import pair_report, pairs_for_step
+from alignment.schedules import KlAdaptiveRate
+from alignment.types import PreferencePair, Prompt, Rollout
+
+
+def rollouts_of(count, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+
+    def ids(low, high):
+        length = int(torch.randint(low, high, (1,), generator=generator))
+        return tuple(torch.randint(3, 200, (length,), generator=generator).tolist())
+
+    made = []
+    for i in range(count):
+        response = ids(1, 9)
+        made.append(
+            Rollout(
+                prompt=Prompt(id=str(i), messages=({"role": "user", "content": "q"},), prompt_ids=ids(2, 7)),
+                sample_index=0,
+                response_ids=response,
+                rollout_logprobs=(-1.0,) * len(response),
+                finish_reason="stop",
+                response="r",
+                weight_version=0,
+            )
+        )
+    return made
+
+
+def policy_learner(folder, *, micro_batch_size=4, lora=False, **settings):
+    model = models.load_causal_lm(str(folder))
+    if lora:
+        adapters.attach_lora(model.model, r=4, alpha=8, seed=1)
+    engine = TorchEngine(model.named_parameters(), lr=1e-3, total_updates=20, max_grad_norm=1e9)
+    defaults = {"minibatch_size": 8, "ppo_epochs": 1, "temperature": 0.8}
+    return PolicyLearner(model, engine, micro_batch_size=micro_batch_size, **{**defaults, **settings})
+
+
+def critic_learner(folder, *, micro_batch_size=4):
+    model = models.load_scalar_model(str(folder), head="random", seed=3)
+    engine = TorchEngine(model.named_parameters(), lr=1e-3, total_updates=20, max_grad_norm=1e9)
+    return CriticLearner(model, engine, minibatch_size=8, micro_batch_size=micro_batch_size)
+
+
+def experience_for(policy, critic, *, scores=None, count=8):
+    rollouts = rollouts_of(count)
+    old, values = policy.logprobs(rollouts), critic.values(rollouts)
+    shifted = [row - 0.1 for row in old]
+    scores = [float(i) - 3 for i in range(count)] if scores is None else scores
+    return make_experience(rollouts, scores, old, shifted, values, kl_coef=0.05)
+
+
+def state(learner):
+    return {name: p.detach().clone() for name, p in learner.model.named_parameters()}
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_policy_update_does_not_depend_on_the_micro_batch_size(tiny, lora):
+    results = []
+    for size in (8, 3, 1):
+        learner = policy_learner(tiny / "policy", micro_batch_size=size, lora=lora, entropy_coef=0.01)
+        experience, _ = experience_for(learner, critic_learner(tiny / "policy"))
+        metrics = learner.update(experience, step=0)
+        results.append((metrics, state(learner)))
+    for metrics, weights in results[1:]:
+        assert metrics == pytest.approx(results[0][0], rel=1e-4, abs=1e-5)
+        for name, tensor in weights.items():
+            # Adam divides by the gradient's own size: where that is near 0, rounding decides the sign of a whole step.
+            torch.testing.assert_close(tensor, results[0][1][name], rtol=1e-3, atol=2e-4)
+
+
+def gradients(learner, loss_of):
+    learner.engine.step = dict
+    loss_of()
+    return [p.grad.clone() for p in learner.engine.parameters]
+
+
+def test_policy_gradient_is_that_of_the_whole_batch(tiny):
+    found = []
+    for size in (8, 3, 1):
+        learner = policy_learner(tiny / "policy", micro_batch_size=size)
+        experience, _ = experience_for(learner, critic_learner(tiny / "policy"))
+        found.append(gradients(learner, lambda: learner.update(experience, step=0)))  # noqa: B023
+    for other in found[1:]:
+        for a, b in zip(found[0], other, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_critic_gradient_is_that_of_the_whole_batch(tiny):
+    found = []
+    for size in (8, 3, 1):
+        learner = critic_learner(tiny / "policy", micro_batch_size=size)
+        experience, _ = experience_for(policy_learner(tiny / "policy"), learner)
+        found.append(gradients(learner, lambda: learner.update(experience, step=0)))  # noqa: B023
+    for other in found[1:]:
+        for a, b in zip(found[0], other, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_first_minibatch_is_the_identity(tiny):
+    learner = policy_learner(tiny / "policy")
+    experience, _ = experience_for(learner, critic_learner(tiny / "policy"))
+    check = learner.check(experience)
+    assert check["ppo/ratio_mean"] == pytest.approx(1, abs=1e-6)
+    assert check["ppo/ratio_max"] == pytest.approx(1, abs=1e-5)
+    assert check["ppo/approx_kl"] == pytest.approx(0, abs=1e-9)
+    assert check["ppo/clip_fraction"] == 0
+    before = state(learner)
+    learner.check(experience)
+    assert all(torch.equal(before[name], tensor) for name, tensor in state(learner).items())
+
+
+def test_the_critic_learns_its_returns(tiny):
+    learner = critic_learner(tiny / "policy")
+    learner.value_clip = None
+    experience, _ = experience_for(policy_learner(tiny / "policy"), learner)
+    first = learner.update(experience, step=0)["critic/squared_error"]
+    for step in range(1, 30):
+        last = learner.update(experience, step=step)["critic/squared_error"]
+    assert last < 0.3 * first
+
+
+def test_an_unscorable_row_changes_nothing_but_the_count(tiny):
+    """Row 5 unscored: the same gradient as if it had never been in the batch."""
+    scores = [1.0, -1.0, 0.5, 2.0, -0.5, None, 0.0, 1.5]
+    learner, critic = policy_learner(tiny / "policy"), critic_learner(tiny / "policy")
+    experience, metrics = experience_for(learner, critic, scores=scores)
+    assert metrics["reward/unscorable_count"] == 1
+    assert not experience.response_mask[5].any()
+    assert (experience.advantages[5] == 0).all()
+    got = gradients(learner, lambda: learner.update(experience, step=0))
+
+    other = policy_learner(tiny / "policy", minibatch_size=7)
+    kept = [r for i, r in enumerate(rollouts_of(8)) if i != 5]
+    old, values = other.logprobs(kept), critic.values(kept)
+    without, _ = make_experience(
+        kept, [s for s in scores if s is not None], old, [row - 0.1 for row in old], values, kl_coef=0.05
+    )
+    for a, b in zip(got, gradients(other, lambda: other.update(without, step=0)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_a_batch_without_scores_moves_nothing(tiny):
+    learner, critic = policy_learner(tiny / "policy"), critic_learner(tiny / "policy")
+    experience, _ = experience_for(learner, critic, scores=[None] * 8)
+    before = state(learner), state(critic)
+    learner.update(experience, step=0)
+    critic.update(experience, step=0)
+    for old, new in zip(before, (state(learner), state(critic)), strict=True):
+        assert all(torch.equal(old[name], new[name]) for name in old)
+
+
+def test_padding_may_hold_anything(tiny):
+    learner = policy_learner(tiny / "policy")
+    experience, _ = experience_for(learner, critic_learner(tiny / "policy"))
+    expected = gradients(learner, lambda: learner.update(experience, step=0))
+    dirty = {name: getattr(experience, name).clone() for name in type(experience).__slots__}
+    for name in ("old_logprobs", "ref_logprobs", "rewards", "old_values", "advantages", "returns"):
+        dirty[name][~experience.response_mask] = float("nan")
+    dirty["input_ids"][~experience.attention_mask] = 10**6
+    other = policy_learner(tiny / "policy")
+    got = gradients(other, lambda: other.update(type(experience)(**dirty), step=0))
+    assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
+
+
+def test_a_large_kl_ends_the_update_early(tiny):
+    learner = policy_learner(tiny / "policy", minibatch_size=2, ppo_epochs=4, kl_stop=1e-4)
+    learner.engine.lr = 0.05
+    experience, _ = experience_for(learner, critic_learner(tiny / "policy"))
+    assert learner.update(experience, step=0)["ppo/updates_count"] < 16
+
+
+def test_the_rate_follows_the_kl(tiny):
+    rate = KlAdaptiveRate(1e-8, (0.1, 4.0))
+    learner = policy_learner(tiny / "policy", minibatch_size=2, adaptive_rate=rate)
+    experience, _ = experience_for(learner, critic_learner(tiny / "policy"))
+    learner.update(experience, step=0)
+    assert learner.engine.rate_factor == pytest.approx(1 / 1.5)
+    assert learner.update(experience, step=1)["ppo/lr"] == pytest.approx(1e-3 / 1.5)
+
+
+def test_a_non_finite_gradient_skips_the_step_and_is_counted(tiny):
+    learner = policy_learner(tiny / "policy")
+    before = state(learner)
+    learner.engine.backward(sum(p.sum() for p in learner.engine.parameters) * float("inf"))
+    assert learner.engine.step()["skipped_count"] == 1
+    assert all(torch.equal(before[name], tensor) for name, tensor in state(learner).items())
+
+
+def test_resumed_learner_continues_bit_for_bit(tiny, tmp_path):
+    whole = policy_learner(tiny / "policy", lora=True, minibatch_size=4, ppo_epochs=2)
+    critic = critic_learner(tiny / "policy")
+    experience, _ = experience_for(whole, critic)
+    whole.update(experience, step=0)
+    adapters.save_adapter(whole.model.model, tmp_path, base="x")
+    save_state(tmp_path / "learner.pt", whole.state_dict())
+    resumed = policy_learner(tiny / "policy", lora=True, minibatch_size=4, ppo_epochs=2)
+    adapters.load_adapter(resumed.model.model, tmp_path)
+    resumed.load_state_dict(load_state(tmp_path / "learner.pt"))
+    assert whole.update(experience, step=1) == resumed.update(experience, step=1)
+    assert all(torch.equal(a, b) for a, b in zip(state(whole).values(), state(resumed).values(), strict=True))
+
+
+def pairs_of(count):
+    """A preference that can be learnt: the chosen answer ends in token 11, the rejected one in token 12."""
+    generator = torch.Generator().manual_seed(5)
+    made = []
+    for i in range(count):
+        prompt = tuple(torch.randint(20, 200, (4,), generator=generator).tolist())
+        body = tuple(torch.randint(20, 200, (int(torch.randint(1, 6, (1,), generator=generator)),)).tolist())
+        made.append(PreferencePair(id=str(i), prompt_ids=prompt, chosen_ids=(*body, 11), rejected_ids=(*body, 12)))
+    return made
+
+
+def reward_learner(folder, micro_batch_size=4):
+    model = models.load_scalar_model(str(folder), head="random", seed=0)
+    engine = TorchEngine(model.named_parameters(), lr=3e-3, total_updates=60, max_grad_norm=1e9)
+    return RewardModelLearner(model, engine, micro_batch_size=micro_batch_size, center_coef=0.01)
+
+
+def test_reward_model_gradient_is_that_of_the_whole_batch(tiny):
+    pairs = pairs_of(7)
+    found = []
+    for size in (7, 3, 1):
+        learner = reward_learner(tiny / "policy", size)
+        found.append(gradients(learner, lambda: learner.update(pairs, step=0)))  # noqa: B023
+    for other in found[1:]:
+        for a, b in zip(found[0], other, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_reward_model_learns_a_preference_and_generalises(tiny):
+    pairs = pairs_of(64)
+    learner = reward_learner(tiny / "policy")
+
+    def accuracy():
+        held_out = pairs[48:]
+        chosen = learner.score([p.prompt_ids + p.chosen_ids for p in held_out])
+        rejected = learner.score([p.prompt_ids + p.rejected_ids for p in held_out])
+        return pair_report(list(zip(chosen, rejected, strict=True)))["accuracy"]
+
+    for step in range(40):
+        learner.update(pairs_for_step(pairs[:48], step, batch_size=8, seed=0), step=step)
+    assert accuracy() >= 0.9
+
+
+def test_pairs_are_dealt_without_gaps_or_repeats():
+    pairs = pairs_of(10)
+    dealt = [pair.id for step in range(5) for pair in pairs_for_step(pairs, step, batch_size=4, seed=0)]
+    assert sorted(dealt) == sorted([pair.id for pair in pairs] * 2)
+    assert sorted(dealt[:10]) == sorted(pair.id for pair in pairs)
