@@ -118,6 +118,11 @@ def claim_another_step(folder: Path) -> None:
     shutil.copytree(folder.parent / "step_000001", folder)
 
 
+def become_a_file(folder: Path) -> None:
+    shutil.rmtree(folder)
+    folder.write_text("")
+
+
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "bit flip": (lambda f: flip(f / "policy/model.bin"), "policy/model.bin does not match its sha256"),
     "truncated": (
@@ -137,7 +142,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "list manifest": (lambda f: (f / MANIFEST).write_text("[]"), "manifest.json is damaged"),
     "edited manifest": (edit_provenance, "manifest.json does not match its own digest"),
     "another step's": (claim_another_step, "manifest.json is of step 1"),
-    "gone": (lambda f: [shutil.rmtree(f), f.write_text("")], "step_000002 is not a folder"),
+    "gone": (become_a_file, "step_000002 is not a folder"),
 }
 
 

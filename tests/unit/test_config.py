@@ -22,7 +22,7 @@ from alignment.config import (
 REWARD = RewardConfig(functions=(RewardFunctionConfig(name="text:finished_sentence"),))
 
 
-def classes(base: type = Config) -> list[type]:
+def classes(base: type[Config] = Config) -> list[type[Config]]:
     return [found for cls in base.__subclasses__() for found in (cls, *classes(cls))]
 
 

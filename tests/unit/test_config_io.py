@@ -1,6 +1,7 @@
 """YAML and dotted overrides -> config, and back."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -74,7 +75,7 @@ def test_a_source_replaces_the_one_below(tmp_path):
     ],
 )
 def test_override_values(words, key, value):
-    found = load_config(PpoRunConfig, overrides=[*REWARD, *words])
+    found: Any = load_config(PpoRunConfig, overrides=[*REWARD, *words])
     for part in key.split("."):
         found = found[int(part)] if part.isdigit() else getattr(found, part)
     assert found == value
