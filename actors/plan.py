@@ -60,6 +60,17 @@ def demand(plans: Sequence[ProcessPlan]) -> dict[str, float]:
     }
 
 
+def check_learners(cluster: ClusterConfig) -> None:
+    """Learners run on one worker each; forward-only roles and samplers on any number."""
+    for role in ("policy", "critic"):
+        workers = getattr(cluster, role).num_workers
+        if workers != 1:
+            raise ValueError(
+                f"cluster: {role}.num_workers: got {workers}, expected 1: a learner has one worker; "
+                "raise num_workers of reference or reward_model, or rollout.num_engines"
+            )
+
+
 def check_gpus(plans: Sequence[ProcessPlan], have: float) -> None:
     """Refuse before any actor starts when GPUs are asked for and there are too few."""
     asked = demand(plans)["GPU"]

@@ -180,6 +180,8 @@ def _checkpoint_to_resume(job: Job[Any], store: Any) -> Path | None:
         reason = store.verify_folder(chosen) if chosen.is_dir() else "no such folder"
         if reason:
             raise ValueError(f"--resume: got {chosen} ({reason}), expected a complete checkpoint; use --resume auto")
+        # What was trained after it belongs to another future: a later --resume auto must not jump back there.
+        store.discard_after(int(chosen.name.removeprefix("step_")))
         return chosen
     found, passed_over = store.latest_valid()
     for step, reason in passed_over:
@@ -203,8 +205,9 @@ def check_model(path: str, tokenizer: Any) -> int:
 
 def check_machines(job: Job[Any]) -> None:
     """Refuse GPUs that are asked for and not there. On a cluster only Ray knows; it is asked at the start."""
-    from actors.plan import check_gpus, plan_processes
+    from actors.plan import check_gpus, check_learners, plan_processes
 
+    check_learners(job.cluster)
     if job.local or "RAY_ADDRESS" not in os.environ:
         import torch
 

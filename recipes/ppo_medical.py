@@ -16,7 +16,7 @@ from actors.build import ppo_actors, ppo_roles
 from alignment.config import PpoRunConfig
 from alignment.data.chat import eos_ids_of_model, eos_is_trained, load_tokenizer
 from alignment.data.model_assets import resolve_model
-from alignment.data.prompts import load_prompts
+from alignment.data.prompts import load_prompts, prompts_for_step
 from alignment.loops.evaluation import HeldOut, answer_table, compare, evaluate
 from alignment.loops.ppo import PpoState, train_ppo
 from alignment.loops.run import Run
@@ -30,10 +30,12 @@ def train(job: common.Job[PpoRunConfig]) -> None:
     tokenizer = load_tokenizer(model_path, config.model.revision)
     num_parameters = common.check_model(model_path, tokenizer)
     prompts = load_prompts(config.data, tokenizer)
+    # Dealing out the first step refuses a batch larger than the data.
+    prompts_for_step(prompts.train, 0, batch_size=config.ppo.rollout_batch_size, seed=config.run.seed)
     common.check_machines(job)
     common.check_reward_functions(config.reward)
     if config.reward.model is not None and not common.is_own_reward_model(config.reward.model):
-        check_scalar_head(config.reward.model)
+        check_scalar_head(resolve_model(config.reward.model))
     if job.dry_run:
         print(common.ppo_plan(job, num_parameters, len(prompts.train), len(prompts.held_out)))
         return

@@ -44,9 +44,13 @@ def read_file(path: Path) -> Iterator[Row]:
                 _check_text(row)
                 yield row
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        _refuse(str(path), f"the .gz is cut off or damaged ({error}), expected a whole one", "fetch it again")
+        _refuse(str(path), f"got a .gz that is cut off or damaged ({error}), expected a whole one", "fetch it again")
     except OSError as error:
-        _refuse(str(path), f"cannot be read ({error.strerror or error})", "correct the path or its permissions")
+        _refuse(
+            str(path),
+            f"got a file that cannot be read ({error.strerror or error}), expected a readable one",
+            "correct the path or its permissions",
+        )
 
 
 def _open(path: Path) -> IO[bytes]:
@@ -70,7 +74,11 @@ def _lines(path: Path, file: IO[bytes]) -> Iterator[tuple[str, str]]:
         try:
             text = raw.decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError as error:
-            _refuse(where, f"got bytes that are no UTF-8 at column {error.start + 1}", "save the file as UTF-8")
+            _refuse(
+                where,
+                f"got bytes at column {error.start + 1} that are no UTF-8, expected UTF-8",
+                "save the file as UTF-8",
+            )
         yield where, text.rstrip("\r\n")
 
 
@@ -100,9 +108,11 @@ def _parse(text: str, where: str) -> Any:
         return json.loads(text, parse_constant=no_constant)
     except json.JSONDecodeError as error:
         place = f"line {error.lineno}, column {error.colno}" if error.lineno > 1 else f"column {error.colno}"
-        _refuse(where, f"broken JSON at {place} ({error.msg})", "correct or remove the row")
+        _refuse(
+            where, f"got broken JSON at {place} ({error.msg}), expected one object a row", "correct or remove the row"
+        )
     except RecursionError:
-        _refuse(where, "got JSON nested too deeply", "correct or remove the row")
+        _refuse(where, "got JSON nested too deeply, expected a flat row", "correct or remove the row")
 
 
 def _object(value: Any, where: str) -> dict[str, Any]:
@@ -129,7 +139,7 @@ def _csv(path: Path, file: IO[bytes]) -> Iterator[Row]:
                 _refuse(where, f"got {len(cells)} cells, expected {len(header)}", "quote cells that hold commas")
             yield Row(dict(zip(header, cells, strict=True)), where)
     except csv.Error as error:
-        _refuse(f"{path}:{reader.line_num}", f"broken CSV ({error})", "correct the row")
+        _refuse(f"{path}:{reader.line_num}", f"got broken CSV ({error}), expected plain rows", "correct the row")
 
 
 def _parquet(path: Path, file: IO[bytes]) -> Iterator[Row]:
@@ -145,7 +155,11 @@ def _parquet(path: Path, file: IO[bytes]) -> Iterator[Row]:
                     number += 1
                     yield Row(values, f"{path}:row {number}")
     except (pyarrow.ArrowInvalid, pyarrow.ArrowNotImplementedError) as error:
-        _refuse(f"{path}:row {number + 1}", f"broken parquet ({str(error).splitlines()[0]})", "write it again")
+        _refuse(
+            f"{path}:row {number + 1}",
+            f"got broken parquet ({str(error).splitlines()[0]}), expected a whole file",
+            "write it again",
+        )
 
 
 def _check_text(row: Row) -> None:
@@ -156,7 +170,7 @@ def _check_text(row: Row) -> None:
         try:
             text.encode("utf-8")
         except UnicodeEncodeError:
-            _refuse(row.where, "got half of a surrogate pair, which is no character", "correct or remove the row")
+            _refuse(row.where, "got half of a surrogate pair, expected whole characters", "correct or remove the row")
 
 
 def _strings(value: Any) -> Iterator[str]:

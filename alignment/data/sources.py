@@ -73,7 +73,9 @@ def _expand(pattern: str) -> list[Path]:
     files = sorted(Path(name) for name in glob.glob(str(path), recursive=True))
     files = [file for file in files if file.is_file()]
     if not files:
-        raise ValueError(f"data source: got {pattern!r}, which matches no file; correct the path")
+        raise ValueError(
+            f"data source: got {pattern!r}, which matches no file, expected at least one; correct the path"
+        )
     return files
 
 

@@ -72,7 +72,7 @@ def test_glob_reads_in_order_of_name_and_limit_counts_over_files(tmp_path):
         ("a.jsonl", b'{"a": 1}\n"text"\n', ":2", "got a JSON str"),
         ("a.jsonl", b'{"a": 1}\n{"a": "\x00"}\n', ":2", "NUL byte"),
         ("a.jsonl", b'{"a": "\\u0000"}\n', ":1", "NUL character"),
-        ("a.jsonl", b'{"a": 1}\n{"a": "\xff\xfe"}\n', ":2", "no UTF-8 at column 8"),
+        ("a.jsonl", b'{"a": 1}\n{"a": "\xff\xfe"}\n', ":2", "bytes at column 8 that are no UTF-8"),
         ("a.jsonl", b'{"a": {"b": ["\\ud800"]}}\n', ":1", "half of a surrogate pair"),
         ("a.jsonl", b'{"a": NaN}\n', ":1", "got NaN, which is not JSON"),
         ("a.jsonl", b"[" * 100_000 + b"\n", ":1", "nested too deeply"),
@@ -100,7 +100,7 @@ def test_cut_off_gz_is_refused_though_its_first_rows_are_whole(tmp_path):
     file = tmp_path / "a.jsonl.gz"
     for content in (whole[: len(whole) // 2], whole[:-4], b"no gz at all"):
         file.write_bytes(content)
-        with pytest.raises(ValueError, match=r"a\.jsonl\.gz: the \.gz is cut off or damaged"):
+        with pytest.raises(ValueError, match=r"a\.jsonl\.gz: got a \.gz that is cut off or damaged"):
             values(file)
 
 
@@ -113,7 +113,7 @@ def test_a_source_without_rows_is_refused(tmp_path, name, content):
 
 def test_paths_that_lead_nowhere_are_refused(tmp_path):
     for path in (tmp_path / "none.jsonl", tmp_path / "*.jsonl"):
-        with pytest.raises(ValueError, match="matches no file; correct the path"):
+        with pytest.raises(ValueError, match="matches no file, expected at least one; correct the path"):
             values(path)
     with pytest.raises(ValueError, match=r"got folder .* expected a file or a glob"):
         values(tmp_path)

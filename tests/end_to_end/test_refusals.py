@@ -1,0 +1,252 @@
+"""Bad input ends with exit 2 in seconds, says got / expected / remedy, and starts no actor."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tiny import byte_tokenizer, write_tiny_model
+
+ROOT = Path(__file__).resolve().parents[2]
+LIMIT_SECONDS = 10
+
+
+@pytest.fixture(scope="module")
+def ppo(tiny):
+    (tiny / "refuse.yaml").write_text(
+        f"""
+run: {{num_steps: 2}}
+data: {{source: {{path: {tiny}/prompts.jsonl}}, held_out: 4}}
+model: {{path: {tiny}/policy}}
+reward: {{model: {tiny}/reward}}
+rollout: {{max_new_tokens: 4}}
+ppo: {{rollout_batch_size: 4, minibatch_size: 4}}
+"""
+    )
+    return tiny
+
+
+def refused(ppo: Path, output: Path, *flags: str, script: str = "ppo_medical.py", env=None) -> str:
+    """Run the recipe through Ray, as a user would, and return what it said."""
+    began = time.monotonic()
+    done = subprocess.run(
+        [
+            sys.executable,
+            str(ROOT / "recipes" / script),
+            "--config",
+            str(ppo / "refuse.yaml"),
+            "--output-dir",
+            str(output),
+            *flags,
+        ],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=ROOT,
+        env={**os.environ, **(env or {})},
+    )
+    seconds = time.monotonic() - began
+    assert done.returncode == 2, done.stderr[-3000:]
+    assert "Traceback" not in done.stderr
+    assert "got" in done.stderr
+    assert "expected" in done.stderr
+    assert "Actor" not in done.stdout + done.stderr
+    # The limit is a promise about a free machine; a loaded one gets three times as long.
+    assert seconds < 3 * LIMIT_SECONDS
+    return done.stderr
+
+
+def test_unknown_key_names_the_nearest(ppo, tmp_path):
+    assert "ppo.clip_ratio" in refused(ppo, tmp_path / "o", "--ppo.clip_ration", "0.1")
+
+
+def test_out_of_range_value(ppo, tmp_path):
+    assert "ppo.clip_ratio" in refused(ppo, tmp_path / "o", "--ppo.clip_ratio", "1.5")
+
+
+def test_top_p_while_training(ppo, tmp_path):
+    assert "support" in refused(ppo, tmp_path / "o", "--rollout.top_p", "0.9")
+
+
+def test_minibatch_that_does_not_divide(ppo, tmp_path):
+    assert "ppo.minibatch_size: got 3" in refused(ppo, tmp_path / "o", "--ppo.minibatch_size", "3")
+
+
+def test_missing_file(ppo, tmp_path):
+    assert "nowhere.jsonl" in refused(ppo, tmp_path / "o", "--data.source.path", str(tmp_path / "nowhere.jsonl"))
+
+
+def test_broken_row_is_named_by_line(ppo, tmp_path):
+    file = tmp_path / "bad.jsonl"
+    file.write_text('{"question": "fine"}\n{"question": "broken\n')
+    assert f"{file}:2" in refused(ppo, tmp_path / "o", "--data.source.path", str(file))
+
+
+def test_empty_data_set(ppo, tmp_path):
+    (tmp_path / "empty.jsonl").write_text("")
+    refused(ppo, tmp_path / "o", "--data.source.path", str(tmp_path / "empty.jsonl"))
+
+
+def test_fewer_prompts_than_a_step_needs(ppo, tmp_path):
+    file = tmp_path / "few.jsonl"
+    file.write_text("".join(json.dumps({"question": f"q{i}"}) + "\n" for i in range(6)))
+    assert "rollout_batch_size" in refused(ppo, tmp_path / "o", "--data.source.path", str(file))
+
+
+def test_prompt_longer_than_the_limit(ppo, tmp_path):
+    assert "prompts.jsonl:1" in refused(ppo, tmp_path / "o", "--data.max_prompt_tokens", "5")
+
+
+def test_missing_column(ppo, tmp_path):
+    assert "question" in refused(ppo, tmp_path / "o", "--data.prompt_key", "questoin")
+
+
+def test_tokenizer_without_chat_template(ppo, tmp_path):
+    folder = tmp_path / "bare"
+    shutil.copytree(ppo / "policy", folder)
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = None
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    tokenizer.save_pretrained(folder)
+    assert "chat template" in refused(ppo, tmp_path / "o", "--model.path", str(folder))
+
+
+def test_vocabulary_mismatch(ppo, tmp_path):
+    folder = write_tiny_model(tmp_path / "small")
+    config = json.loads((folder / "config.json").read_text())
+    config["vocab_size"] = 100
+    (folder / "config.json").write_text(json.dumps(config))
+    assert "100 embedding rows" in refused(ppo, tmp_path / "o", "--model.path", str(folder))
+
+
+def test_reward_model_without_a_head(ppo, tmp_path):
+    assert "score" in refused(ppo, tmp_path / "o", "--reward.model", str(ppo / "policy"))
+
+
+def test_reward_model_that_is_not_there(ppo, tmp_path):
+    assert "missing-folder" in refused(ppo, tmp_path / "o", "--reward.model", str(tmp_path / "missing-folder"))
+
+
+def test_model_that_is_not_there(ppo, tmp_path):
+    assert "missing-folder" in refused(ppo, tmp_path / "o", "--model.path", str(tmp_path / "missing-folder"))
+
+
+def test_unknown_reward_function(ppo, tmp_path):
+    functions = '[{"name": "text:finished_sentense", "weight": 1.0}]'
+    assert "finished_sentence" in refused(ppo, tmp_path / "o", "--reward.functions", functions)
+
+
+def test_gpu_asked_and_none_there(ppo, tmp_path):
+    text = refused(
+        ppo, tmp_path / "o", "--cluster", str(ROOT / "cluster" / "one_gpu.yaml"), env={"CUDA_VISIBLE_DEVICES": ""}
+    )
+    assert "GPU" in text
+
+
+def test_more_cpus_than_the_machine_has(ppo, tmp_path):
+    cluster = tmp_path / "huge.yaml"
+    cluster.write_text("policy: {cpus_per_worker: 4096}\n")
+    began = time.monotonic()
+    done = subprocess.run(
+        [
+            sys.executable,
+            str(ROOT / "recipes" / "ppo_medical.py"),
+            "--cluster",
+            str(cluster),
+            "--config",
+            str(ppo / "refuse.yaml"),
+            "--output-dir",
+            str(tmp_path / "o"),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=ROOT,
+    )
+    assert done.returncode == 2, done.stderr[-2000:]
+    assert "asked 4096" in done.stderr
+    assert "have" in done.stderr
+    assert time.monotonic() - began < 60
+
+
+def test_output_directory_that_is_a_file(ppo, tmp_path):
+    (tmp_path / "file").write_text("")
+    refused(ppo, tmp_path / "file")
+
+
+@pytest.mark.parametrize("role", ["policy", "critic"])
+def test_more_learner_workers_than_there_are(ppo, tmp_path, role):
+    cluster = tmp_path / "two.yaml"
+    cluster.write_text(f"{role}: {{num_workers: 2}}\ncolocate: []\n")
+    assert f"{role}.num_workers: got 2" in refused(ppo, tmp_path / "o", "--cluster", str(cluster))
+
+
+def finished(ppo: Path, output: Path) -> Path:
+    subprocess.run(
+        [
+            sys.executable,
+            str(ROOT / "recipes" / "ppo_medical.py"),
+            "--local",
+            "--config",
+            str(ppo / "refuse.yaml"),
+            "--output-dir",
+            str(output),
+        ],
+        check=True,
+        capture_output=True,
+        timeout=120,
+        cwd=ROOT,
+    )
+    return output
+
+
+def test_resume_from_a_changed_config_shows_the_difference(ppo, tmp_path):
+    output = finished(ppo, tmp_path / "o")
+    assert "kl.coef: 0.05 -> 0.2" in refused(ppo, output, "--kl.coef", "0.2")
+    assert "--resume never" in refused(ppo, output, "--resume", "never")
+    truncated = output / "checkpoints" / "step_000002" / "critic" / "learner.pt"
+    truncated.write_bytes(truncated.read_bytes()[:100])
+    assert "critic/learner.pt has 100 bytes" in refused(ppo, output, "--resume", str(truncated.parents[1]))
+
+
+def test_dry_run_prints_plan_and_arithmetic_and_leaves_nothing(ppo, tmp_path):
+    done = subprocess.run(
+        [
+            sys.executable,
+            str(ROOT / "recipes" / "ppo_medical.py"),
+            "--dry-run",
+            "--config",
+            str(ppo / "refuse.yaml"),
+            "--output-dir",
+            str(tmp_path / "o"),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=ROOT,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "4 prompts x 1 samples = 4 sequences a step" in done.stdout
+    assert "policy + reference" in done.stdout
+    assert "GB" in done.stdout
+    assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize("script", ["ppo_medical.py", "reward_model_medical.py"])
+def test_help_lists_every_key(script):
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "recipes" / script), "--help"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=ROOT,
+    )
+    assert done.returncode == 0
+    for key in ("--run.seed", "--model.path", "--local", "--dry-run", "--resume"):
+        assert key in done.stdout
