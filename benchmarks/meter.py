@@ -35,15 +35,19 @@ class _Member:
     shared_anonymous: float = 0.0  # anonymous pages that belong to other processes' share (after a fork)
     file_share: float = 1.0  # proportional over resident size of its mapped files
     shmem: float = 0.0  # proportional share of shared memory
+    high_water_reset: bool = False  # whether the kernel's high-water mark began anew at the previous sample
     walk_after: float = 0.0  # time.monotonic() from which its page tables may be walked again
 
     def proportional_kb(self) -> float:
-        """Memory of this process with shared pages divided among their holders, shared memory left out."""
+        """Most memory since the previous sample, shared pages divided among their holders, shared memory left out."""
         sizes = _fields(PROC / str(self.pid) / "status")
         anonymous, files = sizes.get("RssAnon", 0), sizes.get("RssFile", 0)
         if time.monotonic() >= self.walk_after:
             self._walk(anonymous, files)
-        return max(0.0, anonymous - self.shared_anonymous) + files * self.file_share
+        # Buffers that come and go between two samples raise the kernel's mark.
+        excursion = sizes.get("VmHWM", 0) - sizes.get("VmRSS", 0) if self.high_water_reset else 0
+        self.high_water_reset = _reset_high_water(self.pid)
+        return max(0.0, anonymous - self.shared_anonymous) + files * self.file_share + excursion
 
     def _walk(self, anonymous: int, files: int) -> None:
         start = time.monotonic()
@@ -62,9 +66,10 @@ class MemoryMeter:
 
     Measured are the processes of `roots` (default: this process), their descendants, and every process that inherits
     this process' environment from now on: a daemon that a cluster launcher detaches is found by that mark.
-    A page that several processes map is divided among them (proportional set size), so it counts once. Anonymous
-    memory is read at every sample; the shares of files and forked pages are measured less often, because measuring
-    them is slow. Shared memory counts once: what the members map, or what /dev/shm grew by, whichever is more.
+    A page that several processes map is divided among them (proportional set size), so it counts once. Resident
+    memory is read at every sample, with its highest value since the sample before (the kernel's high-water marks are
+    reset for that); the shares of files and forked pages are measured less often, because measuring them is slow.
+    Shared memory counts once: what the members map, or what /dev/shm grew by, whichever is more.
 
     Attributes:
         peak_mb: largest sum seen, in MB of 2**20 bytes.
@@ -120,10 +125,10 @@ class MemoryMeter:
         os.environ.pop(self._mark, None)
 
     def _run(self) -> None:
-        while True:
+        self._sample()
+        while not self._stop.wait(self._interval):
             self._sample()
-            if self._stop.wait(self._interval):
-                return
+        self._sample()
 
     def _sample(self) -> None:
         self._find_members()
@@ -198,6 +203,15 @@ def _fields(path: Path) -> dict[str, int]:
         return {}
     pairs = (line.split() for line in lines if line.endswith(" kB"))
     return {words[0].rstrip(":"): int(words[1]) for words in pairs}
+
+
+def _reset_high_water(pid: int) -> bool:
+    """Start the high-water mark of a process' resident memory anew; whether that was allowed."""
+    try:
+        (PROC / str(pid) / "clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
 
 
 def _parent(pid: int) -> int:

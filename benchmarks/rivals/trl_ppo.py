@@ -15,7 +15,6 @@ import argparse
 import importlib.metadata
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -205,7 +204,6 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "seconds_per_step": [round(seconds, 3) for seconds in clock.seconds[1:]],
         "warm_up_seconds": round(clock.seconds[0], 3),
         "peak_mb": round(meter.peak_mb),
-        "kernel_peak_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
         "prompts": args.prompts,
         "new_tokens": args.new_tokens,
         "micro_batch_size": args.micro_batch_size,
