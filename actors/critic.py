@@ -64,6 +64,18 @@ class CriticActor(Actor):
     def update(self, experience: Experience, *, step: int) -> dict[str, float]:
         return self._once(step, lambda: self.learner.update(experience, step=step))
 
+    def fit(
+        self,
+        rollouts: Sequence[Rollout],
+        rewards: Sequence[Tensor],
+        *,
+        step: int,
+        gamma: float,
+        gae_lambda: float,
+    ) -> tuple[list[Tensor], dict[str, float]]:
+        """Values from before the update, and the update, in one pass."""
+        return self._once(step, lambda: self.learner.fit(rollouts, rewards, gamma=gamma, gae_lambda=gae_lambda))
+
     def save(self, folder: Path) -> None:
         save_trained(self.model, folder, self.model_path)
         checkpoint.save_state(folder / "learner.pt", self.learner.state_dict())

@@ -56,6 +56,9 @@ class PolicyHandle(Handle):
     def update(self, experience: Experience, *, step: int) -> Pending[dict[str, float]]:
         return self.group.call(self.role, "update", experience, step=step)
 
+    def update_on_policy(self, experience: Experience, *, step: int) -> Pending[dict[str, float]]:
+        return self.group.call(self.role, "update_on_policy", experience, step=step)
+
     def check(self, experience: Experience) -> Pending[dict[str, float]]:
         return self.group.call(self.role, "check", experience)
 
@@ -78,6 +81,12 @@ class CriticHandle(Handle):
 
     def update(self, experience: Experience, *, step: int) -> Pending[dict[str, float]]:
         return self.group.call(self.role, "update", experience, step=step)
+
+    def fit(
+        self, rollouts: Sequence[Rollout], rewards: Sequence[Tensor], *, step: int, gamma: float, gae_lambda: float
+    ) -> Pending[tuple[list[Tensor], dict[str, float]]]:
+        settings = {"step": step, "gamma": gamma, "gae_lambda": gae_lambda}
+        return self.group.call(self.role, "fit", rollouts, rewards, **settings)
 
 
 class ReferenceHandle(Handle):

@@ -76,6 +76,9 @@ class PolicyActor(Actor):
     def update(self, experience: Experience, *, step: int) -> dict[str, float]:
         return self._once(step, lambda: self.learner.update(experience, step=step))
 
+    def update_on_policy(self, experience: Experience, *, step: int) -> dict[str, float]:
+        return self._once(step, lambda: self.learner.update_on_policy(experience, step=step))
+
     def check(self, experience: Experience) -> dict[str, float]:
         return self.learner.check(experience)
 

@@ -37,9 +37,10 @@ class RolloutActor(Actor):
         else:
             self.model = causal_model(self.model_path, self.model_config, self.device, frozen=True)
         self.tokenizer = load_tokenizer(self.model_path)
-        self.stop_ids = eos_ids_of_model(self.tokenizer, self.model_path, self.model_config.revision) | {
-            _single_token(self.tokenizer, stop) for stop in self.config.stop
-        }
+        self.stop_ids: frozenset[int] = frozenset()
+        if not self.config.ignore_eos:
+            ends = eos_ids_of_model(self.tokenizer, self.model_path, self.model_config.revision)
+            self.stop_ids = ends | {_single_token(self.tokenizer, stop) for stop in self.config.stop}
 
     def generate(
         self,

@@ -7,8 +7,10 @@ An actor stores its arguments when it is constructed, so that it can be pickled 
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -45,6 +47,7 @@ class Host:
     def setup(self) -> str:
         """Set every role up, those that others need first. Returns a word on where it runs."""
         quiet_transformers()
+        keep_freed_memory()
         torch.set_num_threads(self.threads)
         for _, actor in sorted(self.actors.items(), key=lambda item: len(item[1].peers_needed)):
             actor.setup({role: peer for role, peer in self.actors.items() if peer is not actor})
@@ -54,7 +57,28 @@ class Host:
         """`actors[role].method(...)`. Threads are set again because in-process hosts share one torch."""
         if torch.get_num_threads() != self.threads:
             torch.set_num_threads(self.threads)
-        return getattr(self.actors[role], method)(*args, **kwargs)
+        try:
+            return getattr(self.actors[role], method)(*args, **kwargs)
+        finally:
+            give_back_freed_memory()
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc to keep freed blocks while a call runs instead of returning each to the kernel.
+
+    Every activation is a block of megabytes; by default each is mapped, zeroed page by page and unmapped again, which
+    costs a fifth of a training step on the CPU.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        libc = ctypes.CDLL("libc.so.6")
+        for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+            libc.mallopt(option, 2**31 - 1)
+
+
+def give_back_freed_memory() -> None:
+    """Between calls: the other roles on this machine need it next."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def choose_device(gpus_per_worker: float) -> str:
@@ -69,9 +93,9 @@ class UpdateOnce:
 
     def __init__(self) -> None:
         self._step: int | None = None
-        self._answer: dict[str, float] = {}
+        self._answer: Any = None
 
-    def __call__(self, step: int, update: Any) -> dict[str, float]:
+    def __call__(self, step: int, update: Callable[[], Any]) -> Any:
         if step != self._step:
             self._answer = update()
             self._step = step

@@ -27,6 +27,28 @@ def align(rollouts: Sequence[Rollout], per_response: Sequence[Tensor], length: i
     return pad_rows(rows, length=length)
 
 
+def reward_rows(
+    rollouts: Sequence[Rollout],
+    scores: Sequence[float | None],
+    old_logprobs: Sequence[Tensor],
+    ref_logprobs: Sequence[Tensor],
+    *,
+    kl_coef: float,
+    kl_estimator: str = "k1",
+    whiten_rewards: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """KL-shaped rewards (B, T) and the mask (B, T) of the tokens to learn from; a row without a score has none."""
+    if len(scores) != len(rollouts):
+        raise ValueError(f"scores: got {len(scores)}, expected {len(rollouts)}, one per rollout; return one each")
+    _, _, response_mask = rollout_batch(rollouts)
+    scored = torch.tensor([score is not None for score in scores])
+    learn = response_mask & scored.unsqueeze(1)
+    old, ref = (align(rollouts, rows, learn.shape[1]) for rows in (old_logprobs, ref_logprobs))
+    totals = torch.tensor([0.0 if score is None else score for score in scores])
+    rewards = shaped_rewards(totals, old, ref, learn, kl_coef=kl_coef, kl_estimator=kl_estimator)
+    return (whiten(rewards, learn, shift_mean=False) if whiten_rewards else rewards), learn
+
+
 def make_experience(
     rollouts: Sequence[Rollout],
     scores: Sequence[float | None],
@@ -49,24 +71,24 @@ def make_experience(
 
     The returns are taken before the advantages are whitened (formulae: Schulman 2015b, Ziegler 2019).
     """
-    if len(scores) != len(rollouts):
-        raise ValueError(f"scores: got {len(scores)}, expected {len(rollouts)}, one per rollout; return one each")
-    input_ids, attention_mask, response_mask = rollout_batch(rollouts)
+    rewards, learn = reward_rows(
+        rollouts,
+        scores,
+        old_logprobs,
+        ref_logprobs,
+        kl_coef=kl_coef,
+        kl_estimator=kl_estimator,
+        whiten_rewards=whiten_rewards,
+    )
+    input_ids, attention_mask, _ = rollout_batch(rollouts)
     length = input_ids.shape[1]
-    scored = torch.tensor([score is not None for score in scores])
-    learn = response_mask & scored.unsqueeze(1)
     old, ref, value = (align(rollouts, rows, length) for rows in (old_logprobs, ref_logprobs, values))
-    totals = torch.tensor([0.0 if score is None else score for score in scores])
-
-    rewards = shaped_rewards(totals, old, ref, learn, kl_coef=kl_coef, kl_estimator=kl_estimator)
-    if whiten_rewards:
-        rewards = whiten(rewards, learn, shift_mean=False)
     advantages, returns = gae(rewards, value, learn, gamma=gamma, gae_lambda=gae_lambda)
     raw_advantages = advantages
     if whiten_advantages:
         advantages = whiten(advantages, learn)
 
-    metrics = _describe(rollouts, old, ref, value, returns, raw_advantages, totals, scored, learn)
+    metrics = _describe(rollouts, scores, old, ref, value, returns, raw_advantages, learn)
     return Experience(
         input_ids=input_ids,
         attention_mask=attention_mask,
@@ -82,24 +104,23 @@ def make_experience(
 
 def _describe(
     rollouts: Sequence[Rollout],
+    scores: Sequence[float | None],
     old: Tensor,
     ref: Tensor,
     values: Tensor,
     returns: Tensor,
     advantages: Tensor,
-    totals: Tensor,
-    scored: Tensor,
     learn: Tensor,
 ) -> dict[str, float]:
     sampled = align(rollouts, [torch.tensor(r.rollout_logprobs) for r in rollouts], old.shape[1])
     gap = torch.where(learn, (sampled - old).abs(), 0.0)
-    kept = totals[scored]
+    kept = [score for score in scores if score is not None]
     error = masked_mean((returns - values) ** 2, learn)
     spread = masked_mean((returns - masked_mean(returns, learn)) ** 2, learn)
     lengths = torch.tensor([float(len(r.response_ids)) for r in rollouts])
     return {
-        "reward/shaped_score": float(kept.mean()) if len(kept) else 0.0,
-        "reward/unscorable_count": float((~scored).sum()),
+        "reward/shaped_score": sum(kept) / len(kept) if kept else 0.0,
+        "reward/unscorable_count": float(len(scores) - len(kept)),
         "kl/per_sequence": kl_per_sequence(old, ref, learn),
         "kl/per_token_k3": float(masked_mean(kl_estimate(old, ref, "k3"), learn)),
         "rollout/logprob_gap": float(masked_mean(gap, learn)),

@@ -6,13 +6,15 @@ generator and turned into tokens by the inverse distribution function.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from alignment.models import HfModel
 from alignment.types import FinishReason
@@ -56,13 +58,44 @@ def generate(
     # Neighbours in length share a batch: left padding is work.
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     samples: dict[int, Sample] = {}
-    for start in range(0, len(order), max_batch):
-        rows = order[start : start + max_batch]
-        batch = _Batch(model, [prompts[i] for i in rows], [seeds[i] for i in rows], max_new_tokens, stop_ids)
-        for i, sample in zip(rows, batch.run(temperature, greedy), strict=True):
-            samples[i] = sample
+    with packed_matrices(model, rows=min(len(prompts), max_batch)):
+        for start in range(0, len(order), max_batch):
+            rows = order[start : start + max_batch]
+            batch = _Batch(model, [prompts[i] for i in rows], [seeds[i] for i in rows], max_new_tokens, stop_ids)
+            for i, sample in zip(rows, batch.run(temperature, greedy), strict=True):
+                samples[i] = sample
     model.model.train(training)
     return [samples[i] for i in range(len(prompts))]
+
+
+@contextlib.contextmanager
+def packed_matrices(model: HfModel, *, rows: int) -> Iterator[None]:
+    """Store the linear layers in oneDNN's blocked order while decoding on a CPU in float32.
+
+    Decoding multiplies few rows by every matrix of the model. In plain order each product packs its matrix anew, which
+    reads and writes it once more than the product itself: about twice the time at 16 rows. The packed copy lives for
+    one call of `generate`, when no activations are held.
+    """
+    layers = [module for module in model.model.modules() if type(module) is nn.Linear and module.bias is None]
+    usable = (
+        model.device.type == "cpu"
+        and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+        and all(layer.weight.dtype == torch.float32 for layer in layers)
+    )
+    if usable:
+        for layer in layers:
+            packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), rows)
+            layer.forward = partial(_packed_linear, packed)
+    try:
+        yield
+    finally:
+        for layer in layers if usable else ():
+            del layer.forward
+
+
+def _packed_linear(packed: Tensor, x: Tensor) -> Tensor:
+    result: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
+    return result
 
 
 class _Batch:

@@ -21,7 +21,7 @@ from typing import Any, Generic, TypeVar
 
 from alignment.config import ClusterConfig, Config
 from alignment.config_io import describe, diff_configs, dump_config, load_config, read_yaml
-from alignment.memory import PeakMemory
+from alignment.memory import MemoryMeter
 from alignment.run_directory import RunDirectory
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,7 +41,7 @@ class Job(Generic[ConfigT]):
     local: bool
     dry_run: bool
     began: float
-    memory: PeakMemory
+    memory: MemoryMeter
     started: bool = False
     """True once actors may exist: from then on an error is a failure (1), before it a refusal (2)."""
 
@@ -55,6 +55,8 @@ class Job(Generic[ConfigT]):
         self.started = True
         try:
             with opener(actors, self.cluster) as groups:
+                # Ray puts a handler of its own in place when it connects.
+                signal.signal(signal.SIGTERM, _terminate)
                 yield groups
         except PlacementError:
             self.started = False
@@ -70,7 +72,8 @@ def run_recipe(
     try:
         refuse_intruders()
         job = parse(name, config_class, argv)
-        body(job)
+        with job.memory:
+            body(job)
         return 0
     except KeyboardInterrupt:
         _say(f"{name}: interrupted; the last completed step is on disk, continue with --resume auto")
@@ -133,7 +136,7 @@ def parse(name: str, config_class: type[ConfigT], argv: list[str] | None) -> Job
         local=known.local,
         dry_run=known.dry_run,
         began=time.monotonic(),
-        memory=PeakMemory(),
+        memory=MemoryMeter(interval=1.0),
     )
 
 
@@ -273,7 +276,7 @@ def write_summary(job: Job[Any], directory: RunDirectory, held_out: Mapping[str,
         "recipe": job.name,
         "seed": job.config.run.seed,
         "seconds": round(time.monotonic() - job.began, 1),
-        "peak_memory_mb": round(job.memory.stop()),
+        "peak_memory_mb": round(job.memory.peak_mb),
         "held_out": dict(held_out),
         **extra,
     }

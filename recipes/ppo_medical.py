@@ -18,13 +18,13 @@ from alignment.data.chat import eos_ids_of_model, eos_is_trained, load_tokenizer
 from alignment.data.model_assets import resolve_model
 from alignment.data.prompts import load_prompts, prompts_for_step
 from alignment.loops.evaluation import HeldOut, answer_table, compare, evaluate
-from alignment.loops.ppo import PpoState, train_ppo
+from alignment.loops.ppo import PpoState, train_ppo, train_ppo_one_pass
 from alignment.loops.run import Run
 from alignment.models import check_scalar_head
 from recipes import common, reward_model_medical
 
 
-def train(job: common.Job[PpoRunConfig]) -> None:
+def run_ppo(job: common.Job[PpoRunConfig]) -> None:
     config = job.config
     model_path = resolve_model(config.model.path)
     tokenizer = load_tokenizer(model_path, config.model.revision)
@@ -63,10 +63,12 @@ def train(job: common.Job[PpoRunConfig]) -> None:
                 reward=roles.reward,
                 rollout=roles.rollout,
                 greedy=config.evaluation.greedy,
+                moved=state.step > 0,
             )
 
         before = common.once(directory.path / "held_out_before.json", HeldOut, answer_held_out)
-        train_ppo(
+        train = train_ppo_one_pass if config.ppo.one_pass else train_ppo
+        train(
             config,
             prompts.train,
             policy=roles.policy,
@@ -92,7 +94,7 @@ def train(job: common.Job[PpoRunConfig]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return common.run_recipe("ppo_medical", PpoRunConfig, train, argv)
+    return common.run_recipe("ppo_medical", PpoRunConfig, run_ppo, argv)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alignment.batching import micro_batches, minibatches
+from alignment.advantages import gae
+from alignment.batching import micro_batches, minibatches, rollout_batch, rollout_lengths
 from alignment.engines.torch import TorchEngine
 from alignment.learners.base import Tally, per_response
 from alignment.losses import aggregate, ppo_policy_loss, ppo_value_loss
@@ -58,6 +59,26 @@ class PolicyLearner:
             device=self.device,
         )
 
+    def update_on_policy(self, experience: Experience, *, step: int) -> dict[str, float]:
+        """One update in which the policy's own forward is the old policy: the ratio is 1 whatever was sampled.
+
+        Also returns `rollout/logprob_gap`: how far the `old_logprobs` given, the sampler's, are from it.
+        """
+        tally = Tally()
+        if not experience.response_mask.any():
+            return {"ppo/updates_count": 0.0}
+        tally.begin_minibatch()
+        index, lengths = torch.arange(len(experience)), experience.attention_mask.sum(1)
+        for rows in micro_batches(index, lengths, self.micro_batch_size):
+            loss, metrics = self._loss(
+                experience.rows(rows), self._token_count(experience, index), own_forward_is_old=True
+            )
+            self.engine.backward(loss)
+            tally.add(metrics)
+        tally.add(self.engine.step())
+        metrics = tally.result("ppo")
+        return {**metrics, "rollout/logprob_gap": metrics.pop("ppo/logprob_gap"), "ppo/updates_count": 1.0}
+
     def update(self, experience: Experience, *, step: int) -> dict[str, float]:
         """Improve the policy on one batch. Stops early once a minibatch's KL to the old policy exceeds `kl_stop`."""
         tally = Tally()
@@ -98,7 +119,9 @@ class PolicyLearner:
     def _token_count(self, experience: Experience, index: Tensor) -> float:
         return max(float(experience.response_mask[index].sum()), 1.0)
 
-    def _loss(self, rows: Experience, denominator: float) -> tuple[Tensor, dict[str, Any]]:
+    def _loss(
+        self, rows: Experience, denominator: float, *, own_forward_is_old: bool = False
+    ) -> tuple[Tensor, dict[str, Any]]:
         batch = _to(rows, self.device)
         logprobs, entropy = response_logprobs(
             self.model,
@@ -110,13 +133,16 @@ class PolicyLearner:
         )
         loss, metrics = ppo_policy_loss(
             logprobs,
-            batch.old_logprobs,
+            logprobs.detach() if own_forward_is_old else batch.old_logprobs,
             batch.advantages,
             batch.response_mask,
             **self.clip,  # type: ignore[arg-type]
             denominator=denominator,
         )
         metrics = {"policy_loss": loss.detach(), **metrics}
+        if own_forward_is_old:
+            gap = (logprobs.detach() - batch.old_logprobs).abs()
+            metrics["logprob_gap"] = aggregate(gap, batch.response_mask, mode="token_mean", denominator=denominator)
         if entropy is not None:
             bonus = aggregate(entropy, batch.response_mask, mode="token_mean", denominator=denominator)
             loss = loss - self.entropy_coef * bonus
@@ -187,6 +213,47 @@ class CriticLearner:
                 tally.add({"value_loss": loss.detach(), **metrics})
             tally.add(self.engine.step())
         return tally.result("critic")
+
+    def fit(
+        self,
+        rollouts: Sequence[Rollout],
+        rewards: Sequence[Tensor],
+        *,
+        gamma: float,
+        gae_lambda: float,
+    ) -> tuple[list[Tensor], dict[str, float]]:
+        """Values and update from one forward: the values are those from before the update.
+
+        Args:
+            rewards: per rollout (R_i,), after KL shaping; an empty tensor excludes the rollout.
+
+        The returns of a sequence need its own values only, so each micro-batch is complete in itself.
+        """
+        values: list[Tensor] = [torch.empty(0)] * len(rollouts)
+        count = float(sum(len(row) for row in rewards))
+        tally = Tally()
+        tally.begin_minibatch()
+        for rows in micro_batches(torch.arange(len(rollouts)), rollout_lengths(rollouts), self.micro_batch_size):
+            chosen = [rollouts[i] for i in rows.tolist()]
+            ids, mask, response = rollout_batch(chosen, self.device)
+            learn = response & torch.tensor([[len(rewards[i]) > 0] for i in rows.tolist()], device=self.device)
+            predicted = response_values(self.model, ids, mask)
+            now = predicted.detach()
+            for i, row, where in zip(rows.tolist(), now, response, strict=True):
+                values[i] = row[where].cpu()
+            if not learn.any():
+                continue
+            placed = torch.zeros_like(now)
+            placed[learn] = torch.cat([rewards[i] for i in rows.tolist()]).to(now)
+            _, returns = gae(placed, now, learn, gamma=gamma, gae_lambda=gae_lambda)
+            loss, metrics = ppo_value_loss(
+                predicted, now, returns, learn, value_clip=self.value_clip, denominator=count
+            )
+            self.engine.backward(self.vf_coef * loss)
+            tally.add({"value_loss": loss.detach(), **metrics})
+        if count:
+            tally.add(self.engine.step())
+        return values, tally.result("critic")
 
     def state_dict(self) -> dict[str, Any]:
         return {"engine": self.engine.state_dict()}

@@ -53,12 +53,22 @@ def evaluate(
     reward: Scorer,
     rollout: Generator,
     greedy: bool = False,
+    moved: bool = True,
 ) -> HeldOut:
-    """One answer per prompt, scored, with the KL to the reference over these answers."""
+    """One answer per prompt, scored, with the KL to the reference over these answers.
+
+    `moved`: False for a policy that is still the reference, whose KL is 0 and need not be computed.
+    """
+    if not prompts:
+        return HeldOut(answers=[], kl=0.0)
     rollouts = rollout.generate(prompts, step=HELD_OUT_STEP, greedy=greedy).result()
-    scoring, own, ref = reward.score(rollouts), policy.logprobs(rollouts), reference.logprobs(rollouts)
+    scoring = reward.score(rollouts)
+    kl = 0.0
+    if moved:
+        own, ref = policy.logprobs(rollouts), reference.logprobs(rollouts)
+        gaps = [float((a - b).sum()) for a, b in zip(own.result(), ref.result(), strict=True)]
+        kl = sum(gaps) / len(gaps)
     scores = scoring.result()
-    gaps = [float((a - b).sum()) for a, b in zip(own.result(), ref.result(), strict=True)]
     answers = [
         Answer(
             prompt_id=rollout.prompt.id,
@@ -73,13 +83,13 @@ def evaluate(
         )
         for rollout, score in zip(rollouts, scores, strict=True)
     ]
-    return HeldOut(answers=answers, kl=sum(gaps) / len(gaps))
+    return HeldOut(answers=answers, kl=kl)
 
 
 def compare(before: HeldOut, after: HeldOut, *, seed: int) -> dict[str, dict[str, Any]]:
     """`{metric: {before, after, n, gain_ci95, higher_is_better}}` over the items that both have a number for."""
     table: dict[str, dict[str, Any]] = {}
-    for name in before.answers[0].scores:
+    for name in before.answers[0].scores if before.answers else ():
         pairs = [
             (first, second)
             for a, b in zip(before.answers, after.answers, strict=True)

@@ -1,4 +1,4 @@
-"""PPO with a critic. Another schedule is a sibling function, not a flag in this one."""
+"""PPO with a critic, and the same with one forward of each model a step. Another schedule is another function."""
 
 from __future__ import annotations
 
@@ -6,13 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from alignment.config import PpoRunConfig
 from alignment.data.prompts import prompts_for_step
-from alignment.experience import make_experience
+from alignment.experience import make_experience, reward_rows
 from alignment.interfaces import Generator, LogprobWorker, PolicyWorker, Scorer, ValueWorker
 from alignment.kl import AdaptiveKLController
 from alignment.loops.invariants import check_first_step
-from alignment.loops.run import Run
+from alignment.loops.run import Run, StepLog
 from alignment.scores import ScoreNormalizer, shape_scores
 from alignment.types import Experience, Prompt, Rollout, Score
 
@@ -68,8 +71,10 @@ def train_ppo(
             scoring, old = reward.score(rollouts), policy.logprobs(rollouts)
             ref, values = reference.logprobs(rollouts), critic.values(rollouts)
             scores = scoring.result()
+            shaped = shaped_scores(config, state, scores, rollouts)
+            log.metrics.update(score_metrics(scores))
             experience = experience_of(
-                config, state, rollouts, scores, old.result(), ref.result(), values.result(), log.metrics
+                config, state, rollouts, shaped, old.result(), ref.result(), values.result(), log.metrics
             )
         if step == 0:
             run.require(check_first_step(config, policy.check(experience).result(), log.metrics, run.eos_is_trained))
@@ -81,31 +86,86 @@ def train_ppo(
             for update in updates:
                 log.metrics.update(update.result())
 
-        with log.phase("sync"):
-            policy.send_weights(rollout, version=step + 1).result()
-
-        state.step = step + 1
-        if config.kl.target is not None:
-            state.kl_coef.update(log.metrics["kl/per_sequence"], len(rollouts))
-        run.finish_step(log, rollouts, scores)
-        run.checkpoint(step + 1, {"policy": policy, "critic": critic}, state.state_dict())
-        stop_on_blow_up(config, log.metrics, step)
+        finish_step(config, state, log, rollouts, scores, policy=policy, critic=critic, rollout=rollout, run=run)
 
 
-def experience_of(
+def train_ppo_one_pass(
+    config: PpoRunConfig,
+    prompts: Sequence[Prompt],
+    *,
+    policy: PolicyWorker,
+    critic: ValueWorker,
+    reference: LogprobWorker,
+    reward: Scorer,
+    rollout: Generator,
+    run: Run,
+    state: PpoState,
+) -> None:
+    """`train_ppo` for one update per step: the forward of each update is also the one that would have come before it.
+
+    The KL in the rewards reads the sampler's log-probabilities; the ratio's old policy is the trainer's own forward.
+    """
+    for step in range(state.step, config.run.num_steps):
+        log = run.begin_step(step)
+        batch = prompts_for_step(prompts, step, batch_size=config.ppo.rollout_batch_size, seed=config.run.seed)
+        with log.phase("generate"):
+            rollouts = rollout.generate(batch, step=step, num_samples=config.ppo.num_samples_per_prompt).result()
+
+        with log.phase("score"):
+            scoring, pending = reward.score(rollouts), reference.logprobs(rollouts)
+            scores, ref = scoring.result(), pending.result()
+        shaped = shaped_scores(config, state, scores, rollouts)
+        sampled = [torch.tensor(rollout.rollout_logprobs) for rollout in rollouts]
+        if step == 0:
+            old = policy.logprobs(rollouts).result()
+            values = critic.values(rollouts).result()
+            experience = experience_of(config, state, rollouts, shaped, old, ref, values, log.metrics)
+            run.require(check_first_step(config, policy.check(experience).result(), log.metrics, run.eos_is_trained))
+
+        with log.phase("update"):
+            rewards, learn = reward_rows(rollouts, shaped, sampled, ref, **reward_settings(config, state))
+            rows = [numbers[where] for numbers, where in zip(rewards, learn, strict=True)]
+            values, fitted = critic.fit(
+                rollouts, rows, step=step, gamma=config.ppo.gamma, gae_lambda=config.ppo.gae_lambda
+            ).result()
+            experience = experience_of(config, state, rollouts, shaped, sampled, ref, values, log.metrics)
+            log.metrics.update({**score_metrics(scores), **fitted})
+            if step >= config.critic.warmup_steps:
+                log.metrics.update(policy.update_on_policy(experience, step=step).result())
+
+        finish_step(config, state, log, rollouts, scores, policy=policy, critic=critic, rollout=rollout, run=run)
+
+
+def finish_step(
     config: PpoRunConfig,
     state: PpoState,
+    log: StepLog,
     rollouts: Sequence[Rollout],
     scores: Sequence[Score],
-    old: Any,
-    ref: Any,
-    values: Any,
-    metrics: dict[str, float],
-) -> Experience:
-    """Shape the scores, make the experience, and note what both say about the step in `metrics`."""
-    reward, ppo = config.reward, config.ppo
+    *,
+    policy: PolicyWorker,
+    critic: ValueWorker,
+    rollout: Generator,
+    run: Run,
+) -> None:
+    """Send the new weights, move the KL weight, write the step down, and commit it."""
+    with log.phase("sync"):
+        policy.send_weights(rollout, version=log.step + 1).result()
+    state.step = log.step + 1
+    if config.kl.target is not None:
+        state.kl_coef.update(log.metrics["kl/per_sequence"], len(rollouts))
+    run.finish_step(log, rollouts, scores)
+    run.checkpoint(state.step, {"policy": policy, "critic": critic}, state.state_dict())
+    stop_on_blow_up(config, log.metrics, log.step)
+
+
+def shaped_scores(
+    config: PpoRunConfig, state: PpoState, scores: Sequence[Score], rollouts: Sequence[Rollout]
+) -> list[float | None]:
+    """Unpack the reward config; refuse a batch with more unscored answers than the budget."""
+    reward = config.reward
     refuse_unscorable(scores, reward.max_unscorable)
-    shaped = shape_scores(
+    return shape_scores(
         rollouts,
         scores,
         max_new_tokens=config.rollout.max_new_tokens,
@@ -115,20 +175,39 @@ def experience_of(
         clip=reward.clip,
         normalizer=state.normalizer if reward.normalize else None,
     )
+
+
+def reward_settings(config: PpoRunConfig, state: PpoState) -> dict[str, Any]:
+    """What `reward_rows` takes from the configs and the controller."""
+    return {
+        "kl_coef": state.kl_coef.value,
+        "kl_estimator": config.kl.estimator,
+        "whiten_rewards": config.ppo.whiten_rewards,
+    }
+
+
+def experience_of(
+    config: PpoRunConfig,
+    state: PpoState,
+    rollouts: Sequence[Rollout],
+    shaped: Sequence[float | None],
+    old: Sequence[Tensor],
+    ref: Sequence[Tensor],
+    values: Sequence[Tensor],
+    metrics: dict[str, float],
+) -> Experience:
+    """The experience of one step; what it says about the step goes into `metrics`."""
     experience, described = make_experience(
         rollouts,
         shaped,
         old,
         ref,
         values,
-        kl_coef=state.kl_coef.value,
-        kl_estimator=config.kl.estimator,
-        gamma=ppo.gamma,
-        gae_lambda=ppo.gae_lambda,
-        whiten_advantages=ppo.whiten_advantages,
-        whiten_rewards=ppo.whiten_rewards,
+        gamma=config.ppo.gamma,
+        gae_lambda=config.ppo.gae_lambda,
+        whiten_advantages=config.ppo.whiten_advantages,
+        **reward_settings(config, state),
     )
-    metrics.update(score_metrics(scores))
     metrics.update(described)
     metrics["kl/coef"] = state.kl_coef.value
     return experience

@@ -191,7 +191,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Run the steps and return the report."""
     import torch
 
-    from benchmarks.meter import MemoryMeter
+    from alignment.memory import MemoryMeter
 
     torch.set_num_threads(args.threads)
     clock = build_clock()

@@ -108,11 +108,14 @@ def test_killed_after_three_steps_and_resumed_is_bitwise_the_uninterrupted_run(p
     assert metrics(output) == metrics(uninterrupted)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_signals_end_the_run_with_its_last_step_valid(ppo, uninterrupted, tmp_path, number, code):
+@pytest.mark.parametrize(
+    ("number", "code", "where"),
+    [(signal.SIGTERM, 143, ["--local"]), (signal.SIGINT, 130, ["--local"]), (signal.SIGTERM, 143, [])],
+)
+def test_signals_end_the_run_with_its_last_step_valid(ppo, tmp_path, number, code, where):
     output = tmp_path / "stopped"
     driver = subprocess.Popen(
-        command(ppo, output, "--local", "--run.num_steps", "200"),
+        command(ppo, output, *where, "--run.num_steps", "500"),
         cwd=ROOT,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,

@@ -8,7 +8,7 @@ import torch
 from alignment import adapters, models
 from alignment.checkpoint import load_state, save_state
 from alignment.engines.torch import TorchEngine
-from alignment.experience import make_experience
+from alignment.experience import make_experience, reward_rows
 from alignment.learners.ppo import CriticLearner, PolicyLearner
 from alignment.learners.reward_model import RewardModelLearner
 from alignment.loops.offline import pair_report, pairs_for_step
@@ -262,3 +262,33 @@ def test_pairs_are_dealt_without_gaps_or_repeats():
     dealt = [pair.id for step in range(5) for pair in pairs_for_step(pairs, step, batch_size=4, seed=0)]
     assert sorted(dealt) == sorted([pair.id for pair in pairs] * 2)
     assert sorted(dealt[:10]) == sorted(pair.id for pair in pairs)
+
+
+def test_one_pass_updates_are_the_ordinary_ones(tiny):
+    """One epoch over one minibatch: `fit` and `update_on_policy` give the gradients of the separate passes."""
+    rollouts = rollouts_of(8)
+    scores = [1.0, -1.0, 0.5, 2.0, -0.5, None, 0.0, 1.5]
+    settings = {"kl_coef": 0.05, "gamma": 1.0, "gae_lambda": 0.9}
+    policy, critic = policy_learner(tiny / "policy"), critic_learner(tiny / "policy", micro_batch_size=3)
+    old, values = policy.logprobs(rollouts), critic.values(rollouts)
+    ref = [row - 0.1 for row in old]
+    experience, _ = make_experience(rollouts, scores, old, ref, values, **settings)
+    expected_policy = gradients(policy, lambda: policy.update(experience, step=0))
+    expected_critic = gradients(critic, lambda: critic.update(experience, step=0))
+
+    other, other_critic = policy_learner(tiny / "policy"), critic_learner(tiny / "policy", micro_batch_size=3)
+    rewards, learn = reward_rows(rollouts, scores, old, ref, kl_coef=0.05)
+    rows = [numbers[where] for numbers, where in zip(rewards, learn, strict=True)]
+    fitted = []
+    got_critic = gradients(
+        other_critic, lambda: fitted.append(other_critic.fit(rollouts, rows, gamma=1.0, gae_lambda=0.9))
+    )
+    for a, b in zip(values, fitted[0][0], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    metrics = {}
+    got_policy = gradients(other, lambda: metrics.update(other.update_on_policy(experience, step=0)))
+    assert metrics["ppo/ratio_mean"] == pytest.approx(1, abs=1e-6)
+    assert metrics["rollout/logprob_gap"] == pytest.approx(0, abs=1e-5)
+    for expected, got in ((expected_policy, got_policy), (expected_critic, got_critic)):
+        for a, b in zip(expected, got, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
