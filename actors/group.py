@@ -68,6 +68,7 @@ class ActorGroup:
         cpus_per_worker: float = 1.0,
         gpus_per_worker: float = 0.0,
         threads: int | None = None,
+        takes_turns: bool = False,
         placement: PlacementGroup | None = None,
         bundles: Sequence[int] = (),
     ) -> None:
@@ -88,7 +89,7 @@ class ActorGroup:
                 scheduling_strategy=strategy,
                 runtime_env={"env_vars": PROCESS_ENVIRONMENT},
             )
-            self.workers.append(options.remote(dict(actors), threads=threads))
+            self.workers.append(options.remote(dict(actors), threads=threads, takes_turns=takes_turns))
 
     def start(self) -> RefPending:
         """Load the models. A failure there reaches the caller through `.result()`."""

@@ -49,6 +49,7 @@ def ray_groups(actors: Mapping[str, Actor], cluster: ClusterConfig) -> Iterator[
                 cpus_per_worker=plan.cpus,
                 gpus_per_worker=plan.gpus,
                 threads=plan.threads,
+                takes_turns=plan.takes_turns,
                 placement=placement,
                 bundles=indices,
             )

@@ -23,6 +23,11 @@ class ProcessPlan:
     gpus: float
     threads: int
 
+    @property
+    def takes_turns(self) -> bool:
+        """Without a GPU, a process that uses every core shares them in time, not in space."""
+        return self.gpus == 0 and self.threads >= (os.cpu_count() or 1)
+
 
 def plan_processes(cluster: ClusterConfig, roles: Sequence[str] = ROLES) -> list[ProcessPlan]:
     """Colocated roles share a process and add up their reservations; every other role has its own."""

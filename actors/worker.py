@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import os
-from collections.abc import Callable, Mapping
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,9 +43,11 @@ class Actor:
 class Host:
     """One process and the roles that live in it."""
 
-    def __init__(self, actors: Mapping[str, Actor], *, threads: int | None = None) -> None:
+    def __init__(self, actors: Mapping[str, Actor], *, threads: int | None = None, takes_turns: bool = False) -> None:
+        """`takes_turns`: calls of such hosts on one machine run one after the other, see `cpu_turn`."""
         self.actors = dict(actors)
         self.threads = threads or os.cpu_count() or 1
+        self.takes_turns = takes_turns
 
     def setup(self) -> str:
         """Set every role up, those that others need first. Returns a word on where it runs."""
@@ -57,10 +62,27 @@ class Host:
         """`actors[role].method(...)`. Threads are set again because in-process hosts share one torch."""
         if torch.get_num_threads() != self.threads:
             torch.set_num_threads(self.threads)
-        try:
-            return getattr(self.actors[role], method)(*args, **kwargs)
-        finally:
-            give_back_freed_memory()
+        with cpu_turn() if self.takes_turns else contextlib.nullcontext():
+            try:
+                return getattr(self.actors[role], method)(*args, **kwargs)
+            finally:
+                give_back_freed_memory()
+
+
+@contextlib.contextmanager
+def cpu_turn() -> Iterator[None]:
+    """Hold this user's turn on the machine's cores.
+
+    Processes that each run a thread on every core do not share them well: at every barrier of a matrix product one
+    waits for a thread that the other has displaced, and two together take three times as long as one after the other.
+    """
+    path = Path(tempfile.gettempdir()) / f"raylign-cpu-turn-{os.getuid()}.lock"
+    file = os.open(path, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(file)
 
 
 def keep_freed_memory() -> None:
