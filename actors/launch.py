@@ -74,23 +74,18 @@ def session() -> Iterator[None]:
 
 
 def connect() -> bool:
-    """Join the Ray cluster of this job or machine, else start a private one on loopback. True when started here."""
+    """Join the cluster that RAY_ADDRESS names (a submitted job has it set), else start a private one on loopback.
+
+    True when started here. A cluster that merely runs on this machine is left alone: it may be another run's private
+    one, and end with it.
+    """
     import ray
 
     if ray.is_initialized():
         return False
-    # A worker imports our packages by the driver's path; bytecode and hub look-ups are no business of theirs.
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    try:
-        ray.init(address="auto", log_to_driver=True, logging_level=logging.WARNING)
-        print("joined the running Ray cluster", file=sys.stderr, flush=True)
+    if "RAY_ADDRESS" in os.environ:
+        ray.init(logging_level=logging.WARNING)
+        print(f"joined the Ray cluster at {os.environ['RAY_ADDRESS']}", file=sys.stderr, flush=True)
         return False
-    except ConnectionError:
-        ray.init(
-            address="local",
-            include_dashboard=False,
-            _node_ip_address="127.0.0.1",
-            log_to_driver=True,
-            logging_level=logging.WARNING,
-        )
-        return True
+    ray.init(address="local", include_dashboard=False, _node_ip_address="127.0.0.1", logging_level=logging.WARNING)
+    return True

@@ -81,29 +81,36 @@ def run_recipe(
     except Terminated:
         _say(f"{name}: terminated; the last completed step is on disk, continue with --resume auto")
         return 143
-    except ValueError as error:
-        if job is not None and job.started:
-            traceback.print_exc()
-            _say(f"{name}: failed: {error}")
-            return 1
-        _say(f"{name}: refused: {error}")
-        return 2
     except Exception as error:
-        # The one place that ends every failure with a line a person can act on; the trace stays above it.
-        traceback.print_exc()
-        _say(f"{name}: failed: {type(error).__name__}: {error}")
-        return 1
+        return end_with(name, job, error)
     finally:
         signal.signal(signal.SIGTERM, previous)
+
+
+def end_with(name: str, job: Job[Any] | None, error: Exception) -> int:
+    """The exit code of an error, after a line that a person can act on. The one broad catch of a recipe."""
+    if Terminated.asked:
+        # Raised inside Ray's own code, the signal comes out as another error.
+        _say(f"{name}: terminated; the last completed step is on disk, continue with --resume auto")
+        return 143
+    if isinstance(error, ValueError) and not (job is not None and job.started):
+        _say(f"{name}: refused: {error}")
+        return 2
+    traceback.print_exception(error)
+    _say(f"{name}: failed: {type(error).__name__}: {error}")
+    return 1
 
 
 class Terminated(BaseException):
     """SIGTERM, as an exception, so that actors are stopped on the way out."""
 
+    asked = False
+
 
 def _terminate(*_: Any) -> None:
     # A second SIGTERM while stopping must not interrupt the stopping.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    Terminated.asked = True
     raise Terminated
 
 
