@@ -246,7 +246,10 @@ def train_first(job: Job[Any], recipe: Callable[[list[str]], int], output_dir: P
 
             stack.enter_context(session())
         flags = ["--cluster", str(job.cluster_file), "--output-dir", str(output_dir)] + ["--local"] * job.local
-        if code := recipe(flags):
+        code = recipe(flags)
+        if code == 130:
+            raise KeyboardInterrupt
+        if code:
             raise RuntimeError(f"{output_dir}: the upstream recipe ended with exit code {code}; see above")
 
 
