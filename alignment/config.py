@@ -432,7 +432,7 @@ class ClusterConfig(Config):
     colocate: tuple[tuple[str, ...], ...] = (("policy", "reference"),)
     """Groups of roles that live in one process and share what they can: with LoRA the reference is the policy with
     its adapters off; policy and rollout share one copy of the weights."""
-    placement_timeout: PositiveFloat = 25.0
+    placement_timeout: PositiveFloat = 15.0
     """Seconds to wait for the machines before giving up."""
 
     @model_validator(mode="after")
