@@ -13,9 +13,6 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from actors.worker import Actor, Host
 
 PROCESS_ENVIRONMENT = {
-    # Processes that share cores in time must not spin for long while they wait for each other; not to spin at all
-    # would cost a quarter of the sampler's speed.
-    "GOMP_SPINCOUNT": "100000",
     # Ray runs actor methods off the main thread, whose own arena would give every freed block back to the kernel.
     "MALLOC_ARENA_MAX": "1",
     "TOKENIZERS_PARALLELISM": "false",

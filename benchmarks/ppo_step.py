@@ -38,8 +38,8 @@ RUN = """
 run: {{num_steps: {steps}, checkpoint_every: 1000, trackers: []}}
 data: {{source: {{path: {prompts}}}, held_out: 0, max_prompt_tokens: 64}}
 model: {{path: {model}}}
-policy: {{micro_batch_size: 4, optimizer: {{lr: 1.0e-6}}}}
-critic: {{micro_batch_size: 4, optimizer: {{lr: 1.0e-6}}}}
+policy: {{micro_batch_size: 8, optimizer: {{lr: 1.0e-6}}}}
+critic: {{micro_batch_size: 8, optimizer: {{lr: 1.0e-6}}}}
 rollout: {{max_new_tokens: 64, ignore_eos: true}}
 reward: {{model: {reward}}}
 ppo: {{rollout_batch_size: 16, minibatch_size: 16, ppo_epochs: 1, one_pass: true}}
@@ -99,12 +99,12 @@ def run_rival(folder: Path, model: str, steps: int, trl_path: Path | None) -> di
 def operations(backbone: float, head: float, prompt_tokens: float) -> dict[str, float]:
     """TFLOP of the phases: 2 per weight and token forward, 4 more backward; the head on response tokens only.
 
-    score: policy and reference with head, critic and reward model without. update: policy (its head is computed
-    again in the backward pass) and critic.
+    score: the reference with its head and the reward model. update: policy (its head is computed again in the
+    backward pass) and critic, whose own forwards give the old log-probabilities and the values.
     """
     tokens, answers = NUM_PROMPTS * (prompt_tokens + NEW_TOKENS), NUM_PROMPTS * NEW_TOKENS
     body, top = 2 * backbone * tokens / 1e12, 2 * head * answers / 1e12
-    return {"generate": body + top, "score": 4 * body + 2 * top, "update": 6 * body + 4 * top}
+    return {"generate": body + top, "score": 2 * body + top, "update": 6 * body + 4 * top}
 
 
 def report(ours: dict[str, Any], rival: dict[str, Any] | None, model: str, prompt_tokens: float) -> str:

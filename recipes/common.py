@@ -143,7 +143,7 @@ def parse(name: str, config_class: type[ConfigT], argv: list[str] | None) -> Job
         local=known.local,
         dry_run=known.dry_run,
         began=time.monotonic(),
-        memory=MemoryMeter(interval=1.0),
+        memory=MemoryMeter(interval=2.0),
     )
 
 
