@@ -87,7 +87,5 @@ def connect() -> bool:
         ray.init(logging_level=logging.WARNING)
         print(f"joined the Ray cluster at {os.environ['RAY_ADDRESS']}", file=sys.stderr, flush=True)
         return False
-    # Ray starts workers at the lowest priority, below its own daemons; here the workers are what the machine is for.
-    os.environ.setdefault("RAY_worker_niceness", "0")
     ray.init(address="local", include_dashboard=False, _node_ip_address="127.0.0.1", logging_level=logging.WARNING)
     return True

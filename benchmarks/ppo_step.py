@@ -38,8 +38,8 @@ RUN = """
 run: {{num_steps: {steps}, checkpoint_every: 1000, trackers: []}}
 data: {{source: {{path: {prompts}}}, held_out: 0, max_prompt_tokens: 64}}
 model: {{path: {model}}}
-policy: {{micro_batch_size: 8, optimizer: {{lr: 1.0e-6}}}}
-critic: {{micro_batch_size: 8, optimizer: {{lr: 1.0e-6}}}}
+policy: {{micro_batch_size: 4, optimizer: {{lr: 1.0e-6}}}}
+critic: {{micro_batch_size: 4, optimizer: {{lr: 1.0e-6}}}}
 rollout: {{max_new_tokens: 64, ignore_eos: true}}
 reward: {{model: {reward}}}
 ppo: {{rollout_batch_size: 16, minibatch_size: 16, ppo_epochs: 1, one_pass: true}}
