@@ -179,15 +179,21 @@ def open_run_directory(job: Job[Any]) -> tuple[RunDirectory, Path | None]:
                 + "\n  ".join(changes)
                 + "\nexpected the same config; undo the change, or choose another --output-dir"
             )
-    else:
+    chosen = _checkpoint_to_resume(job, CheckpointStore(directory.checkpoints, keep=1))
+    if not saved.exists():
         directory.write_text_atomic(saved, dump_config(job.config))
-    return directory, _checkpoint_to_resume(job, CheckpointStore(directory.checkpoints, keep=1))
+    if chosen is None:
+        # What an attempt without a usable checkpoint logged would stand there twice.
+        directory.truncate_after(-1)
+    return directory, chosen
 
 
 def _checkpoint_to_resume(job: Job[Any], store: Any) -> Path | None:
     if job.resume not in ("auto", "never"):
         chosen = Path(job.resume)
         reason = store.verify_folder(chosen) if chosen.is_dir() else "no such folder"
+        if reason is None and chosen.resolve().parent != store.folder.resolve():
+            reason = "a checkpoint of another run"
         if reason:
             raise ValueError(f"--resume: got {chosen} ({reason}), expected a complete checkpoint; use --resume auto")
         # What was trained after it belongs to another future: a later --resume auto must not jump back there.
@@ -195,7 +201,7 @@ def _checkpoint_to_resume(job: Job[Any], store: Any) -> Path | None:
         return chosen
     found, passed_over = store.latest_valid()
     for step, reason in passed_over:
-        _say(f"checkpoint of step {step} is not used: {reason}; falling back to the step before")
+        _say(f"checkpoint of step {step} is not used: {reason}; looking for an older one")
     return found
 
 
@@ -233,8 +239,12 @@ def check_reward_functions(reward: Any) -> None:
 
 
 def is_own_reward_model(path: str) -> bool:
-    """True for the folder that recipes/reward_model_medical.py writes, while it is not there yet."""
-    return Path(path).name == "final" and "reward_model_medical" in Path(path).parts and not Path(path).is_dir()
+    """True for the folder that recipes/reward_model_medical.py writes, until its last file is there."""
+    return (
+        Path(path).name == "final"
+        and "reward_model_medical" in Path(path).parts
+        and not (Path(path) / "score_statistics.json").is_file()
+    )
 
 
 def train_first(job: Job[Any], recipe: Callable[[list[str]], int], output_dir: Path) -> None:
@@ -249,6 +259,8 @@ def train_first(job: Job[Any], recipe: Callable[[list[str]], int], output_dir: P
         code = recipe(flags)
         if code == 130:
             raise KeyboardInterrupt
+        if code == 2:
+            raise ValueError(f"{output_dir}: got a refusal of the upstream recipe, expected it to run; see above")
         if code:
             raise RuntimeError(f"{output_dir}: the upstream recipe ended with exit code {code}; see above")
 

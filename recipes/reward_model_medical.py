@@ -31,6 +31,11 @@ def train(job: common.Job[RewardModelRunConfig]) -> None:
         config.data, tokenizer, eos_ids=eos_ids_of_model(tokenizer, model_path, config.model.revision)
     )
     common.check_machines(job)
+    if job.cluster.reward_model.num_workers != 1:
+        raise ValueError(
+            f"cluster: reward_model.num_workers: got {job.cluster.reward_model.num_workers}, expected 1 while it is "
+            "trained; train it with --cluster cluster/local.yaml first"
+        )
     if job.dry_run:
         print(common.reward_model_plan(job, num_parameters, len(pairs.train), len(pairs.held_out)))
         return

@@ -77,7 +77,8 @@ class PolicyLearner:
             tally.add(metrics)
         tally.add(self.engine.step())
         metrics = tally.result("ppo")
-        return {**metrics, "rollout/logprob_gap": metrics.pop("ppo/logprob_gap"), "ppo/updates_count": 1.0}
+        gap = metrics.pop("ppo/logprob_gap")
+        return {**metrics, "rollout/logprob_gap": gap, "ppo/updates_count": 1.0}
 
     def update(self, experience: Experience, *, step: int) -> dict[str, float]:
         """Improve the policy on one batch. Stops early once a minibatch's KL to the old policy exceeds `kl_stop`."""

@@ -155,8 +155,9 @@ def finish_step(
     if config.kl.target is not None:
         state.kl_coef.update(log.metrics["kl/per_sequence"], len(rollouts))
     run.finish_step(log, rollouts, scores)
-    run.checkpoint(state.step, {"policy": policy, "critic": critic}, state.state_dict())
+    # Before the commit: a run that is started again must not go on from the step that went too far.
     stop_on_blow_up(config, log.metrics, log.step)
+    run.checkpoint(state.step, {"policy": policy, "critic": critic}, state.state_dict())
 
 
 def shaped_scores(
@@ -235,7 +236,7 @@ def refuse_unscorable(scores: Sequence[Score], limit: float) -> None:
 def stop_on_blow_up(config: PpoRunConfig, metrics: dict[str, float], step: int) -> None:
     """End the run when the policy has left the reference further behind than the user allows."""
     kl, limit = metrics["kl/per_sequence"], config.kl.limit
-    if limit is not None and kl > limit:
+    if limit is not None and not kl <= limit:  # NaN counts as too far
         raise RuntimeError(
             f"step {step}: got a KL of {kl:.2f} per sequence to the reference, expected at most kl.limit={limit:g}; "
             "raise kl.coef, lower policy.optimizer.lr, or resume an earlier step"
