@@ -110,7 +110,8 @@ class OptimizerConfig(Config):
     max_grad_norm: PositiveFloat = 1.0
     """Global gradient clipping; a non-finite norm skips the step and is counted."""
     adaptive_kl_target: PositiveFloat | None = None
-    """KL per token between old and new policy that the rate steers towards (policy only); None switches it off."""
+    """KL per token between old and new policy that the rate steers towards (policy only); None switches it off.
+    It reads the KL before each optimiser step, so it needs several steps per batch."""
     adaptive_bounds: tuple[PositiveFloat, PositiveFloat] = (0.1, 4.0)
     """Limits of the KL-adaptive factor on the rate."""
 
@@ -255,7 +256,7 @@ class PpoConfig(Config):
     """Weight of the entropy bonus."""
     one_pass: bool = False
     """One forward of each model per step: the policy's and the critic's updates reuse it. Needs one epoch over one
-    minibatch; same result, about a sixth less time."""
+    minibatch. The KL in the rewards reads the sampler's log-probabilities, so the result is the same to rounding."""
     gamma: Fraction = 1.0
     """Discount."""
     gae_lambda: Fraction = 0.95
