@@ -1,0 +1,43 @@
+"""Typed configs of every stage: frozen, nested by owner, unknown keys refused. Importable without torch.
+
+A config is a fact: building one has no side effect. Builders unpack it into plain arguments; no function of
+the maths ever sees one. `alignment.config_io` reads YAML and dotted overrides into these classes.
+"""
+
+from __future__ import annotations
+
+from alignment.config.base import Config
+from alignment.config.cluster import ROLES, ClusterConfig, RoleConfig, RolloutRoleConfig
+from alignment.config.data import PreferenceDataConfig, PromptDataConfig, SourceConfig
+from alignment.config.model import AdapterConfig, ModelConfig, OptimizerConfig
+from alignment.config.ppo import CriticConfig, KlConfig, PolicyConfig, PpoConfig, PpoRunConfig
+from alignment.config.reward import RewardConfig, RewardFunctionConfig
+from alignment.config.reward_model import RewardModelRunConfig, RewardModelTrainingConfig
+from alignment.config.rollout import RolloutConfig
+from alignment.config.run import EvaluationConfig, RunConfig
+
+__all__ = [
+    "ROLES",
+    "AdapterConfig",
+    "ClusterConfig",
+    "Config",
+    "CriticConfig",
+    "EvaluationConfig",
+    "KlConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "PolicyConfig",
+    "PpoConfig",
+    "PpoRunConfig",
+    "PreferenceDataConfig",
+    "PromptDataConfig",
+    "RewardConfig",
+    "RewardFunctionConfig",
+    "RewardModelRunConfig",
+    "RewardModelTrainingConfig",
+    "RoleConfig",
+    "RolloutConfig",
+    "RolloutRoleConfig",
+    "RunConfig",
+    "SourceConfig",
+]

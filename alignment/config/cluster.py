@@ -1,0 +1,83 @@
+"""The machines."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import model_validator
+
+from alignment.config.base import Config, NonNegativeFloat, Positive, PositiveFloat
+
+
+class RoleConfig(Config):
+    """The machines of one role."""
+
+    num_workers: Positive = 1
+    """Processes."""
+    cpus_per_worker: PositiveFloat = 0.2
+    """CPUs that each reserves; a fraction lets roles share a core in time."""
+    gpus_per_worker: NonNegativeFloat = 0.0
+    """GPUs that each reserves."""
+    threads_per_worker: Positive | None = None
+    """Threads of each worker's matrix products; None takes the machine's cores. Part of bitwise reproducibility."""
+    engine: Literal["torch"] = "torch"
+    """How an optimiser step runs."""
+
+
+class RolloutRoleConfig(Config):
+    """The machines of the rollout engines."""
+
+    engine: Literal["transformers"] = "transformers"
+    """Generation engine."""
+    num_engines: Positive = 1
+    """Engines, each with a copy of the weights."""
+    tensor_parallel_size: Positive = 1
+    """GPUs of one engine."""
+    cpus_per_worker: PositiveFloat = 0.2
+    """CPUs that each engine reserves."""
+    gpus_per_worker: NonNegativeFloat = 0.0
+    """GPUs that each engine reserves."""
+    threads_per_worker: Positive | None = None
+    """Threads of each engine."""
+
+    @property
+    def num_workers(self) -> int:
+        return self.num_engines
+
+
+ROLES = ("policy", "critic", "reference", "reward_model", "rollout")
+
+
+class ClusterConfig(Config):
+    """The machines: the only file to edit to scale a run."""
+
+    policy: RoleConfig = RoleConfig()
+    """The model that learns."""
+    critic: RoleConfig = RoleConfig()
+    """The value model."""
+    reference: RoleConfig = RoleConfig()
+    """The frozen policy."""
+    reward_model: RoleConfig = RoleConfig()
+    """What scores."""
+    rollout: RolloutRoleConfig = RolloutRoleConfig()
+    """What samples."""
+    colocate: tuple[tuple[str, ...], ...] = (("policy", "reference"),)
+    """Groups of roles that live in one process and share what they can: with LoRA the reference is the policy with
+    its adapters off; policy and rollout share one copy of the weights."""
+    placement_timeout: PositiveFloat = 15.0
+    """Seconds to wait for the machines before giving up."""
+
+    @model_validator(mode="after")
+    def _colocate_names_roles(self) -> ClusterConfig:
+        named = [role for group in self.colocate for role in group]
+        unknown = sorted(set(named) - set(ROLES))
+        if unknown or len(named) != len(set(named)):
+            raise ValueError(
+                f"colocate: got {self.colocate}, expected each of {ROLES} at most once; correct the groups"
+            )
+        for group in self.colocate:
+            if len({getattr(self, role).num_workers for role in group}) > 1:
+                raise ValueError(
+                    f"colocate: got different numbers of workers in {group}, expected one number; align them"
+                )
+        return self

@@ -1,0 +1,61 @@
+"""Models, adapters and optimisers: what every training stage has."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from alignment.config.base import Config, Fraction, NonNegative, NonNegativeFloat, Positive, PositiveFloat
+
+
+class ModelConfig(Config):
+    """A causal language model."""
+
+    path: str = "asset:smollm2-135m-instruct"
+    """Hugging Face folder, hub name, or `asset:NAME`."""
+    revision: str | None = None
+    """Commit hash of a hub model."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Weights and matrix products; losses are float32 whatever this is."""
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    """`auto` takes flash-attn when it is installed and the device and dtype fit, else SDPA."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+
+
+class AdapterConfig(Config):
+    """LoRA. `r: 0` trains every parameter."""
+
+    r: NonNegative = 0
+    """Rank; 0 means full fine-tuning."""
+    alpha: PositiveFloat = 32.0
+    """Scale: the update is multiplied by alpha / r."""
+    target_modules: tuple[str, ...] | Literal["all-linear"] = "all-linear"
+    """Module names that get an adapter."""
+    last_layers: Positive | None = None
+    """Adapt only this many layers, counted from the top: the backward pass stops below them."""
+
+
+class OptimizerConfig(Config):
+    """AdamW, warm-up and decay; counts optimiser steps."""
+
+    lr: PositiveFloat = 1e-5
+    """Peak learning rate."""
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    """AdamW's."""
+    eps: PositiveFloat = 1e-8
+    """AdamW's."""
+    weight_decay: NonNegativeFloat = 0.0
+    """Decoupled, on matrices only."""
+    warmup_ratio: Fraction = 0.05
+    """Share of all optimiser steps with a rising rate; the first rate is above 0."""
+    decay: Literal["constant", "linear", "cosine"] = "linear"
+    """Shape after warm-up."""
+    min_lr_ratio: Fraction = 0.1
+    """Floor of the decay as a share of `lr`."""
+    max_grad_norm: PositiveFloat = 1.0
+    """Global gradient clipping; a non-finite norm skips the step and is counted."""
+    adaptive_kl_target: PositiveFloat | None = None
+    """KL per token between old and new policy that the rate steers towards (policy only); None switches it off.
+    It reads the KL before each optimiser step, so it needs several steps per batch."""
+    adaptive_bounds: tuple[PositiveFloat, PositiveFloat] = (0.1, 4.0)
+    """Limits of the KL-adaptive factor on the rate."""

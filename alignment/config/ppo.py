@@ -1,0 +1,135 @@
+"""The PPO stage."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from alignment.config.base import Config, Fraction, NonNegative, NonNegativeFloat, Positive, PositiveFloat
+from alignment.config.data import PromptDataConfig
+from alignment.config.model import AdapterConfig, ModelConfig, OptimizerConfig
+from alignment.config.reward import RewardConfig
+from alignment.config.rollout import RolloutConfig
+from alignment.config.run import EvaluationConfig, RunConfig
+
+
+class PolicyConfig(Config):
+    """The model that learns."""
+
+    adapter: AdapterConfig = AdapterConfig()
+    """LoRA or full."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """Its optimiser."""
+    micro_batch_size: Positive = 4
+    """Sequences per forward on one worker."""
+
+
+class CriticConfig(Config):
+    """The value model: the same backbone with a scalar head that starts at zero."""
+
+    path: str | None = None
+    """Backbone; None takes the policy's."""
+    adapter: AdapterConfig = AdapterConfig()
+    """LoRA or full; the head is always trained."""
+    optimizer: OptimizerConfig = OptimizerConfig(lr=2e-5)
+    """Its optimiser."""
+    micro_batch_size: Positive = 4
+    """Sequences per forward on one worker."""
+    warmup_steps: NonNegative = 0
+    """First steps in which the critic learns and the policy does not."""
+
+
+class KlConfig(Config):
+    """The penalty that ties the policy to the reference."""
+
+    coef: NonNegativeFloat = 0.05
+    """Weight of the per-token penalty in the reward."""
+    estimator: Literal["k1", "k2", "k3"] = "k1"
+    """k1 gives the true policy gradient of the reverse KL (Schulman 2020)."""
+    target: PositiveFloat | None = None
+    """KL per sequence for the adaptive controller; None keeps `coef` fixed."""
+    horizon: PositiveFloat = 10_000.0
+    """Sequences over which the controller acts."""
+    limit: PositiveFloat | None = None
+    """KL per sequence over which the run stops, naming it; None never stops."""
+
+
+class PpoConfig(Config):
+    """The PPO update (Schulman 2017)."""
+
+    rollout_batch_size: Positive = 16
+    """Prompts per step."""
+    num_samples_per_prompt: Positive = 1
+    """Responses per prompt; sequences per step = prompts x samples."""
+    minibatch_size: Positive = 16
+    """Sequences per optimiser step."""
+    ppo_epochs: Positive = 1
+    """Passes over one batch."""
+    clip_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    """Lower (and upper) clip of the importance ratio."""
+    clip_ratio_high: Annotated[float, Field(gt=0)] | None = None
+    """Upper clip, when it differs."""
+    dual_clip: Annotated[float, Field(gt=1)] | None = None
+    """Bound on the loss for negative advantages (Ye 2020); None switches it off."""
+    value_clip: PositiveFloat | None = 0.2
+    """Clip of the value change; None switches it off."""
+    vf_coef: NonNegativeFloat = 1.0
+    """Factor of the value loss; the critic is a model of its own, so it scales its rate."""
+    entropy_coef: NonNegativeFloat = 0.0
+    """Weight of the entropy bonus."""
+    one_pass: bool = False
+    """One forward of each model per step: the policy's and the critic's updates reuse it. Needs one epoch over one
+    minibatch. The KL in the rewards reads the sampler's log-probabilities, so the result is the same to rounding."""
+    gamma: Fraction = 1.0
+    """Discount."""
+    gae_lambda: Fraction = 0.95
+    """Lambda of generalised advantage estimation."""
+    whiten_advantages: bool = True
+    """Over the global batch."""
+    whiten_rewards: bool = False
+    """Scale shaped rewards to unit variance, keeping their mean."""
+    kl_stop: PositiveFloat | None = None
+    """KL per token between old and new policy that ends an update early."""
+
+
+class PpoRunConfig(Config):
+    """Everything of a PPO run but the machines."""
+
+    run: RunConfig = RunConfig()
+    """The run itself."""
+    data: PromptDataConfig = PromptDataConfig()
+    """Prompts."""
+    model: ModelConfig = ModelConfig()
+    """Policy, reference and rollout model."""
+    policy: PolicyConfig = PolicyConfig()
+    """What is trained, and how."""
+    critic: CriticConfig = CriticConfig()
+    """The value model."""
+    rollout: RolloutConfig = RolloutConfig()
+    """Sampling."""
+    reward: RewardConfig
+    """Scores."""
+    kl: KlConfig = KlConfig()
+    """Penalty to the reference."""
+    ppo: PpoConfig = PpoConfig()
+    """The update."""
+    evaluation: EvaluationConfig = EvaluationConfig()
+    """The held-out table."""
+
+    @model_validator(mode="after")
+    def _batches_divide(self) -> PpoRunConfig:
+        sequences = self.ppo.rollout_batch_size * self.ppo.num_samples_per_prompt
+        if sequences % self.ppo.minibatch_size:
+            raise ValueError(
+                f"ppo.minibatch_size: got {self.ppo.minibatch_size}, expected a divisor of the {sequences} sequences "
+                f"of a step ({self.ppo.rollout_batch_size} prompts x {self.ppo.num_samples_per_prompt} samples); "
+                "choose one that divides it"
+            )
+        if self.ppo.one_pass and (self.ppo.ppo_epochs, self.ppo.minibatch_size) != (1, sequences):
+            raise ValueError(
+                f"ppo.one_pass: got ppo_epochs={self.ppo.ppo_epochs} and minibatch_size={self.ppo.minibatch_size}, "
+                f"expected 1 and {sequences}: a second update needs log-probabilities from before the first; "
+                "set them, or one_pass to false"
+            )
+        return self

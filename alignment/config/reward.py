@@ -1,0 +1,49 @@
+"""What scores an answer."""
+
+from __future__ import annotations
+
+from pydantic import model_validator
+
+from alignment.config.base import Config, Fraction, NonNegative, NonNegativeFloat, Positive, PositiveFloat
+
+
+class RewardFunctionConfig(Config):
+    """One rule reward."""
+
+    name: str
+    """`module:function` below the rewards package, e.g. `text:finished_sentence`."""
+    weight: float = 1.0
+    """Factor in the total."""
+
+
+class RewardConfig(Config):
+    """What scores an answer: a reward model, rule functions, or both, added with weights."""
+
+    model: str | None = None
+    """Folder or hub name of a sequence-classification model with one label; None uses functions alone."""
+    model_weight: float = 1.0
+    """Factor of the reward model's score."""
+    standardize_model: bool = True
+    """Subtract the mean and divide by the standard deviation saved with the reward model, where it has them."""
+    functions: tuple[RewardFunctionConfig, ...] = ()
+    """Rule rewards."""
+    micro_batch_size: Positive = 8
+    """Sequences per forward."""
+    clip: PositiveFloat | None = None
+    """Scores are cut to [-clip, clip]."""
+    normalize: bool = False
+    """Divide by the running standard deviation of scores, the mean subtracted."""
+    missing_eos_penalty: NonNegativeFloat = 0.0
+    """Subtracted from answers that the limit cut off."""
+    overlong_buffer: NonNegative = 0
+    """Last tokens before the limit over which a penalty grows from 0 to overlong_penalty; 0 switches it off."""
+    overlong_penalty: NonNegativeFloat = 1.0
+    """Full overlong penalty."""
+    max_unscorable: Fraction = 0.0
+    """Share of a batch that may come back unscored before the run stops."""
+
+    @model_validator(mode="after")
+    def _something_scores(self) -> RewardConfig:
+        if self.model is None and not self.functions:
+            raise ValueError("got no reward.model and no reward.functions, expected at least one; name one")
+        return self

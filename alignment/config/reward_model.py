@@ -1,0 +1,36 @@
+"""The Bradley-Terry stage."""
+
+from __future__ import annotations
+
+from alignment.config.base import Config, NonNegativeFloat, Positive
+from alignment.config.data import PreferenceDataConfig
+from alignment.config.model import AdapterConfig, ModelConfig, OptimizerConfig
+from alignment.config.run import RunConfig
+
+
+class RewardModelTrainingConfig(Config):
+    """The Bradley-Terry stage."""
+
+    adapter: AdapterConfig = AdapterConfig()
+    """LoRA (merged at the end) or full; the head is always trained."""
+    optimizer: OptimizerConfig = OptimizerConfig(lr=5e-5)
+    """Its optimiser."""
+    batch_size: Positive = 8
+    """Pairs per optimiser step."""
+    micro_batch_size: Positive = 4
+    """Pairs per forward."""
+    center_coef: NonNegativeFloat = 0.01
+    """Weight of the squared sum of the two scores (Eisenstein 2023)."""
+
+
+class RewardModelRunConfig(Config):
+    """Everything of a reward-model run but the machines."""
+
+    run: RunConfig = RunConfig()
+    """The run itself; num_steps counts optimiser steps."""
+    data: PreferenceDataConfig = PreferenceDataConfig()
+    """Pairs."""
+    model: ModelConfig = ModelConfig()
+    """Backbone."""
+    training: RewardModelTrainingConfig = RewardModelTrainingConfig()
+    """The stage."""
