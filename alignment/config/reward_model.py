@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pydantic import model_validator
+
 from alignment.config.base import Config, NonNegativeFloat, Positive
 from alignment.config.data import PreferenceDataConfig
-from alignment.config.model import AdapterConfig, ModelConfig, OptimizerConfig
+from alignment.config.model import AdapterConfig, ModelConfig, OptimizerConfig, refuse_adaptive_rate
 from alignment.config.run import RunConfig
 
 
@@ -21,6 +23,11 @@ class RewardModelTrainingConfig(Config):
     """Pairs per forward."""
     center_coef: NonNegativeFloat = 0.01
     """Weight of the squared sum of the two scores (Eisenstein 2023)."""
+
+    @model_validator(mode="after")
+    def _rate_is_its_own(self) -> RewardModelTrainingConfig:
+        refuse_adaptive_rate(self.optimizer, "training.optimizer")
+        return self
 
 
 class RewardModelRunConfig(Config):
