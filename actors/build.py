@@ -56,7 +56,7 @@ def ppo_actors(config: PpoRunConfig, cluster: ClusterConfig, *, model_path: str,
             ppo=config.ppo,
             total_updates=updates,
             device=choose_device(cluster.critic.gpus_per_worker),
-            model=config.model,
+            model=config.model.at(config.critic.path or config.model.path, config.critic.revision),
             seed=config.run.seed,
         ),
         "reference": ReferenceActor(

@@ -88,7 +88,7 @@ class PolicyActor(Actor):
 
     def save(self, folder: Path) -> None:
         """Weights in Hugging Face format (an adapter in peft's) and the optimiser."""
-        save_trained(self.model, folder, self.model_path, load_tokenizer(self.model_path))
+        save_trained(self.model, folder, self.model_path, load_tokenizer(self.model_path, self.model_config.revision))
         checkpoint.save_state(folder / "learner.pt", self.learner.state_dict())
 
     def load(self, folder: Path) -> None:
@@ -97,6 +97,6 @@ class PolicyActor(Actor):
 
     def export(self, folder: Path) -> None:
         """The finished model: a plain Hugging Face folder, the adapter beside it when there is one."""
-        adapters.export_merged(self.model.model, folder, load_tokenizer(self.model_path))
+        adapters.export_merged(self.model.model, folder, load_tokenizer(self.model_path, self.model_config.revision))
         if adapters.has_adapter(self.model.model):
             adapters.save_adapter(self.model.model, folder / "adapter", base=self.model_path)

@@ -73,7 +73,7 @@ class RewardTrainingActor(Actor):
 
     def export(self, folder: Path) -> None:
         """A sequence-classification folder, adapters merged, that `RewardModelActor` (or transformers) loads."""
-        adapters.export_merged(self.model.model, folder, load_tokenizer(self.model_path))
+        adapters.export_merged(self.model.model, folder, load_tokenizer(self.model_path, self.model_config.revision))
 
 
 def write_statistics(folder: Path, scores: Sequence[float]) -> dict[str, float]:

@@ -11,7 +11,7 @@ from actors.policy import PolicyActor
 from actors.weight_sync import WeightUpdate, unpack_weights
 from actors.worker import Actor
 from alignment.config import ModelConfig, RolloutConfig
-from alignment.data.chat import decode, eos_ids_of_model, load_tokenizer
+from alignment.data.chat import decode, eos_ids_of_model, load_tokenizer, single_token
 from alignment.generation import generate, sampling_seed
 from alignment.types import Prompt, Rollout
 
@@ -36,11 +36,11 @@ class RolloutActor(Actor):
             self.model = policy.model
         else:
             self.model = causal_model(self.model_path, self.model_config, self.device, frozen=True)
-        self.tokenizer = load_tokenizer(self.model_path)
+        self.tokenizer = load_tokenizer(self.model_path, self.model_config.revision)
         self.stop_ids: frozenset[int] = frozenset()
         if not self.config.ignore_eos:
             ends = eos_ids_of_model(self.tokenizer, self.model_path, self.model_config.revision)
-            self.stop_ids = ends | {_single_token(self.tokenizer, stop) for stop in self.config.stop}
+            self.stop_ids = ends | {single_token(self.tokenizer, stop) for stop in self.config.stop}
 
     def generate(
         self,
@@ -92,10 +92,3 @@ class RolloutActor(Actor):
             raise RuntimeError("got follow() on an engine with weights of its own, expected receive_weights()")
         self.weight_version = version
         return version
-
-
-def _single_token(tokenizer: object, stop: str) -> int:
-    ids = tokenizer.encode(stop, add_special_tokens=False)  # type: ignore[attr-defined]
-    if len(ids) != 1:
-        raise ValueError(f"rollout.stop: got {stop!r}, which is {len(ids)} tokens, expected one; name a single token")
-    return int(ids[0])
