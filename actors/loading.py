@@ -70,6 +70,7 @@ def make_trainable(
         decay=optimizer.decay,
         min_lr_ratio=optimizer.min_lr_ratio,
         max_grad_norm=optimizer.max_grad_norm,
+        max_skipped_in_a_row=optimizer.max_skipped_in_a_row,
     )
 
 

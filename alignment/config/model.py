@@ -15,7 +15,7 @@ class ModelConfig(Config):
     revision: str | None = None
     """Commit hash of a hub model; reaches its weights, config and tokenizer."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Weights and matrix products; losses are float32 whatever this is."""
+    """Weights and matrix products; losses are float32 whatever this is. float16 is for inference only."""
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
     """`auto` takes flash-attn when it is installed and the device and dtype fit, else SDPA."""
     gradient_checkpointing: bool = False
@@ -59,11 +59,22 @@ class OptimizerConfig(Config):
     """Floor of the decay as a share of `lr`."""
     max_grad_norm: PositiveFloat = 1.0
     """Global gradient clipping; a non-finite norm skips the step and is counted."""
+    max_skipped_in_a_row: Positive = 3
+    """Skipped steps in a row that end the run."""
     adaptive_kl_target: PositiveFloat | None = None
     """KL per token between old and new policy that the rate steers towards (policy only); None switches it off.
-    It reads the KL before each optimiser step, so it needs several steps per batch."""
+    It reads the KL of a batch's last minibatch, after the earlier steps, so it needs several steps per batch."""
     adaptive_bounds: tuple[PositiveFloat, PositiveFloat] = (0.1, 4.0)
     """Limits of the KL-adaptive factor on the rate."""
+
+
+def refuse_float16_training(model: ModelConfig) -> None:
+    """Gradients underflow in float16 unless the loss is scaled, which no learner does."""
+    if model.dtype == "float16":
+        raise ValueError(
+            "model.dtype: got float16, expected float32 or bfloat16: gradients in float16 underflow without loss "
+            "scaling; use bfloat16"
+        )
 
 
 def refuse_adaptive_rate(optimizer: OptimizerConfig, key: str) -> None:

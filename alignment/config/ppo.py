@@ -8,7 +8,13 @@ from pydantic import Field, model_validator
 
 from alignment.config.base import Config, Fraction, NonNegative, NonNegativeFloat, Positive, PositiveFloat
 from alignment.config.data import PromptDataConfig
-from alignment.config.model import AdapterConfig, ModelConfig, OptimizerConfig, refuse_adaptive_rate
+from alignment.config.model import (
+    AdapterConfig,
+    ModelConfig,
+    OptimizerConfig,
+    refuse_adaptive_rate,
+    refuse_float16_training,
+)
 from alignment.config.reward import RewardConfig
 from alignment.config.rollout import RolloutConfig
 from alignment.config.run import EvaluationConfig, RunConfig
@@ -132,6 +138,11 @@ class PpoRunConfig(Config):
     """The update."""
     evaluation: EvaluationConfig = EvaluationConfig()
     """The held-out table."""
+
+    @model_validator(mode="after")
+    def _dtype_can_be_trained(self) -> PpoRunConfig:
+        refuse_float16_training(self.model)
+        return self
 
     @model_validator(mode="after")
     def _batches_divide(self) -> PpoRunConfig:

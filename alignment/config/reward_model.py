@@ -6,7 +6,13 @@ from pydantic import model_validator
 
 from alignment.config.base import Config, NonNegativeFloat, Positive
 from alignment.config.data import PreferenceDataConfig
-from alignment.config.model import AdapterConfig, ModelConfig, OptimizerConfig, refuse_adaptive_rate
+from alignment.config.model import (
+    AdapterConfig,
+    ModelConfig,
+    OptimizerConfig,
+    refuse_adaptive_rate,
+    refuse_float16_training,
+)
 from alignment.config.run import RunConfig
 
 
@@ -41,3 +47,8 @@ class RewardModelRunConfig(Config):
     """Backbone."""
     training: RewardModelTrainingConfig = RewardModelTrainingConfig()
     """The stage."""
+
+    @model_validator(mode="after")
+    def _dtype_can_be_trained(self) -> RewardModelRunConfig:
+        refuse_float16_training(self.model)
+        return self

@@ -157,3 +157,13 @@ def test_a_revision_belongs_to_one_repository(path, revision, taken):
 def test_configs_load_without_torch():
     code = "import sys, alignment.config, alignment.config_io; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("cls", "words"),
+    [(PpoRunConfig, ["--reward.functions", "[{name: text:finished_sentence}]"]), (RewardModelRunConfig, [])],
+)
+def test_float16_is_refused_in_training(cls, words):
+    with pytest.raises(ValueError, match=r"model\.dtype: got float16, expected float32 or bfloat16.*use bfloat16"):
+        load_config(cls, overrides=[*words, "--model.dtype", "float16"])
+    assert load_config(cls, overrides=[*words, "--model.dtype", "bfloat16"]).model.dtype == "bfloat16"
