@@ -39,8 +39,8 @@ def load_tokenizer(path: str, revision: str | None = None) -> PreTrainedTokenize
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"tokenizer {path!r}: could not be loaded ({str(error).strip().splitlines()[0]}), expected one beside the "
-            "model; correct the path, or save the tokenizer there"
+            f"tokenizer {path!r}: got none that could be loaded ({str(error).strip().splitlines()[0]}), expected one "
+            "beside the model; correct the path, or save the tokenizer there"
         ) from error
     if not tokenizer.chat_template:
         raise ValueError(f"tokenizer {path!r}: got no chat template, expected one; use an instruction-tuned model")
