@@ -7,6 +7,7 @@ The preferred answer of a pair is a clinician's treatment plan for the diagnosis
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from alignment.data.preferences import load_preference_pairs
 from alignment.loops.offline import pair_report, train_reward_model
 from alignment.loops.run import Run
 from alignment.metrics import check_trackers
+from alignment.types import PreferencePair
 from recipes import checks, common
 
 Scores = list[tuple[float, float]]
@@ -55,12 +57,16 @@ def train(job: common.Job[RewardModelRunConfig]) -> None:
         role = reward_training_role(groups)
         run = common.make_run(Run, directory, config.run, model_path=model_path)
         first_step = common.restore(job, run, resume_from, {"reward_model": role})["step"] if resume_from else 0
-        before = role.score_pairs(pairs.held_out).result()
+
+        def score(some: Sequence[PreferencePair]) -> Scores:
+            return role.score_pairs(some).result() if some else []
+
+        before = score(pairs.held_out)
         train_reward_model(config, pairs.train, reward_model=role, run=run, first_step=first_step)
-        after = role.score_pairs(pairs.held_out).result()
+        after = score(pairs.held_out)
         role.export(directory.final).result()
         # Standardised on real answers of both kinds, so that a score of 1 means one deviation better than these.
-        known = after or role.score_pairs(pairs.train[:NUM_STANDARD]).result()
+        known = after or score(pairs.train[:NUM_STANDARD])
         write_statistics(directory.final, [score for pair in known for score in pair])
         common.write_summary(job, directory, accuracy(before, after, config.run.seed))
         run.close()
