@@ -162,6 +162,15 @@ class PpoRunConfig(Config):
         return self
 
     @model_validator(mode="after")
+    def _policy_learns(self) -> PpoRunConfig:
+        if self.critic.warmup_steps >= self.run.num_steps:
+            raise ValueError(
+                f"critic.warmup_steps: got {self.critic.warmup_steps}, expected less than the {self.run.num_steps} of "
+                "run.num_steps, or the policy never learns; lower it, or raise run.num_steps"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _controllers_fit_a_step(self) -> PpoRunConfig:
         sequences = self.ppo.rollout_batch_size * self.ppo.num_samples_per_prompt
         if self.kl.target is not None and self.kl.horizon < sequences:

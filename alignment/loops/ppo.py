@@ -168,11 +168,13 @@ def finish_step(
     with log.phase("sync"):
         policy.send_weights(rollout, version=log.step + 1).result()
     state.step = log.step + 1
-    if config.kl.target is not None:
-        state.kl_coef.update(log.metrics["kl/per_sequence"], len(rollouts))
+    kl = log.metrics.get("kl/per_sequence")  # missing when no answer of the step has a score
+    if config.kl.target is not None and kl is not None:
+        state.kl_coef.update(kl, len(rollouts))
     run.finish_step(log, rollouts, scores)
     # Before the commit: a run that is started again must not go on from the step that went too far.
-    stop_on_blow_up(config, log.metrics, log.step)
+    if kl is not None:
+        stop_on_blow_up(kl, config.kl.limit, log.step)
     run.checkpoint(state.step, {"policy": policy, "critic": critic}, state.state_dict())
 
 
@@ -246,9 +248,8 @@ def refuse_unscorable(scores: Sequence[Score], limit: float) -> None:
         )
 
 
-def stop_on_blow_up(config: PpoRunConfig, metrics: dict[str, float], step: int) -> None:
+def stop_on_blow_up(kl: float, limit: float | None, step: int) -> None:
     """End the run when the policy has left the reference further behind than the user allows."""
-    kl, limit = metrics["kl/per_sequence"], config.kl.limit
     if limit is not None and not kl <= limit:  # NaN counts as too far
         raise RuntimeError(
             f"step {step}: got a KL of {kl:.2f} per sequence to the reference, expected at most kl.limit={limit:g}; "

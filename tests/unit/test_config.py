@@ -117,6 +117,7 @@ def test_colocation_that_cannot_be_is_refused(values, reason):
         (["--kl.target", "6", "--kl.horizon", "15"], "kl.horizon: got 15, expected at least the 16 sequences"),
         (["--critic.optimizer.adaptive_kl_target", "0.01"], "critic.optimizer.adaptive_kl_target: got 0.01"),
         (["--policy.optimizer.adaptive_kl_target", "0.01"], "policy.optimizer.adaptive_kl_target: got 0.01 with one"),
+        (["--critic.warmup_steps", "10"], "critic.warmup_steps: got 10, expected less than the 10"),
     ],
 )
 def test_a_controller_that_cannot_steer_is_refused(words, part):
