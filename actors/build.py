@@ -39,7 +39,7 @@ def ppo_actors(config: PpoRunConfig, cluster: ClusterConfig, *, model_path: str,
     """The five actors of a PPO run, not yet set up. `model_path` and `critic_path` are folders or hub names."""
     sequences = config.ppo.rollout_batch_size * config.ppo.num_samples_per_prompt
     updates_per_step = config.ppo.ppo_epochs * (sequences // config.ppo.minibatch_size)
-    policy_steps = max(config.run.num_steps - config.critic.warmup_steps, 0)
+    policy_steps = config.run.num_steps - config.critic.warmup_steps
     return {
         "policy": PolicyActor(
             model_path=model_path,
