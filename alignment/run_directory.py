@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO, Any
 
 INNER = (
-    *("config.yaml", "metrics.jsonl", "rollouts.jsonl", "summary.json", ".lock"),
+    *("config.yaml", "inputs.json", "metrics.jsonl", "rollouts.jsonl", "summary.json", ".lock"),
     *("tensorboard", "checkpoints", "final"),
 )
 
@@ -110,6 +110,24 @@ class RunDirectory:
     def write_text_atomic(self, path: Path, text: str) -> None:
         """The whole text or, after a kill, what was there before."""
         write_text_atomic(path, text)
+
+    def keep_inputs(self, inputs: Mapping[str, str]) -> None:
+        """Remember the fingerprints of what the run reads, by name; a later start must see the same.
+
+        Raises:
+            ValueError: one of them is another now.
+        """
+        path = self.path / "inputs.json"
+        if not path.exists():
+            write_text_atomic(path, json.dumps(dict(inputs), indent=1) + "\n")
+            return
+        kept = json.loads(path.read_text())
+        changed = sorted(name for name in {*kept, *inputs} if kept.get(name) != inputs.get(name))
+        if changed:
+            raise ValueError(
+                f"--resume: got another {' and '.join(changed)} than the run in {self.path} began with, expected the "
+                "same contents; put them back, or choose another --output-dir"
+            )
 
     def append_rollouts(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
         """One line per sample in rollouts.jsonl, the step first."""
