@@ -19,7 +19,7 @@ FOLDERS = ("alignment", "actors", "rewards", "recipes", "benchmarks")
 # A name covers the module and everything below it; the longest one that fits decides. Imports go down or sideways.
 LAYERS = {
     **dict.fromkeys(["alignment.types", "alignment.config", "alignment.masked", "alignment.distributed"], 0),
-    **dict.fromkeys(["alignment.run_directory", "alignment.metrics", "rewards"], 0),
+    **dict.fromkeys(["alignment.run_directory", "alignment.metrics", "alignment.kl_controller", "rewards"], 0),
     **dict.fromkeys(["alignment.interfaces", "alignment.config_io", "alignment.logprobs", "alignment.kl"], 1),
     **dict.fromkeys(["alignment.advantages", "alignment.losses", "alignment.batching", "alignment.adapters"], 1),
     **dict.fromkeys(["alignment.schedules", "alignment.bootstrap", "alignment.scores", "alignment.data"], 1),
