@@ -25,7 +25,7 @@ LAYERS = {
     **dict.fromkeys(["alignment.schedules", "alignment.bootstrap", "alignment.scores", "alignment.data"], 1),
     **dict.fromkeys(["alignment.memory", "alignment.fingerprint"], 1),
     **dict.fromkeys(["alignment.experience", "alignment.models", "alignment.engines", "alignment.checkpoint"], 2),
-    **dict.fromkeys(["alignment.learners", "alignment.generation"], 2),
+    **dict.fromkeys(["alignment.learners", "alignment.generation", "alignment.model_checks"], 2),
     "alignment.loops": 3,
     "actors": 4,
     **dict.fromkeys(["recipes", "benchmarks"], 5),
