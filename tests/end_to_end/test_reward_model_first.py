@@ -108,6 +108,20 @@ def test_a_reward_model_is_trained_by_one_worker(tmp_path, reward_config, capsys
     assert ("reward_model.num_workers: got 2, expected 1" in capsys.readouterr().err) == (code == 2)
 
 
+def test_the_reward_model_trained_first_is_the_one_that_scores(tmp_path, flags, reward_config, monkeypatch, capsys):
+    """The recipe itself, with a config whose data is here."""
+    train = reward_model_medical.main
+    monkeypatch.setattr(reward_model_medical, "main", lambda given: train([*given, "--config", str(reward_config)]))
+    final = tmp_path / "reward_model_medical" / "final"
+    assert ppo_medical.main([*flags, "--dry-run"]) == 0
+    assert not final.parent.exists(), "a dry run trains nothing"
+    assert "it would be trained first" in capsys.readouterr().out
+    assert ppo_medical.main(flags) == 0
+    assert (final / "score_statistics.json").is_file()
+    assert "training it first" in capsys.readouterr().err
+    assert (tmp_path / "run" / "final" / "model.safetensors").is_file()
+
+
 @pytest.mark.parametrize("more", [[], ["--dry-run"]])
 def test_what_the_upstream_recipe_refuses_is_refused_at_the_door(tmp_path, flags, capsys, more):
     """Two workers may score, one alone may train: no run directory, no plan, no actor."""
