@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from actors.critic import CriticActor
+from actors.engines import choose_engine
 from actors.handles import (
     CriticHandle,
     Group,
@@ -75,6 +76,8 @@ def ppo_actors(config: PpoRunConfig, cluster: ClusterConfig, *, model_path: str,
         "rollout": RolloutActor(
             model_path=model_path,
             rollout=config.rollout,
+            engine=choose_engine(config.rollout.engine, cluster.rollout.engine),
+            tensor_parallel_size=cluster.rollout.tensor_parallel_size,
             device=choose_device(cluster.rollout.gpus_per_worker),
             model=config.model,
             seed=config.run.seed,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -40,8 +41,27 @@ class Handle:
         return self.group.call(self.role, "load", folder)
 
 
+@dataclass(frozen=True, slots=True)
+class InOrder:
+    """A `Pending` made of steps: the first that failed is the one that is raised, the last one's answer the result."""
+
+    steps: Sequence[Pending[Any]]
+
+    def result(self) -> Any:
+        return [step.result() for step in self.steps][-1]
+
+
+BUCKETS_UNDER_WAY = 2
+
+
 class RolloutHandle(Handle):
     role = "rollout"
+    _whole: bool | None = None
+
+    def needs_whole_model(self) -> bool:
+        if self._whole is None:
+            self._whole = bool(self.group.call(self.role, "needs_whole_model").result())
+        return self._whole
 
     def generate(self, prompts: Sequence[Prompt], *, step: int, **kwargs: Any) -> Pending[list[Rollout]]:
         return self.group.scatter(self.role, "generate", prompts, step=step, **kwargs)
@@ -66,8 +86,18 @@ class PolicyHandle(Handle):
         """Make `rollout`, a RolloutHandle, sample from this policy. The bytes do not pass through the caller."""
         if rollout.group is self.group:
             return rollout.group.call(rollout.role, "follow", version=version)
-        update = self.group.put(self.role, "export_weights", version=version)
-        return rollout.group.call(rollout.role, "receive_weights", update)
+        whole = rollout.needs_whole_model()
+        buckets = self.group.call(self.role, "plan_sync", whole=whole).result()
+        steps = [rollout.group.call(rollout.role, "begin_sync", version=version, buckets=buckets)]
+        for index in range(buckets):
+            # Two are on their way: one is packed while the engine loads the other.
+            if index >= BUCKETS_UNDER_WAY:
+                steps[index - BUCKETS_UNDER_WAY].result()
+            bucket = self.group.put(self.role, "export_bucket", version=version, index=index, whole=whole)
+            steps.append(rollout.group.call(rollout.role, "receive_bucket", bucket))
+        probe = self.group.put(self.role, "probe", version=version)
+        steps.append(rollout.group.call(rollout.role, "finish_sync", probe, version=version))
+        return InOrder(steps)
 
     def export(self, folder: Path) -> Pending[Any]:
         return self.group.call(self.role, "export", folder)

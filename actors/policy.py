@@ -7,8 +7,9 @@ from pathlib import Path
 
 from torch import Tensor
 
+from actors.engines.transformers import probe_logprobs
 from actors.loading import causal_model, load_trained, make_trainable, save_trained
-from actors.weight_sync import WeightUpdate, pack_weights
+from actors.weight_sync import Probe, WeightBucket, pack_bucket, plan_buckets, probe_ids
 from actors.worker import Actor, UpdateOnce
 from alignment import adapters, checkpoint
 from alignment.config import ModelConfig, PolicyConfig, PpoConfig
@@ -82,9 +83,26 @@ class PolicyActor(Actor):
     def check(self, experience: Experience) -> dict[str, float]:
         return self.learner.check(experience)
 
-    def export_weights(self, *, version: int) -> WeightUpdate:
-        """What a rollout engine needs to become this policy: merged weights with their hash."""
-        return pack_weights(adapters.merged_weights(self.model.model), version=version)
+    def plan_sync(self, *, whole: bool) -> int:
+        """Buckets that make a rollout engine this policy: of merged weights, all of them with `whole`."""
+        sizes = adapters.merged_sizes(self.model.model, whole=whole)
+        names = tuple(sizes)
+        self._sync_plan = [names[part.start : part.stop] for part in plan_buckets(list(sizes.values()))]
+        return len(self._sync_plan)
+
+    def export_bucket(self, *, version: int, index: int, whole: bool) -> WeightBucket:
+        """Bucket `index` of the plan, packed and hashed."""
+        weights = adapters.merged_weights(self.model.model, set(self._sync_plan[index]), whole=whole)
+        return pack_bucket(weights, version=version, index=index)
+
+    def probe(self, *, version: int) -> Probe:
+        """What an engine with these weights must compute."""
+        ids = probe_ids(self.model.model.config.vocab_size)
+        return Probe(version=version, ids=ids, logprobs=tuple(self.probe_logprobs(ids)))
+
+    def probe_logprobs(self, ids: Sequence[int]) -> list[float]:
+        """log p(ids[t] | ids[:t]) for t >= 1, at temperature 1."""
+        return probe_logprobs(self.model, ids)
 
     def save(self, folder: Path) -> None:
         """Weights in Hugging Face format (an adapter in peft's) and the optimiser."""

@@ -1,19 +1,23 @@
-"""The sampler: transformers, embedded, with a copy of the weights of its own, or the policy's when colocated."""
+"""The sampler: an engine with a copy of the weights of its own, or the policy's when colocated."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import torch
-
+from actors.engines import EngineKind, RolloutEngine, SamplingSettings, choose_engine
+from actors.engines.transformers import TransformersEngine
 from actors.loading import causal_model
 from actors.policy import PolicyActor
-from actors.weight_sync import WeightUpdate, unpack_weights
+from actors.weight_sync import Probe, WeightBucket, check_gap
 from actors.worker import Actor
 from alignment.config import ModelConfig, RolloutConfig
 from alignment.data.chat import decode, eos_ids_of_model, load_tokenizer
-from alignment.generation import generate, sampling_seed
+from alignment.generation import sampling_seed
 from alignment.types import Prompt, Rollout
+
+CPU_CACHE_GB = 1.0
+PROBE_GAP_LIMIT = {"float32": 1e-3, "bfloat16": 0.05, "float16": 0.02}
+"""Mean |engine - trainer| log-probability that other kernels may cause, by the dtype of the matrix products."""
 
 
 class RolloutActor(Actor):
@@ -23,24 +27,55 @@ class RolloutActor(Actor):
     peers_needed = ("policy",)
 
     def __init__(
-        self, *, model_path: str, model: ModelConfig, rollout: RolloutConfig, seed: int, device: str = "cpu"
+        self,
+        *,
+        model_path: str,
+        model: ModelConfig,
+        rollout: RolloutConfig,
+        seed: int,
+        device: str = "cpu",
+        engine: EngineKind | None = None,
+        tensor_parallel_size: int = 1,
     ) -> None:
+        """`engine`: None takes what `rollout.engine` names."""
         self.model_path, self.model_config, self.config = model_path, model, rollout
-        self.seed, self.device = seed, device
-        self.weight_version = 0
+        self.seed, self.device, self.tensor_parallel_size = seed, device, tensor_parallel_size
+        self.engine_kind = engine or choose_engine(rollout.engine)
 
     def setup(self, peers: Mapping[str, Actor]) -> None:
         policy = peers.get("policy")
-        self.shared = isinstance(policy, PolicyActor)
-        if isinstance(policy, PolicyActor):
-            self.model = policy.model
-        else:
-            self.model = causal_model(self.model_path, self.model_config, self.device, frozen=True)
+        self.policy = policy if isinstance(policy, PolicyActor) else None
+        self.engine: RolloutEngine = self._vllm() if self.engine_kind == "vllm" else self._transformers()
         self.tokenizer = load_tokenizer(self.model_path)
         self.stop_ids: frozenset[int] = frozenset()
         if not self.config.ignore_eos:
             ends = eos_ids_of_model(self.tokenizer, self.model_path, self.model_config.revision)
             self.stop_ids = ends | {_single_token(self.tokenizer, stop) for stop in self.config.stop}
+
+    def _transformers(self) -> TransformersEngine:
+        if self.policy is not None:
+            model = self.policy.model
+        else:
+            model = causal_model(self.model_path, self.model_config, self.device, frozen=True)
+        return TransformersEngine(model, max_batch=self.config.max_batch)
+
+    def _vllm(self) -> RolloutEngine:
+        from actors.engines.vllm import VllmEngine
+
+        settings = self.config.vllm
+        cache = CPU_CACHE_GB if settings.kv_cache_gb is None and self.device == "cpu" else settings.kv_cache_gb
+        return VllmEngine(
+            self.model_path,
+            dtype=self.model_config.dtype,
+            revision=self.model_config.revision,
+            device=self.device,
+            max_batch=self.config.max_batch,
+            max_model_len=settings.max_model_len,
+            kv_cache_gb=cache,
+            memory_share=settings.memory_share,
+            eager=settings.eager,
+            tensor_parallel_size=self.tensor_parallel_size,
+        )
 
     def generate(
         self,
@@ -53,15 +88,17 @@ class RolloutActor(Actor):
     ) -> list[Rollout]:
         """`num_samples` rollouts per prompt, in prompt order then sample order. The seed of each is its own."""
         jobs = [(prompt, index) for prompt in prompts for index in range(num_samples)]
-        samples = generate(
-            self.model,
-            [prompt.prompt_ids for prompt, _ in jobs],
-            [sampling_seed(self.seed, prompt.id, step, index) for prompt, index in jobs],
+        settings = SamplingSettings(
             max_new_tokens=max_new_tokens or self.config.max_new_tokens,
             temperature=self.config.temperature,
             stop_ids=self.stop_ids,
             greedy=greedy,
-            max_batch=self.config.max_batch,
+        )
+        version = self.engine.weight_version
+        samples = self.engine.generate(
+            [prompt.prompt_ids for prompt, _ in jobs],
+            [sampling_seed(self.seed, prompt.id, step, index) for prompt, index in jobs],
+            [settings] * len(jobs),
         )
         return [
             Rollout(
@@ -71,27 +108,52 @@ class RolloutActor(Actor):
                 rollout_logprobs=sample.rollout_logprobs,
                 finish_reason=sample.finish_reason,
                 response=decode(self.tokenizer, sample.response_ids),
-                weight_version=self.weight_version,
+                weight_version=version,
             )
             for (prompt, index), sample in zip(jobs, samples, strict=True)
         ]
 
-    @torch.no_grad()
-    def receive_weights(self, update: WeightUpdate) -> int:
-        """Take a policy version over. Raises when a byte differs from what was sent or a name is unknown."""
-        if not self.shared:
-            parameters = dict(self.model.model.named_parameters())
-            for name, tensor in unpack_weights(update):
-                parameters[name].copy_(tensor)
-        self.weight_version = update.version
-        return self.weight_version
+    def needs_whole_model(self) -> bool:
+        return self.engine.needs_whole_model
+
+    def begin_sync(self, *, version: int, buckets: int) -> None:
+        self.engine.begin_sync(version=version, buckets=buckets)
+
+    def receive_bucket(self, bucket: WeightBucket) -> None:
+        """Take some weights over. Raises RuntimeError when a byte differs from what was sent."""
+        self.engine.receive(bucket)
+
+    def finish_sync(self, probe: Probe, *, version: int) -> int:
+        """Sample from the new weights from now on. Raises RuntimeError when some are missing or compute otherwise."""
+        self.engine.finish_sync(version=version)
+        check_gap(
+            self.engine.probe_logprobs(probe.ids),
+            probe.logprobs,
+            limit=self.config.probe_gap_limit or PROBE_GAP_LIMIT[self.model_config.dtype],
+            what=f"weight sync of version {version}, probe prompt",
+        )
+        return self.engine.weight_version
 
     def follow(self, *, version: int) -> int:
-        """Colocated with the policy there is nothing to carry: the weights are the same memory."""
-        if not self.shared:
-            raise RuntimeError("got follow() on an engine with weights of its own, expected receive_weights()")
-        self.weight_version = version
-        return version
+        """Take the weights of the policy in this process: the same memory, or a copy."""
+        if self.policy is None:
+            raise RuntimeError("got follow() on an engine without the policy beside it, expected a weight sync")
+        if isinstance(self.engine, TransformersEngine):
+            return self.engine.follow(version=version)
+        buckets = self.policy.plan_sync(whole=self.engine.needs_whole_model)
+        self.begin_sync(version=version, buckets=buckets)
+        for index in range(buckets):
+            self.receive_bucket(
+                self.policy.export_bucket(version=version, index=index, whole=self.engine.needs_whole_model)
+            )
+        return self.finish_sync(self.policy.probe(version=version), version=version)
+
+    def sleep(self, *, discard_weights: bool = False) -> int:
+        """Free the device for the update; returns the bytes freed there. With `discard_weights` a sync must follow."""
+        return self.engine.sleep(discard_weights=discard_weights)
+
+    def wake(self) -> None:
+        self.engine.wake()
 
 
 def _single_token(tokenizer: object, stop: str) -> int:

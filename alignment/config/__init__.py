@@ -13,7 +13,7 @@ from alignment.config.model import AdapterConfig, ModelConfig, OptimizerConfig
 from alignment.config.ppo import CriticConfig, KlConfig, PolicyConfig, PpoConfig, PpoRunConfig
 from alignment.config.reward import RewardConfig, RewardFunctionConfig
 from alignment.config.reward_model import RewardModelRunConfig, RewardModelTrainingConfig
-from alignment.config.rollout import RolloutConfig
+from alignment.config.rollout import RolloutConfig, VllmConfig
 from alignment.config.run import EvaluationConfig, RunConfig
 
 __all__ = [
@@ -40,4 +40,5 @@ __all__ = [
     "RolloutRoleConfig",
     "RunConfig",
     "SourceConfig",
+    "VllmConfig",
 ]

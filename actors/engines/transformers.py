@@ -1,0 +1,89 @@
+"""The embedded engine: a transformers model of its own, or the policy's when both live in one process."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from actors.engines.base import SamplingSettings
+from actors.weight_sync import SyncState, WeightBucket, unpack_bucket
+from alignment.generation import Sample, generate
+from alignment.logprobs import token_logprobs
+from alignment.models import HfModel
+
+
+class TransformersEngine:
+    """Batched sampling with `alignment.generation`."""
+
+    needs_whole_model = False
+
+    def __init__(self, model: HfModel, *, max_batch: int) -> None:
+        self.model, self.max_batch = model, max_batch
+        self._sync = SyncState()
+
+    @property
+    def weight_version(self) -> int:
+        return self._sync.version
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], settings: Sequence[SamplingSettings]
+    ) -> list[Sample]:
+        _ = self.weight_version  # refuses torn weights
+        samples: dict[int, Sample] = {}
+        for setting in dict.fromkeys(settings):
+            rows = [i for i, other in enumerate(settings) if other == setting]
+            made = generate(
+                self.model,
+                [prompts[i] for i in rows],
+                [seeds[i] for i in rows],
+                max_new_tokens=setting.max_new_tokens,
+                temperature=setting.temperature,
+                stop_ids=setting.stop_ids,
+                greedy=setting.greedy,
+                max_batch=self.max_batch,
+            )
+            samples.update(zip(rows, made, strict=True))
+        return [samples[i] for i in range(len(prompts))]
+
+    def begin_sync(self, *, version: int, buckets: int) -> None:
+        self._sync.begin(version, buckets)
+
+    @torch.no_grad()
+    def receive(self, bucket: WeightBucket) -> None:
+        parameters = dict(self.model.model.named_parameters())
+        for name, tensor in unpack_bucket(bucket):
+            parameters[name].copy_(tensor)
+        self._sync.received(bucket)
+
+    def finish_sync(self, *, version: int) -> int:
+        self._sync.complete(version)
+        self._sync.end(version)
+        return version
+
+    def follow(self, *, version: int) -> int:
+        """The weights are the policy's own memory: only the version moves."""
+        self._sync.end(version)
+        return version
+
+    def probe_logprobs(self, ids: Sequence[int]) -> list[float]:
+        return probe_logprobs(self.model, ids)
+
+    def sleep(self, *, discard_weights: bool = False) -> int:
+        """Nothing is held between calls but the weights."""
+        return 0
+
+    def wake(self) -> None:
+        return
+
+    def close(self) -> None:
+        return
+
+
+@torch.no_grad()
+def probe_logprobs(model: HfModel, ids: Sequence[int]) -> list[float]:
+    """log p(ids[t] | ids[:t]) for t >= 1, at temperature 1: the trainer's side of a probe."""
+    input_ids = torch.tensor([list(ids)], device=model.device)
+    logits = model.head(model.hidden(input_ids, torch.ones_like(input_ids, dtype=torch.bool)))
+    result: list[float] = token_logprobs(logits, input_ids)[0, 1:].tolist()
+    return result

@@ -1,0 +1,82 @@
+"""What differs between the vLLM releases that work here, 0.24 to 0.32. The only file that knows version numbers."""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import Any
+
+OLDEST, NEWEST = (0, 24), (0, 32)
+INITIAL_VERSION = "0"
+
+
+def release() -> tuple[int, int]:
+    """(major, minor) of the vLLM that is installed.
+
+    Raises:
+        ValueError: it is older than what the weight-transfer interface needs.
+    """
+    import vllm
+
+    found = re.match(r"(\d+)\.(\d+)", vllm.__version__)
+    got = (int(found[1]), int(found[2])) if found else (0, 0)
+    if got < OLDEST:
+        raise ValueError(
+            f"vllm: got {vllm.__version__}, expected {OLDEST[0]}.{OLDEST[1]} to {NEWEST[0]}.{NEWEST[1]}: older ones "
+            "have no weight-transfer interface; upgrade it, or set rollout.engine: transformers"
+        )
+    return got
+
+
+def prepare_process() -> None:
+    """Set what vLLM reads from the environment; before its first import."""
+    # The engine core runs in this process: the actor is its own process already, and start-up takes a sixth.
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ["VLLM_NO_USAGE_STATS"] = "1"
+    os.environ["VLLM_DO_NOT_TRACK"] = "1"
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+
+
+def memory_arguments(device: str, kv_cache_gb: float | None, memory_share: float) -> dict[str, Any]:
+    """How much the engine takes. On a CPU the cache is sized in bytes: a share would be of the machine."""
+    arguments: dict[str, Any] = {"gpu_memory_utilization": memory_share}
+    if kv_cache_gb is not None:
+        arguments["kv_cache_memory_bytes"] = int(kv_cache_gb * 2**30)
+        if device == "cpu":
+            # Both releases let this variable override the argument, and 0.24 fills in 4 GiB where neither is set.
+            os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
+    return arguments
+
+
+def set_initial_version(llm: Any) -> None:
+    if hasattr(llm, "update_weight_version"):  # from 0.32 on
+        llm.update_weight_version(INITIAL_VERSION)
+
+
+def start_weight_update(llm: Any) -> None:
+    llm.start_weight_update()
+
+
+def finish_weight_update(llm: Any, version: int) -> None:
+    """From 0.32 on the engine carries the version itself, and is asked for it again here.
+
+    Raises:
+        RuntimeError: it answers with another one.
+    """
+    if not hasattr(llm, "get_weight_version"):
+        llm.finish_weight_update()
+        return
+    llm.finish_weight_update(weight_version=str(version))
+    if (got := llm.get_weight_version()) != str(version):
+        raise RuntimeError(f"weight sync: got version {got} from vLLM after the sync, expected {version}")
+
+
+def versions_of(completion: Any) -> set[str] | None:
+    """The weight versions that sampled one answer; None where the release does not say."""
+    spans = getattr(completion, "weight_versions", None)
+    return None if spans is None else {span.version for span in spans}
+
+
+def shut_down(llm: Any) -> None:
+    """Release the model, its cache and its worker processes."""
+    llm.llm_engine.engine_core.shutdown()
