@@ -65,6 +65,7 @@ class VllmEngine:
         memory = compat.memory_arguments(device, kv_cache_gb, memory_share)
         self.llm: Any = LLM(**arguments, **memory, **(extra or {}))
         self.llm.init_weight_transfer_engine({"init_info": {}})
+        compat.check_head_size(self.llm, device)
         compat.set_initial_version(self.llm)
         self.max_model_len = int(self.llm.llm_engine.model_config.max_model_len)
         self._syncing = False

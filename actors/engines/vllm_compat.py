@@ -48,6 +48,20 @@ def memory_arguments(device: str, kv_cache_gb: float | None, memory_share: float
     return arguments
 
 
+def check_head_size(llm: Any, device: str) -> None:
+    """Refuse a model that the CPU's attention has no kernel for; it would fail in the middle of the first step."""
+    if device != "cpu":
+        return
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    size, known = llm.llm_engine.model_config.get_head_size(), CPUAttentionBackend.get_supported_head_sizes()
+    if size not in known:
+        raise ValueError(
+            f"rollout.engine: got a model with attention heads of {size} for vLLM on a CPU, expected one of {known}; "
+            "set rollout.engine: transformers"
+        )
+
+
 def set_initial_version(llm: Any) -> None:
     if hasattr(llm, "update_weight_version"):  # from 0.32 on
         llm.update_weight_version(INITIAL_VERSION)
