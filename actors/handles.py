@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from actors.weight_sync import SyncKind
 from alignment.interfaces import Pending
 from alignment.types import Experience, PreferencePair, Prompt, Rollout, Score
 
@@ -56,12 +57,13 @@ BUCKETS_UNDER_WAY = 2
 
 class RolloutHandle(Handle):
     role = "rollout"
-    _whole: bool | None = None
+    _sync_kind: SyncKind | None = None
 
-    def needs_whole_model(self) -> bool:
-        if self._whole is None:
-            self._whole = bool(self.group.call(self.role, "needs_whole_model").result())
-        return self._whole
+    def sync_kind(self) -> SyncKind:
+        if self._sync_kind is None:
+            kind: SyncKind = self.group.call(self.role, "sync_kind").result()
+            self._sync_kind = kind
+        return self._sync_kind
 
     def generate(self, prompts: Sequence[Prompt], *, step: int, **kwargs: Any) -> Pending[list[Rollout]]:
         return self.group.scatter(self.role, "generate", prompts, step=step, **kwargs)
@@ -86,7 +88,13 @@ class PolicyHandle(Handle):
         """Make `rollout`, a RolloutHandle, sample from this policy. The bytes do not pass through the caller."""
         if rollout.group is self.group:
             return rollout.group.call(rollout.role, "follow", version=version)
-        whole = rollout.needs_whole_model()
+        kind = rollout.sync_kind()
+        if kind == "adapter":
+            adapter = self.group.put(self.role, "export_adapter", version=version)
+            steps = [rollout.group.call(rollout.role, "receive_adapter", adapter)]
+            probe = self.group.put(self.role, "probe", version=version)
+            return InOrder([*steps, rollout.group.call(rollout.role, "check_probe", probe)])
+        whole = kind == "whole"
         buckets = self.group.call(self.role, "plan_sync", whole=whole).result()
         steps = [rollout.group.call(rollout.role, "begin_sync", version=version, buckets=buckets)]
         for index in range(buckets):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from actors.engines.transformers import probe_logprobs
 from actors.loading import causal_model, load_trained, make_trainable, save_trained
-from actors.weight_sync import Probe, WeightBucket, pack_bucket, plan_buckets, probe_ids
+from actors.weight_sync import AdapterUpdate, Probe, WeightBucket, pack_adapter, pack_bucket, plan_buckets, probe_ids
 from actors.worker import Actor, UpdateOnce
 from alignment import adapters, checkpoint
 from alignment.config import ModelConfig, PolicyConfig, PpoConfig
@@ -94,6 +95,12 @@ class PolicyActor(Actor):
         """Bucket `index` of the plan, packed and hashed."""
         weights = adapters.merged_weights(self.model.model, set(self._sync_plan[index]), whole=whole)
         return pack_bucket(weights, version=version, index=index)
+
+    def export_adapter(self, *, version: int) -> AdapterUpdate:
+        """The adapter alone, for engines that have the base model."""
+        with tempfile.TemporaryDirectory(prefix="raylign-adapter-") as folder:
+            adapters.save_adapter(self.model.model, Path(folder), base=self.model_path)
+            return pack_adapter(Path(folder), version=version)
 
     def probe(self, *, version: int) -> Probe:
         """What an engine with these weights must compute."""

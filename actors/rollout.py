@@ -8,7 +8,7 @@ from actors.engines import EngineKind, RolloutEngine, SamplingSettings, choose_e
 from actors.engines.transformers import TransformersEngine
 from actors.loading import causal_model
 from actors.policy import PolicyActor
-from actors.weight_sync import Probe, WeightBucket, check_gap
+from actors.weight_sync import AdapterUpdate, Probe, SyncKind, WeightBucket, check_gap
 from actors.worker import Actor
 from alignment.config import ModelConfig, RolloutConfig
 from alignment.data.chat import decode, eos_ids_of_model, load_tokenizer
@@ -36,11 +36,13 @@ class RolloutActor(Actor):
         device: str = "cpu",
         engine: EngineKind | None = None,
         tensor_parallel_size: int = 1,
+        adapter_rank: int = 0,
     ) -> None:
-        """`engine`: None takes what `rollout.engine` names."""
+        """`engine`: None takes what `rollout.engine` names. `adapter_rank`: the policy's, 0 without an adapter."""
         self.model_path, self.model_config, self.config = model_path, model, rollout
         self.seed, self.device, self.tensor_parallel_size = seed, device, tensor_parallel_size
         self.engine_kind = engine or choose_engine(rollout.engine)
+        self.adapter_rank = 0 if rollout.lora_sync == "merged" else adapter_rank
 
     def setup(self, peers: Mapping[str, Actor]) -> None:
         policy = peers.get("policy")
@@ -75,6 +77,7 @@ class RolloutActor(Actor):
             memory_share=settings.memory_share,
             eager=settings.eager,
             tensor_parallel_size=self.tensor_parallel_size,
+            adapter_rank=self.adapter_rank,
         )
 
     def generate(
@@ -113,8 +116,8 @@ class RolloutActor(Actor):
             for (prompt, index), sample in zip(jobs, samples, strict=True)
         ]
 
-    def needs_whole_model(self) -> bool:
-        return self.engine.needs_whole_model
+    def sync_kind(self) -> SyncKind:
+        return self.engine.sync_kind
 
     def begin_sync(self, *, version: int, buckets: int) -> None:
         self.engine.begin_sync(version=version, buckets=buckets)
@@ -126,13 +129,24 @@ class RolloutActor(Actor):
     def finish_sync(self, probe: Probe, *, version: int) -> int:
         """Sample from the new weights from now on. Raises RuntimeError when some are missing or compute otherwise."""
         self.engine.finish_sync(version=version)
+        return self.check_probe(probe)
+
+    def receive_adapter(self, update: AdapterUpdate) -> int:
+        """Sample with this adapter from now on. Raises RuntimeError when a byte differs from what was sent."""
+        return self.engine.receive_adapter(update)
+
+    def check_probe(self, probe: Probe) -> int:
+        """The version that samples. Raises RuntimeError when it computes something else than the trainer's."""
+        version = self.engine.weight_version
+        if version != probe.version:
+            raise RuntimeError(f"weight sync: got version {version} in the engine, expected {probe.version}")
         check_gap(
             self.engine.probe_logprobs(probe.ids),
             probe.logprobs,
             limit=self.config.probe_gap_limit or PROBE_GAP_LIMIT[self.model_config.dtype],
             what=f"weight sync of version {version}, probe prompt",
         )
-        return self.engine.weight_version
+        return version
 
     def follow(self, *, version: int) -> int:
         """Take the weights of the policy in this process: the same memory, or a copy."""
@@ -140,12 +154,14 @@ class RolloutActor(Actor):
             raise RuntimeError("got follow() on an engine without the policy beside it, expected a weight sync")
         if isinstance(self.engine, TransformersEngine):
             return self.engine.follow(version=version)
-        buckets = self.policy.plan_sync(whole=self.engine.needs_whole_model)
+        if self.engine.sync_kind == "adapter":
+            self.receive_adapter(self.policy.export_adapter(version=version))
+            return self.check_probe(self.policy.probe(version=version))
+        whole = self.engine.sync_kind == "whole"
+        buckets = self.policy.plan_sync(whole=whole)
         self.begin_sync(version=version, buckets=buckets)
         for index in range(buckets):
-            self.receive_bucket(
-                self.policy.export_bucket(version=version, index=index, whole=self.engine.needs_whole_model)
-            )
+            self.receive_bucket(self.policy.export_bucket(version=version, index=index, whole=whole))
         return self.finish_sync(self.policy.probe(version=version), version=version)
 
     def sleep(self, *, discard_weights: bool = False) -> int:

@@ -11,13 +11,19 @@ from __future__ import annotations
 import hashlib
 import math
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+SyncKind = Literal["changed", "whole", "adapter"]
+"""What a sync must carry to an engine: merged weights that differ from the base, all weights, or the adapter alone."""
+
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 BUCKET_BYTES = 64 * 2**20
 """Large enough that the call per bucket costs nothing, small beside any model."""
 ALIGNMENT = 64
@@ -109,6 +115,46 @@ def digest(bucket: WeightBucket) -> str:
         repr((bucket.version, bucket.index, bucket.names, bucket.shapes, bucket.dtypes, bucket.offsets)).encode()
     )
     total.update(bucket.payload.data)
+    return total.hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AdapterUpdate:
+    """The adapter of one policy version, as the two files that peft writes: megabytes instead of the model."""
+
+    version: int
+    files: Mapping[str, bytes]
+    digest: str
+    """sha256 over version, names and bytes."""
+
+
+def pack_adapter(folder: Path, *, version: int) -> AdapterUpdate:
+    """Read what `alignment.adapters.save_adapter` wrote."""
+    files = {name: (folder / name).read_bytes() for name in ADAPTER_FILES}
+    return AdapterUpdate(version=version, files=files, digest=adapter_digest(version, files))
+
+
+def unpack_adapter(update: AdapterUpdate, folder: Path) -> None:
+    """Write the files again.
+
+    Raises:
+        RuntimeError: the bytes are not those that were sent.
+    """
+    got = adapter_digest(update.version, update.files)
+    if got != update.digest or set(update.files) != set(ADAPTER_FILES):
+        raise RuntimeError(
+            f"weight sync of version {update.version}, adapter: got files {sorted(update.files)} with sha256 "
+            f"{got[:12]}, expected {update.digest[:12]}; resume the run from its last step"
+        )
+    for name in ADAPTER_FILES:
+        (folder / name).write_bytes(update.files[name])
+
+
+def adapter_digest(version: int, files: Mapping[str, bytes]) -> str:
+    total = hashlib.sha256(str(version).encode())
+    for name in sorted(files):
+        total.update(f"{name}:{len(files[name])}:".encode())
+        total.update(files[name])
     return total.hexdigest()
 
 

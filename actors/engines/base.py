@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from actors.weight_sync import WeightBucket
+from actors.weight_sync import AdapterUpdate, SyncKind, WeightBucket
 from alignment.generation import Sample
 
 EngineKind = Literal["transformers", "vllm"]
@@ -27,8 +27,8 @@ class SamplingSettings:
 class RolloutEngine(Protocol):
     """Token ids in, token ids out, with weights that are replaced while it lives."""
 
-    needs_whole_model: bool
-    """A sync must carry every parameter, those that did not change included."""
+    sync_kind: SyncKind
+    """What a sync must carry."""
 
     @property
     def weight_version(self) -> int:
@@ -49,6 +49,10 @@ class RolloutEngine(Protocol):
 
     def finish_sync(self, *, version: int) -> int:
         """Make the weights current and forget what older ones computed. Raises RuntimeError when some are missing."""
+        ...
+
+    def receive_adapter(self, update: AdapterUpdate) -> int:
+        """Verify an adapter and sample with it from now on. Only where `sync_kind` is "adapter"."""
         ...
 
     def probe_logprobs(self, ids: Sequence[int]) -> list[float]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from actors.engines.base import SamplingSettings
-from actors.weight_sync import SyncState, WeightBucket, unpack_bucket
+from actors.weight_sync import AdapterUpdate, SyncKind, SyncState, WeightBucket, unpack_bucket
 from alignment.generation import Sample, generate
 from alignment.logprobs import token_logprobs
 from alignment.models import HfModel
@@ -16,7 +16,7 @@ from alignment.models import HfModel
 class TransformersEngine:
     """Batched sampling with `alignment.generation`."""
 
-    needs_whole_model = False
+    sync_kind: SyncKind = "changed"
 
     def __init__(self, model: HfModel, *, max_batch: int) -> None:
         self.model, self.max_batch = model, max_batch
@@ -65,6 +65,9 @@ class TransformersEngine:
         """The weights are the policy's own memory: only the version moves."""
         self._sync.end(version)
         return version
+
+    def receive_adapter(self, update: AdapterUpdate) -> int:
+        raise RuntimeError("got an adapter for the transformers engine, expected merged weights")
 
     def probe_logprobs(self, ids: Sequence[int]) -> list[float]:
         return probe_logprobs(self.model, ids)

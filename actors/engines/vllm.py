@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from actors.engines import vllm_compat as compat
 from actors.engines.base import SamplingSettings
-from actors.weight_sync import SyncState, WeightBucket
+from actors.weight_sync import AdapterUpdate, SyncKind, SyncState, WeightBucket, unpack_adapter
 from alignment.generation import Sample
 
 log = logging.getLogger(__name__)
@@ -16,9 +18,6 @@ log = logging.getLogger(__name__)
 
 class VllmEngine:
     """One `vllm.LLM`. Samples depend on prompt and seed, up to rounding between batch shapes."""
-
-    # Fused layers (q, k and v in one matrix) are rebuilt from all their parts or not at all.
-    needs_whole_model = True
 
     def __init__(
         self,
@@ -33,8 +32,9 @@ class VllmEngine:
         memory_share: float = 0.9,
         eager: bool | None = None,
         tensor_parallel_size: int = 1,
-        extra: Mapping[str, Any] | None = None,
+        adapter_rank: int = 0,
     ) -> None:
+        """`adapter_rank`: above 0, syncs carry adapters of at most this rank instead of the model."""
         compat.prepare_process()
         from vllm import LLM
 
@@ -63,12 +63,15 @@ class VllmEngine:
             "disable_log_stats": True,
         }
         memory = compat.memory_arguments(device, kv_cache_gb, memory_share)
-        self.llm: Any = LLM(**arguments, **memory, **(extra or {}))
+        self.llm: Any = LLM(**arguments, **memory, **compat.lora_arguments(adapter_rank))
         self.llm.init_weight_transfer_engine({"init_info": {}})
         compat.check_head_size(self.llm, device)
-        compat.set_initial_version(self.llm)
+        compat.set_version(self.llm, 0)
         self.max_model_len = int(self.llm.llm_engine.model_config.max_model_len)
+        # Fused layers (q, k and v in one matrix) are rebuilt from all their parts or not at all.
+        self.sync_kind: SyncKind = "adapter" if adapter_rank else "whole"
         self._syncing = False
+        self._adapter: Any = None
 
     @property
     def weight_version(self) -> int:
@@ -89,6 +92,7 @@ class VllmEngine:
             [{"prompt_token_ids": list(prompt)} for prompt in prompts],
             [sampling_params(setting, seed) for setting, seed in zip(settings, seeds, strict=True)],
             use_tqdm=False,
+            lora_request=self._adapter,
         )
         return [self._sample(output.outputs[0], version) for output in outputs]
 
@@ -140,6 +144,28 @@ class VllmEngine:
         self._sync.end(version)
         return version
 
+    def receive_adapter(self, update: AdapterUpdate) -> int:
+        """Load an adapter from memory-backed files and drop the one before."""
+        from vllm.lora.request import LoRARequest
+
+        self._sync.begin(update.version, 1)
+        old, number = self._adapter, update.version + 1
+        with tempfile.TemporaryDirectory(prefix="raylign-adapter-") as folder:
+            unpack_adapter(update, Path(folder))
+            if old is not None:
+                self.llm.llm_engine.remove_lora(old.lora_int_id)
+            self._adapter = LoRARequest(f"policy-{update.version}", number, folder)
+            loaded = self.llm.llm_engine.add_lora(self._adapter)
+        if not loaded or self.llm.llm_engine.list_loras() != {number}:
+            raise RuntimeError(
+                f"weight sync of version {update.version}: got adapters {self.llm.llm_engine.list_loras()} in vLLM, "
+                f"expected {number} alone"
+            )
+        compat.set_version(self.llm, update.version)
+        self._forget_cached_prompts()
+        self._sync.end(update.version)
+        return update.version
+
     def _forget_cached_prompts(self) -> None:
         """Keys and values of older weights must not serve a prompt that comes back."""
         if not self.llm.reset_prefix_cache():
@@ -150,7 +176,9 @@ class VllmEngine:
 
         _ = self.weight_version
         params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
-        (output,) = self.llm.generate([{"prompt_token_ids": list(ids)}], [params], use_tqdm=False)
+        (output,) = self.llm.generate(
+            [{"prompt_token_ids": list(ids)}], [params], use_tqdm=False, lora_request=self._adapter
+        )
         return [float(output.prompt_logprobs[t][token].logprob) for t, token in enumerate(ids) if t > 0]
 
     def sleep(self, *, discard_weights: bool = False) -> int:
@@ -158,6 +186,11 @@ class VllmEngine:
 
         vLLM's CPU backend keeps everything: there 0 bytes are freed.
         """
+        if discard_weights and self.sync_kind == "adapter":
+            raise ValueError(
+                "rollout: got a sleep that discards the weights of an engine that is sent adapters only, expected one "
+                "that keeps them; set rollout.lora_sync: merged, or discard nothing"
+            )
         before = self._free_bytes()
         self.llm.sleep(level=2 if discard_weights else 1)
         if discard_weights and self.device != "cpu":

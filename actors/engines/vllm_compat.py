@@ -7,7 +7,6 @@ import re
 from typing import Any
 
 OLDEST, NEWEST = (0, 24), (0, 32)
-INITIAL_VERSION = "0"
 
 
 def release() -> tuple[int, int]:
@@ -62,9 +61,21 @@ def check_head_size(llm: Any, device: str) -> None:
         )
 
 
-def set_initial_version(llm: Any) -> None:
+def set_version(llm: Any, version: int) -> None:
     if hasattr(llm, "update_weight_version"):  # from 0.32 on
-        llm.update_weight_version(INITIAL_VERSION)
+        llm.update_weight_version(str(version))
+
+
+def lora_arguments(rank: int) -> dict[str, Any]:
+    """Room for one adapter of at most `rank`; kernels exist for some ranks only."""
+    if rank == 0:
+        return {}
+    room = next((size for size in (8, 16, 32, 64, 128, 256, 320, 512) if size >= rank), None)
+    if room is None:
+        raise ValueError(
+            f"policy.adapter.r: got {rank}, expected at most 512 for vLLM; lower it, or set rollout.lora_sync: merged"
+        )
+    return {"enable_lora": True, "max_loras": 1, "max_cpu_loras": 2, "max_lora_rank": room}
 
 
 def start_weight_update(llm: Any) -> None:

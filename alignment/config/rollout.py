@@ -29,6 +29,9 @@ class RolloutConfig(Config):
     """What samples; `auto` takes the one that the cluster YAML names, else vLLM where it is installed."""
     vllm: VllmConfig = VllmConfig()
     """Only read where vLLM samples."""
+    lora_sync: Literal["adapter", "merged"] = "adapter"
+    """What vLLM receives of a LoRA policy: the adapter alone, or the whole model with the adapter merged in.
+    transformers always takes merged weights."""
     max_new_tokens: Positive = 64
     """Generation limit per response."""
     temperature: PositiveFloat = 1.0
