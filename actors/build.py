@@ -39,14 +39,15 @@ class PpoRoles:
 def ppo_actors(config: PpoRunConfig, cluster: ClusterConfig, *, model_path: str, critic_path: str) -> dict[str, Actor]:
     """The five actors of a PPO run, not yet set up. `model_path` and `critic_path` are folders or hub names."""
     sequences = config.ppo.rollout_batch_size * config.ppo.num_samples_per_prompt
-    updates = config.run.num_steps * config.ppo.ppo_epochs * (sequences // config.ppo.minibatch_size)
+    updates_per_step = config.ppo.ppo_epochs * (sequences // config.ppo.minibatch_size)
+    policy_steps = config.run.num_steps - config.critic.warmup_steps
     return {
         "policy": PolicyActor(
             model_path=model_path,
             policy=config.policy,
             ppo=config.ppo,
             temperature=config.rollout.temperature,
-            total_updates=updates,
+            total_updates=policy_steps * updates_per_step,
             device=choose_device(cluster.policy.gpus_per_worker),
             model=config.model,
             seed=config.run.seed,
@@ -55,9 +56,9 @@ def ppo_actors(config: PpoRunConfig, cluster: ClusterConfig, *, model_path: str,
             model_path=critic_path,
             critic=config.critic,
             ppo=config.ppo,
-            total_updates=updates,
+            total_updates=config.run.num_steps * updates_per_step,
             device=choose_device(cluster.critic.gpus_per_worker),
-            model=config.model,
+            model=config.model.at(config.critic.path or config.model.path, config.critic.revision),
             seed=config.run.seed,
         ),
         "reference": ReferenceActor(

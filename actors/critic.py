@@ -9,7 +9,6 @@ from torch import Tensor
 
 from actors.loading import load_trained, make_trainable, save_trained, scalar_model
 from actors.worker import Actor, UpdateOnce
-from alignment import checkpoint
 from alignment.config import CriticConfig, ModelConfig, PpoConfig
 from alignment.learners.ppo import CriticLearner
 from alignment.types import Experience, Rollout
@@ -38,12 +37,7 @@ class CriticActor(Actor):
     def setup(self, peers: Mapping[str, Actor]) -> None:
         self.model = scalar_model(self.model_path, self.model_config, self.device, head="zeros")
         engine = make_trainable(
-            self.model,
-            adapter=self.config.adapter,
-            optimizer=self.config.optimizer,
-            total_updates=self.total_updates,
-            seed=self.seed,
-            gradient_checkpointing=self.model_config.gradient_checkpointing,
+            self.model, self.model_config, self.config, total_updates=self.total_updates, seed=self.seed
         )
         self.learner = CriticLearner(
             self.model,
@@ -77,9 +71,7 @@ class CriticActor(Actor):
         return self._once(step, lambda: self.learner.fit(rollouts, rewards, gamma=gamma, gae_lambda=gae_lambda))
 
     def save(self, folder: Path) -> None:
-        save_trained(self.model, folder, self.model_path)
-        checkpoint.save_state(folder / "learner.pt", self.learner.state_dict())
+        save_trained(self.model, self.learner, folder, self.model_path)
 
     def load(self, folder: Path) -> None:
-        load_trained(self.model, folder)
-        self.learner.load_state_dict(checkpoint.load_state(folder / "learner.pt"))
+        load_trained(self.model, self.learner, folder)

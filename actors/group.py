@@ -66,6 +66,7 @@ class ActorGroup:
         gpus_per_worker: float = 0.0,
         threads: int | None = None,
         takes_turns: bool = False,
+        shares_memory: bool = False,
         placement: PlacementGroup | None = None,
         bundles: Sequence[int] = (),
     ) -> None:
@@ -86,7 +87,8 @@ class ActorGroup:
                 scheduling_strategy=strategy,
                 runtime_env={"env_vars": PROCESS_ENVIRONMENT},
             )
-            self.workers.append(options.remote(dict(actors), threads=threads, takes_turns=takes_turns))
+            settings = {"threads": threads, "takes_turns": takes_turns, "shares_memory": shares_memory}
+            self.workers.append(options.remote(dict(actors), **settings))
 
     def start(self) -> RefPending:
         """Load the models. A failure there reaches the caller through `.result()`."""

@@ -50,6 +50,7 @@ def ray_groups(actors: Mapping[str, Actor], cluster: ClusterConfig) -> Iterator[
                 gpus_per_worker=plan.gpus,
                 threads=plan.threads,
                 takes_turns=plan.takes_turns,
+                shares_memory=sum(other.num_workers for other in plans) > 1,
                 placement=placement,
                 bundles=indices,
             )

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from alignment import adapters, models
-from alignment.config import AdapterConfig, ModelConfig, OptimizerConfig
+from alignment import adapters, checkpoint, models
+from alignment.config import CriticConfig, ModelConfig, PolicyConfig, RewardModelTrainingConfig
 from alignment.engines.torch import TorchEngine
+
+LEARNER_FILE = "learner.pt"
+
+
+class Learner(Protocol):
+    """What of a learner goes into a checkpoint beside the weights."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
 def causal_model(path: str, config: ModelConfig, device: str, *, frozen: bool = False) -> models.HfModel:
@@ -40,14 +49,14 @@ def scalar_model(
 
 def make_trainable(
     model: models.HfModel,
+    settings: ModelConfig,
+    trained: PolicyConfig | CriticConfig | RewardModelTrainingConfig,
     *,
-    adapter: AdapterConfig,
-    optimizer: OptimizerConfig,
     total_updates: int,
     seed: int,
-    gradient_checkpointing: bool = False,
 ) -> TorchEngine:
     """Attach the adapter, if one is asked for, and return the optimiser of what is left to train."""
+    adapter, optimizer = trained.adapter, trained.optimizer
     if adapter.r:
         adapters.attach_lora(
             model.model,
@@ -57,7 +66,7 @@ def make_trainable(
             last_layers=adapter.last_layers,
             seed=seed,
         )
-    if gradient_checkpointing:
+    if settings.gradient_checkpointing:
         models.enable_gradient_checkpointing(model)
     return TorchEngine(
         model.named_parameters(),
@@ -70,20 +79,25 @@ def make_trainable(
         decay=optimizer.decay,
         min_lr_ratio=optimizer.min_lr_ratio,
         max_grad_norm=optimizer.max_grad_norm,
+        max_skipped_in_a_row=optimizer.max_skipped_in_a_row,
     )
 
 
-def save_trained(model: models.HfModel, folder: Path, base: str, tokenizer: Any | None = None) -> None:
-    """The trained part: an adapter in peft's format, or the whole model in Hugging Face's."""
+def save_trained(
+    model: models.HfModel, learner: Learner, folder: Path, base: str, tokenizer: Any | None = None
+) -> None:
+    """The trained part, an adapter in peft's format or the whole model in Hugging Face's, and the learner's state."""
     if adapters.has_adapter(model.model):
         adapters.save_adapter(model.model, folder, base=base)
     else:
         models.save_model(model, folder, tokenizer)
+    checkpoint.save_state(folder / LEARNER_FILE, learner.state_dict())
 
 
-def load_trained(model: models.HfModel, folder: Path) -> None:
+def load_trained(model: models.HfModel, learner: Learner, folder: Path) -> None:
     """Put back what `save_trained` wrote, bit for bit."""
     if adapters.has_adapter(model.model):
         adapters.load_adapter(model.model, folder)
     else:
         models.load_weights(model, folder)
+    learner.load_state_dict(checkpoint.load_state(folder / LEARNER_FILE))

@@ -86,13 +86,26 @@ def check_gpus(plans: Sequence[ProcessPlan], have: float) -> None:
         )
 
 
+def check_cpus(plans: Sequence[ProcessPlan], have: float) -> None:
+    """Refuse before any actor starts when more CPUs are reserved than this machine has."""
+    asked = demand(plans)["CPU"]
+    if asked > have:
+        raise PlacementError(
+            f"cluster: got CPU asked {asked:g} / have {have:g}, expected room for\n{describe_plan(plans)}\n"
+            "lower num_workers or cpus_per_worker in the cluster YAML, or join a cluster that has them (RAY_ADDRESS)"
+        )
+
+
 def estimate_memory(config: PpoRunConfig, cluster: ClusterConfig, num_parameters: int) -> str:
     """GB per process for weights, gradients and AdamW moments; activations of a micro-batch come on top.
 
-    A trained weight costs its own bytes twice (weight and gradient) and 2 moments; a frozen one its own bytes.
+    A trained weight costs its own bytes, a gradient and 2 moments in float32, and a float32 master where it is not
+    float32 itself (see `TorchEngine`); a frozen one its own bytes.
     """
     width = 4 if config.model.dtype == "float32" else 2
+    master = 0 if width == 4 else 4
     frozen = num_parameters * width / 1e9
+    learning = num_parameters * (width + 4 + 8 + master) / 1e9
     trained = {"policy": not config.policy.adapter.r, "critic": not config.critic.adapter.r}
     lines = []
     for plan in plan_processes(cluster):
@@ -103,6 +116,6 @@ def estimate_memory(config: PpoRunConfig, cluster: ClusterConfig, num_parameters
             )
             if role == "reward_model" and config.reward.model is None:
                 continue
-            total += 0.0 if shares_policy else frozen * (4 if trained.get(role) else 1)
+            total += 0.0 if shares_policy else learning if trained.get(role) else frozen
         lines.append(f"memory of {' + '.join(plan.roles):<36} {total:6.2f} GB of weights, gradients and moments each")
     return "\n".join(lines)

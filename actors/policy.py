@@ -12,12 +12,18 @@ from actors.engines.transformers import probe_logprobs
 from actors.loading import causal_model, load_trained, make_trainable, save_trained
 from actors.weight_sync import AdapterUpdate, Probe, WeightBucket, pack_adapter, pack_bucket, plan_buckets, probe_ids
 from actors.worker import Actor, UpdateOnce
-from alignment import adapters, checkpoint
-from alignment.config import ModelConfig, PolicyConfig, PpoConfig
+from alignment import adapters
+from alignment.config import ModelConfig, OptimizerConfig, PolicyConfig, PpoConfig
 from alignment.data.chat import load_tokenizer
 from alignment.learners.ppo import PolicyLearner
 from alignment.schedules import KlAdaptiveRate
 from alignment.types import Experience, Rollout
+
+
+def adaptive_rate(optimizer: OptimizerConfig) -> KlAdaptiveRate | None:
+    """The controller that the optimiser's config asks for, if any."""
+    target = optimizer.adaptive_kl_target
+    return None if target is None else KlAdaptiveRate(target, optimizer.adaptive_bounds)
 
 
 class PolicyActor(Actor):
@@ -42,15 +48,9 @@ class PolicyActor(Actor):
         self._once = UpdateOnce()
 
     def setup(self, peers: Mapping[str, Actor]) -> None:
-        optimizer = self.config.optimizer
         self.model = causal_model(self.model_path, self.model_config, self.device)
         engine = make_trainable(
-            self.model,
-            adapter=self.config.adapter,
-            optimizer=optimizer,
-            total_updates=self.total_updates,
-            seed=self.seed,
-            gradient_checkpointing=self.model_config.gradient_checkpointing,
+            self.model, self.model_config, self.config, total_updates=self.total_updates, seed=self.seed
         )
         self.learner = PolicyLearner(
             self.model,
@@ -64,9 +64,7 @@ class PolicyActor(Actor):
             dual_clip=self.ppo.dual_clip,
             entropy_coef=self.ppo.entropy_coef,
             kl_stop=self.ppo.kl_stop,
-            adaptive_rate=None
-            if optimizer.adaptive_kl_target is None
-            else KlAdaptiveRate(optimizer.adaptive_kl_target, optimizer.adaptive_bounds),
+            adaptive_rate=adaptive_rate(self.config.optimizer),
             seed=self.seed,
             device=self.device,
         )
@@ -113,15 +111,14 @@ class PolicyActor(Actor):
 
     def save(self, folder: Path) -> None:
         """Weights in Hugging Face format (an adapter in peft's) and the optimiser."""
-        save_trained(self.model, folder, self.model_path, load_tokenizer(self.model_path))
-        checkpoint.save_state(folder / "learner.pt", self.learner.state_dict())
+        tokenizer = load_tokenizer(self.model_path, self.model_config.revision)
+        save_trained(self.model, self.learner, folder, self.model_path, tokenizer)
 
     def load(self, folder: Path) -> None:
-        load_trained(self.model, folder)
-        self.learner.load_state_dict(checkpoint.load_state(folder / "learner.pt"))
+        load_trained(self.model, self.learner, folder)
 
     def export(self, folder: Path) -> None:
         """The finished model: a plain Hugging Face folder, the adapter beside it when there is one."""
-        adapters.export_merged(self.model.model, folder, load_tokenizer(self.model_path))
+        adapters.export_merged(self.model.model, folder, load_tokenizer(self.model_path, self.model_config.revision))
         if adapters.has_adapter(self.model.model):
             adapters.save_adapter(self.model.model, folder / "adapter", base=self.model_path)

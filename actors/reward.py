@@ -34,9 +34,10 @@ class RewardModelActor(Actor):
         if self.config.model is None:
             return
         self.weights["reward_model"] = self.config.model_weight
-        self.tokenizer = load_tokenizer(self.config.model)
-        self.eos_ids = eos_ids_of_model(self.tokenizer, self.config.model)
-        self.model = scalar_model(self.config.model, self.model_config, self.device, head="require", frozen=True)
+        own = self.model_config.at(self.config.model, self.config.revision)
+        self.tokenizer = load_tokenizer(own.path, own.revision)
+        self.eos_ids = eos_ids_of_model(self.tokenizer, own.path, own.revision)
+        self.model = scalar_model(own.path, own, self.device, head="require", frozen=True)
         statistics = Path(self.config.model) / STATISTICS_FILE
         if self.config.standardize_model and statistics.is_file():
             saved = json.loads(statistics.read_text(encoding="utf-8"))

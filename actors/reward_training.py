@@ -10,7 +10,7 @@ from pathlib import Path
 from actors.loading import load_trained, make_trainable, save_trained, scalar_model
 from actors.reward import STATISTICS_FILE
 from actors.worker import Actor, UpdateOnce
-from alignment import adapters, checkpoint
+from alignment import adapters
 from alignment.config import ModelConfig, RewardModelTrainingConfig
 from alignment.data.chat import load_tokenizer
 from alignment.learners.reward_model import RewardModelLearner
@@ -39,12 +39,7 @@ class RewardTrainingActor(Actor):
     def setup(self, peers: Mapping[str, Actor]) -> None:
         self.model = scalar_model(self.model_path, self.model_config, self.device, head="random", seed=self.seed)
         engine = make_trainable(
-            self.model,
-            adapter=self.config.adapter,
-            optimizer=self.config.optimizer,
-            total_updates=self.total_updates,
-            seed=self.seed,
-            gradient_checkpointing=self.model_config.gradient_checkpointing,
+            self.model, self.model_config, self.config, total_updates=self.total_updates, seed=self.seed
         )
         self.learner = RewardModelLearner(
             self.model,
@@ -64,16 +59,14 @@ class RewardTrainingActor(Actor):
         return list(zip(chosen, rejected, strict=True))
 
     def save(self, folder: Path) -> None:
-        save_trained(self.model, folder, self.model_path)
-        checkpoint.save_state(folder / "learner.pt", self.learner.state_dict())
+        save_trained(self.model, self.learner, folder, self.model_path)
 
     def load(self, folder: Path) -> None:
-        load_trained(self.model, folder)
-        self.learner.load_state_dict(checkpoint.load_state(folder / "learner.pt"))
+        load_trained(self.model, self.learner, folder)
 
     def export(self, folder: Path) -> None:
         """A sequence-classification folder, adapters merged, that `RewardModelActor` (or transformers) loads."""
-        adapters.export_merged(self.model.model, folder, load_tokenizer(self.model_path))
+        adapters.export_merged(self.model.model, folder, load_tokenizer(self.model_path, self.model_config.revision))
 
 
 def write_statistics(folder: Path, scores: Sequence[float]) -> dict[str, float]:

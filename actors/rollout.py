@@ -11,7 +11,7 @@ from actors.policy import PolicyActor
 from actors.weight_sync import AdapterUpdate, Probe, SyncKind, WeightBucket, check_gap
 from actors.worker import Actor
 from alignment.config import ModelConfig, RolloutConfig
-from alignment.data.chat import decode, eos_ids_of_model, load_tokenizer
+from alignment.data.chat import decode, eos_ids_of_model, load_tokenizer, single_token
 from alignment.generation import sampling_seed
 from alignment.types import Prompt, Rollout
 
@@ -48,11 +48,11 @@ class RolloutActor(Actor):
         policy = peers.get("policy")
         self.policy = policy if isinstance(policy, PolicyActor) else None
         self.engine: RolloutEngine = self._vllm() if self.engine_kind == "vllm" else self._transformers()
-        self.tokenizer = load_tokenizer(self.model_path)
+        self.tokenizer = load_tokenizer(self.model_path, self.model_config.revision)
         self.stop_ids: frozenset[int] = frozenset()
         if not self.config.ignore_eos:
             ends = eos_ids_of_model(self.tokenizer, self.model_path, self.model_config.revision)
-            self.stop_ids = ends | {_single_token(self.tokenizer, stop) for stop in self.config.stop}
+            self.stop_ids = ends | {single_token(self.tokenizer, stop) for stop in self.config.stop}
 
     def _transformers(self) -> TransformersEngine:
         if self.policy is not None:
@@ -170,10 +170,3 @@ class RolloutActor(Actor):
 
     def wake(self) -> None:
         self.engine.wake()
-
-
-def _single_token(tokenizer: object, stop: str) -> int:
-    ids = tokenizer.encode(stop, add_special_tokens=False)  # type: ignore[attr-defined]
-    if len(ids) != 1:
-        raise ValueError(f"rollout.stop: got {stop!r}, which is {len(ids)} tokens, expected one; name a single token")
-    return int(ids[0])

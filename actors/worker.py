@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import fcntl
 import os
+import stat
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -43,11 +44,23 @@ class Actor:
 class Host:
     """One process and the roles that live in it."""
 
-    def __init__(self, actors: Mapping[str, Actor], *, threads: int | None = None, takes_turns: bool = False) -> None:
-        """`takes_turns`: calls of such hosts on one machine run one after the other, see `cpu_turn`."""
+    def __init__(
+        self,
+        actors: Mapping[str, Actor],
+        *,
+        threads: int | None = None,
+        takes_turns: bool = False,
+        shares_memory: bool = False,
+    ) -> None:
+        """
+        Args:
+            takes_turns: calls of such hosts on one machine run one after the other, see `cpu_turn`.
+            shares_memory: other processes of the run need what a call has freed; alone, a host keeps it for its next
+                call, since every page given back has to be mapped and zeroed again.
+        """
         self.actors = dict(actors)
         self.threads = threads or os.cpu_count() or 1
-        self.takes_turns = takes_turns
+        self.takes_turns, self.shares_memory = takes_turns, shares_memory
 
     def setup(self) -> str:
         """Set every role up, those that others need first. Returns a word on where it runs."""
@@ -66,7 +79,8 @@ class Host:
             try:
                 return getattr(self.actors[role], method)(*args, **kwargs)
             finally:
-                give_back_freed_memory()
+                if self.shares_memory:
+                    give_back_freed_memory()
 
 
 @contextlib.contextmanager
@@ -76,13 +90,25 @@ def cpu_turn() -> Iterator[None]:
     Processes that each run a thread on every core do not share them well: at every barrier of a matrix product one
     waits for a thread that the other has displaced, and two together take three times as long as one after the other.
     """
-    path = Path(tempfile.gettempdir()) / f"raylign-cpu-turn-{os.getuid()}.lock"
-    file = os.open(path, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    file = os.open(_own_folder() / "cpu-turn.lock", os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
     finally:
         os.close(file)
+
+
+def _own_folder() -> Path:
+    """A folder on this machine that no other user can write to; a home folder may be shared between machines."""
+    folder = Path(os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()) / f"raylign-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    status = folder.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o022:
+        raise ValueError(
+            f"got {folder}, which others own or may write to, expected a folder of this user's own; "
+            "remove it, or set TMPDIR to another folder"
+        )
+    return folder
 
 
 def keep_freed_memory() -> None:

@@ -28,7 +28,7 @@ def attach_lora(
     from peft import LoraConfig, inject_adapter_in_model
     from transformers.pytorch_utils import Conv1D
 
-    names = _target_names(model, target_modules, last_layers)
+    names = target_names(model, target_modules, last_layers)
     conv = any(isinstance(model.get_submodule(name), Conv1D) for name in names)
     config = LoraConfig(
         r=r,
@@ -44,27 +44,33 @@ def attach_lora(
         parameter.requires_grad_("lora_" in name or name == "score.weight")
 
 
-def _target_names(model: nn.Module, target_modules: tuple[str, ...] | str, last_layers: int | None) -> list[str]:
-    """Full names of the matrices that get an adapter, from the top `last_layers` decoder layers."""
+def target_names(model: nn.Module, target_modules: tuple[str, ...] | str, last_layers: int | None) -> list[str]:
+    """Full names of the matrices that get an adapter, from the top `last_layers` decoder layers.
+
+    Raises:
+        ValueError: one of `target_modules` names no linear layer there.
+    """
     from transformers.pytorch_utils import Conv1D
 
     layers = next(module for module in model.modules() if isinstance(module, nn.ModuleList))
     prefix = next(name for name, module in model.named_modules() if module is layers)
     first = 0 if last_layers is None else max(0, len(layers) - last_layers)
-    names = [
-        name
+    linear = {
+        name: name.rsplit(".", 1)[-1]
         for name, module in model.named_modules()
         if isinstance(module, (nn.Linear, Conv1D))
         and name.startswith(prefix + ".")
         and int(name[len(prefix) + 1 :].split(".")[0]) >= first
-        and (target_modules == "all-linear" or name.rsplit(".", 1)[-1] in target_modules)
-    ]
-    if not names:
+    }
+    if target_modules == "all-linear":
+        return list(linear)
+    known = sorted(set(linear.values()))
+    if not target_modules or not set(target_modules) <= set(known):
         raise ValueError(
-            f"adapter.target_modules: got {target_modules}, expected names of linear layers of this model; "
-            'use "all-linear" or one of its layer names'
+            f"adapter.target_modules: got {target_modules}, expected names of linear layers of this model, which are "
+            f'{known}; name some of them, or "all-linear"'
         )
-    return names
+    return [name for name, last in linear.items() if last in target_modules]
 
 
 def has_adapter(model: nn.Module) -> bool:

@@ -286,7 +286,7 @@ def _explain(cls: type[BaseModel], problem: Any) -> str:
         return f"{key}: got nothing, expected a value; set it"
     if kind == "value_error":
         text = str(problem["ctx"]["error"])
-        return text if not key or text.startswith(f"{key}:") else f"{key}: {text}"
+        return text if not key or text.startswith((f"{key}:", f"{key}.")) else f"{key}: {text}"
     got = json.dumps(value, ensure_ascii=False)
     got = got if len(got) <= 60 else f"{got[:57]}..."
     if kind == "model_type":

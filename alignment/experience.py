@@ -112,22 +112,27 @@ def _describe(
     advantages: Tensor,
     learn: Tensor,
 ) -> dict[str, float]:
+    lengths = torch.tensor([float(len(r.response_ids)) for r in rollouts])
+    kept = [score for score in scores if score is not None]
+    metrics = {
+        "reward/unscorable_count": float(len(scores) - len(kept)),
+        "rollout/length": float(lengths.mean()),
+        "rollout/stopped_share": sum(r.finish_reason == "stop" for r in rollouts) / len(rollouts),
+        "rollout/tokens_count": float(lengths.sum()),
+    }
+    if not learn.any():
+        return metrics  # nothing was measured: a 0 would steer the KL controller
     sampled = align(rollouts, [torch.tensor(r.rollout_logprobs) for r in rollouts], old.shape[1])
     gap = torch.where(learn, (sampled - old).abs(), 0.0)
-    kept = [score for score in scores if score is not None]
     error = masked_mean((returns - values) ** 2, learn)
     spread = masked_mean((returns - masked_mean(returns, learn)) ** 2, learn)
-    lengths = torch.tensor([float(len(r.response_ids)) for r in rollouts])
     return {
-        "reward/shaped_score": sum(kept) / len(kept) if kept else 0.0,
-        "reward/unscorable_count": float(len(scores) - len(kept)),
+        **metrics,
+        "reward/shaped_score": sum(kept) / len(kept),
         "kl/per_sequence": kl_per_sequence(old, ref, learn),
         "kl/per_token_k3": float(masked_mean(kl_estimate(old, ref, "k3"), learn)),
         "rollout/logprob_gap": float(masked_mean(gap, learn)),
         "rollout/logprob_gap_max": float(gap.max()),
-        "rollout/length": float(lengths.mean()),
-        "rollout/stopped_share": sum(r.finish_reason == "stop" for r in rollouts) / len(rollouts),
-        "rollout/tokens_count": float(lengths.sum()),
         "critic/value_mean": float(masked_mean(values, learn)),
         "critic/return_mean": float(masked_mean(returns, learn)),
         "critic/explained_variance": float(1 - error / spread) if spread > 0 else 0.0,

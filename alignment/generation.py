@@ -15,9 +15,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from alignment.models import HfModel
 from alignment.types import FinishReason
+
+BLOCK = 256
+"""Words per block of the sampler's first search: about the square root of a vocabulary."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,20 +56,27 @@ def generate(
     `stop_ids` end a response and belong to it. Log-probabilities are float32 at `temperature` over the whole
     vocabulary, greedy or not.
     """
-    # A model that trains with gradient checkpointing is in train mode, in which transformers keeps no cache.
-    training = model.model.training
-    model.model.eval()
     # Neighbours in length share a batch: left padding is work.
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     samples: dict[int, Sample] = {}
-    with packed_matrices(model, rows=min(len(prompts), max_batch)):
+    with _evaluating(model.model), packed_matrices(model, rows=min(len(prompts), max_batch)):
         for start in range(0, len(order), max_batch):
             rows = order[start : start + max_batch]
             batch = _Batch(model, [prompts[i] for i in rows], [seeds[i] for i in rows], max_new_tokens, stop_ids)
             for i, sample in zip(rows, batch.run(temperature, greedy), strict=True):
                 samples[i] = sample
-    model.model.train(training)
     return [samples[i] for i in range(len(prompts))]
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """A model that trains with gradient checkpointing is in train mode, in which transformers keeps no cache."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
 
 
 @contextlib.contextmanager
@@ -96,6 +107,45 @@ def packed_matrices(model: HfModel, *, rows: int) -> Iterator[None]:
 def _packed_linear(packed: Tensor, x: Tensor) -> Tensor:
     result: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
     return result
+
+
+class _RoomyLayer(DynamicLayer):
+    """A cache layer with room for the whole answer: a step writes one column instead of copying all of them."""
+
+    def __init__(self, capacity: int) -> None:
+        super().__init__()
+        self.capacity = capacity
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.buffers = [self._room(states) for states in (key_states, value_states)]
+        start = self.get_seq_length()
+        end = start + key_states.shape[-2]
+        for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
+            buffer[..., start:end, :] = states
+        return self._show(end)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        end = self.get_seq_length()
+        self.buffers = [buffer[indices] for buffer in self.buffers]
+        self._show(end)
+
+    def _room(self, states: Tensor) -> Tensor:
+        batch, heads, _, width = states.shape
+        return states.new_empty(batch, heads, self.capacity, width)
+
+    def _show(self, end: int) -> tuple[Tensor, Tensor]:
+        keys, values = (buffer[..., :end, :] for buffer in self.buffers)
+        self.keys, self.values = keys, values
+        return keys, values
+
+
+def _roomy_cache(config: Any, capacity: int) -> DynamicCache:
+    """The model's own kinds of layers, except that plain full attention gets a `_RoomyLayer`."""
+    cache = DynamicCache(config=config)
+    cache.layers = [_RoomyLayer(capacity) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
 
 
 class _Batch:
@@ -129,16 +179,17 @@ class _Batch:
 
     def run(self, temperature: float, greedy: bool) -> list[Sample]:
         prefill_positions = (self.mask.long().cumsum(-1) - 1).clamp(min=0)
-        output = self._forward(self.input_ids, prefill_positions, None)
+        cache = _roomy_cache(self.model.model.config, self.input_ids.shape[1] + self.max_new_tokens)
+        output = self._forward(self.input_ids, prefill_positions, cache)
         active = torch.ones(len(self.ids), dtype=torch.bool, device=self.rows.device)
         for step in range(self.max_new_tokens):
             tokens, logprobs = _pick(output.logits[:, -1], self.uniform[self.rows, step], temperature, greedy)
             self._record(tokens, logprobs, active)
             if step + 1 == self.max_new_tokens or not active.any():
                 break
-            tokens, active = self._drop_finished(tokens, active, output.past_key_values)
+            tokens, active = self._drop_finished(tokens, active, cache)
             self.mask = torch.nn.functional.pad(self.mask, (0, 1), value=True)
-            output = self._forward(tokens.unsqueeze(1), self.next_position, output.past_key_values)
+            output = self._forward(tokens.unsqueeze(1), self.next_position, cache)
             self.next_position = self.next_position + 1
         return [
             Sample(
@@ -182,12 +233,31 @@ class _Batch:
 
 def _pick(logits: Tensor, uniform: Tensor, temperature: float, greedy: bool) -> tuple[Tensor, Tensor]:
     """Next token and its log-probability. logits (b, V), uniform (b,) in [0, 1) -> (b,), (b,)."""
-    logprobs = torch.log_softmax(logits.float() / temperature, dim=-1)
-    if greedy:
-        tokens = logprobs.argmax(-1)
-    else:
-        # float64: with 50k entries a float32 running sum would move the borders between tokens.
-        cumulative = logprobs.double().exp().cumsum(-1)
-        threshold = uniform.unsqueeze(1) * cumulative[:, -1:]
-        tokens = torch.searchsorted(cumulative, threshold, right=True).squeeze(1).clamp(max=logits.shape[-1] - 1)
-    return tokens, logprobs.gather(1, tokens.unsqueeze(1)).squeeze(1)
+    scaled = logits.float() / temperature
+    norm = scaled.logsumexp(-1, keepdim=True)
+    tokens = scaled.argmax(-1) if greedy else _invert(scaled - norm, uniform)
+    return tokens, (scaled.gather(1, tokens.unsqueeze(1)) - norm).squeeze(1)
+
+
+def _invert(logprobs: Tensor, uniform: Tensor) -> Tensor:
+    """The inverse distribution function at `uniform`: (b, V), (b,) -> (b,).
+
+    First the block of words that holds the point, then the word in it: summing every word's probability in turn over
+    the whole vocabulary costs more than the rest of sampling. Sums are float64: with 50k entries a float32 running sum
+    would move the borders between tokens.
+    """
+    b, size = logprobs.shape
+    padded = torch.nn.functional.pad(logprobs, (0, -size % BLOCK), value=-torch.inf)
+    probs = padded.exp_().view(b, -1, BLOCK)
+    ends = probs.sum(-1, dtype=torch.float64).cumsum(-1)
+    point = uniform.unsqueeze(1) * ends[:, -1:]
+    block = _first_above(ends, point)
+    before = torch.nn.functional.pad(ends, (1, 0)).gather(1, block)
+    inside = probs[torch.arange(b, device=block.device), block.squeeze(1)].double().cumsum(-1)
+    return (block * BLOCK + _first_above(inside, point - before)).squeeze(1)
+
+
+def _first_above(cumulative: Tensor, point: Tensor) -> Tensor:
+    """(b, n), (b, 1) -> (b, 1): first entry above the point; if rounding leaves none, the last that adds anything."""
+    below_total = torch.nextafter(cumulative[:, -1:], torch.zeros_like(point))
+    return torch.searchsorted(cumulative, torch.minimum(point, below_total), right=True)

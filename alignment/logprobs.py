@@ -6,12 +6,16 @@ The sampling temperature belongs in every one of them: policy, old policy and re
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from alignment.masked import as_float, masked_sum
+
+CHUNK_SIZE = 512
+"""Positions whose logits exist at one time: 100 MB in float32 with 49,152 words."""
 
 
 def token_logprobs(logits: Tensor, input_ids: Tensor, *, temperature: float = 1.0) -> Tensor:
@@ -46,7 +50,7 @@ def selected_logprobs(
     targets: Tensor,
     *,
     temperature: float = 1.0,
-    chunk_size: int = 128,
+    chunk_size: int = CHUNK_SIZE,
     with_entropy: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """`token_logprobs` at chosen positions without ever holding the logits of a batch.
@@ -55,8 +59,8 @@ def selected_logprobs(
         hidden: (N, d), the states that predict `targets`.
         head: (n, d) -> (n, V).
         targets: (N,) token ids.
-        chunk_size: positions whose logits exist at one time, in the forward and in the backward pass, where each
-            chunk is computed again.
+        chunk_size: positions whose logits exist at one time. More than one chunk is computed again in the backward
+            pass; a single one is kept for it.
 
     Returns:
         (N,) log-probabilities and, when asked for, (N,) entropies; float32 (float64 for float64 logits).
@@ -67,19 +71,22 @@ def selected_logprobs(
             "select the positions before the call"
         )
     if chunk_size < 1:
-        raise ValueError(f"chunk_size: got {chunk_size}, expected at least 1; 128 is a fair start")
+        raise ValueError(f"chunk_size: got {chunk_size}, expected at least 1; {CHUNK_SIZE} is a fair start")
     if not len(targets):
         # Still a function of `hidden`: a micro-batch without a response keeps a backward pass.
         nothing = as_float(hidden).sum(-1)
         return nothing, nothing if with_entropy else None
 
     def one_chunk(states: Tensor, ids: Tensor) -> tuple[Tensor, Tensor | None]:
+        if not with_entropy:
+            return _picked_logprobs(head(states), ids, temperature), None
         logprobs = _log_softmax(head(states), temperature)
-        return _pick(logprobs, ids), _entropy(logprobs) if with_entropy else None
+        return _pick(logprobs, ids), _entropy(logprobs)
 
     results = []
+    recompute = torch.is_grad_enabled() and len(targets) > chunk_size
     for states, ids in zip(hidden.split(chunk_size), targets.split(chunk_size), strict=True):
-        if torch.is_grad_enabled():
+        if recompute:
             results.append(checkpoint(one_chunk, states, ids, use_reentrant=False, preserve_rng_state=False))
         else:
             results.append(one_chunk(states, ids))
@@ -93,9 +100,40 @@ def sequence_logps(logprobs: Tensor, mask: Tensor) -> Tensor:
 
 
 def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
+    return torch.log_softmax(_scaled(logits, temperature), dim=-1)
+
+
+def _scaled(logits: Tensor, temperature: float) -> Tensor:
     if not temperature > 0:
         raise ValueError(f"temperature: got {temperature}, expected above 0; use 1.0 for the model's own distribution")
-    return torch.log_softmax(as_float(logits) / temperature, dim=-1)
+    return as_float(logits) if temperature == 1 else as_float(logits) / temperature
+
+
+def _picked_logprobs(logits: Tensor, ids: Tensor, temperature: float) -> Tensor:
+    """(n, V) and (n,) -> (n,)."""
+    picked: Tensor = _PickedLogprob.apply(_scaled(logits, temperature), ids)
+    return picked
+
+
+class _PickedLogprob(torch.autograd.Function):
+    """log softmax(logits)[id] that keeps the logits for the backward pass and no other matrix of V columns.
+
+    The gradient of the picked entry is one_hot(id) - softmax(logits).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, ids: Tensor) -> Tensor:
+        norm = torch.logsumexp(logits, dim=-1)
+        ctx.save_for_backward(logits, ids, norm)
+        return _pick(logits, ids) - norm
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        logits, ids, norm = ctx.saved_tensors
+        known = (ids >= 0) & (ids < logits.shape[-1])
+        grad = torch.where(known, grad, 0).unsqueeze(-1)
+        result = (logits - norm.unsqueeze(-1)).exp_().mul_(-grad)
+        return result.scatter_add_(-1, torch.where(known, ids, 0).long().unsqueeze(-1), grad), None
 
 
 def _pick(logprobs: Tensor, ids: Tensor) -> Tensor:

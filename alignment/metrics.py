@@ -65,11 +65,7 @@ class MetricsWriter:
         Raises:
             ValueError: a tracker is unknown or not installed.
         """
-        for name in trackers:
-            if name not in TRACKERS:
-                raise ValueError(f"run.trackers: got {name!r}, expected some of {list(TRACKERS)}; correct the name")
-            if importlib.util.find_spec(name) is None:
-                raise ValueError(f"run.trackers: got {name}, expected it installed; pip install {REMEDY[name]}")
+        check_trackers(trackers)
         self._directory, self._names = run_directory, tuple(trackers)
         self._trackers: list[Tracker] | None = None
 
@@ -148,6 +144,18 @@ class _Mlflow:
 
 
 TRACKERS: dict[str, Any] = {"tensorboard": _TensorBoard, "wandb": _Wandb, "mlflow": _Mlflow}
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """
+    Raises:
+        ValueError: a tracker is unknown or not installed.
+    """
+    for name in names:
+        if name not in TRACKERS:
+            raise ValueError(f"run.trackers: got {name!r}, expected some of {list(TRACKERS)}; correct the name")
+        if importlib.util.find_spec(name) is None:
+            raise ValueError(f"run.trackers: got {name}, expected it installed; pip install {REMEDY[name]}")
 
 
 def _saved_identity(path: Path, fresh: str) -> str:

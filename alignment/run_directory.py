@@ -33,24 +33,13 @@ class RunDirectory:
         """
         self.path = Path(path)
         os.umask(0o077)
-        if self.path.exists() and not self.path.is_dir():
-            raise ValueError(f"{self.path}: got a file, expected a directory; choose another output-dir")
+        _refuse_shape(self.path)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.path):
                 pass
         except OSError as error:
-            raise ValueError(
-                f"{self.path}: got {error.strerror}, expected a writable directory; choose another output-dir"
-            ) from None
-        root = self.path.resolve()
-        for name in INNER:
-            inner = self.path / name
-            if inner.is_symlink() and not inner.resolve().is_relative_to(root):
-                raise ValueError(
-                    f"{inner}: got a link to {inner.resolve()}, expected no link out of the run directory; "
-                    "remove it, and put the whole output-dir on that disk"
-                )
+            raise _not_writable(self.path, error.strerror) from None
         self._lock: int | None = None
 
     @property
@@ -91,12 +80,9 @@ class RunDirectory:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            holder = os.pread(descriptor, 1000, 0).decode(errors="replace").strip() or "another process"
+            refusal = _in_use(self.path, descriptor)
             os.close(descriptor)
-            raise ValueError(
-                f"{self.path}: got a run directory in use by {holder}, expected a free one; "
-                "wait for that run, stop it, or choose another output-dir"
-            ) from None
+            raise refusal from None
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"pid {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
         self._lock = descriptor
@@ -131,6 +117,65 @@ class RunDirectory:
     def truncate_after(self, step: int) -> int:
         """Cut metric and rollout lines later than `step`, and a line that a kill cut short. Returns how many."""
         return sum(_keep_until(path, step) for path in (self.metrics, self.rollouts) if path.exists())
+
+
+def check_run_directory(path: Path) -> None:
+    """Whether a run could start there, as far as can be told without creating or changing anything.
+
+    Raises:
+        ValueError: as `RunDirectory` and `RunDirectory.lock`.
+    """
+    _refuse_shape(path)
+    nearest = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    if not nearest.is_dir():
+        raise _not_writable(path, f"the file {nearest} in its path")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise _not_writable(path, f"no permission to write in {nearest}")
+    try:
+        descriptor = os.open(path / ".lock", os.O_RDONLY | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise _not_writable(path, f"{error.strerror}: .lock") from None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise _in_use(path, descriptor) from None
+    finally:
+        os.close(descriptor)
+
+
+def _refuse_shape(path: Path) -> None:
+    try:
+        there = path.exists()
+    except PermissionError as error:
+        raise _not_writable(path, error.strerror) from None
+    if there and not path.is_dir():
+        raise ValueError(f"{path}: got a file, expected a directory; choose another output-dir")
+    if not there:
+        if path.is_symlink():
+            raise _not_writable(path, "a link that leads nowhere")
+        return
+    root = path.resolve()
+    for name in INNER:
+        inner = path / name
+        if inner.is_symlink() and not inner.resolve().is_relative_to(root):
+            raise ValueError(
+                f"{inner}: got a link to {inner.resolve()}, expected no link out of the run directory; "
+                "remove it, and put the whole output-dir on that disk"
+            )
+
+
+def _not_writable(path: Path, reason: str | None) -> ValueError:
+    return ValueError(f"{path}: got {reason}, expected a writable directory; choose another output-dir")
+
+
+def _in_use(path: Path, lock: int) -> ValueError:
+    holder = os.pread(lock, 1000, 0).decode(errors="replace").strip() or "another process"
+    return ValueError(
+        f"{path}: got a run directory in use by {holder}, expected a free one; "
+        "wait for that run, stop it, or choose another output-dir"
+    )
 
 
 def append_lines(path: Path, lines: Iterable[str]) -> None:

@@ -1,4 +1,4 @@
-"""What all recipes share: the command line, the checks before the start, and the exit codes.
+"""What all recipes share: the command line, starting and resuming, what is printed, and the exit codes.
 
 0 done; 2 refused before starting; 1 failed while running; 130 and 143 interrupted.
 """
@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.metadata
 import json
-import os
 import signal
 import sys
 import time
@@ -20,9 +18,10 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from alignment.config import ClusterConfig, Config
-from alignment.config_io import describe, diff_configs, dump_config, load_config, read_yaml
+from alignment.config_io import describe, dump_config, load_config
 from alignment.memory import MemoryMeter
 from alignment.run_directory import RunDirectory
+from recipes import checks
 
 ROOT = Path(__file__).resolve().parent.parent
 ConfigT = TypeVar("ConfigT", bound=Config)
@@ -70,7 +69,7 @@ def run_recipe(
     job: Job[ConfigT] | None = None
     previous = signal.signal(signal.SIGTERM, _terminate)
     try:
-        refuse_intruders()
+        checks.refuse_intruders()
         job = parse(name, config_class, argv)
         with job.memory:
             body(job)
@@ -147,104 +146,28 @@ def parse(name: str, config_class: type[ConfigT], argv: list[str] | None) -> Job
     )
 
 
-def refuse_intruders() -> None:
-    """`alignment` and `recipes` are import names of other distributions too; two of them on one path lose silently."""
-    owners = importlib.metadata.packages_distributions()
-    for package in ("alignment", "actors", "rewards", "recipes"):
-        others = sorted(set(owners.get(package, [])) - {"raylign"})
-        if others:
-            raise ValueError(
-                f"environment: got package {package!r} from {others} too, expected it from raylign alone; "
-                f"pip uninstall {' '.join(others)}"
-            )
-
-
 def open_run_directory(job: Job[Any]) -> tuple[RunDirectory, Path | None]:
     """Create and lock the run directory; the verified checkpoint to resume from, or None for a fresh start."""
-    from alignment.checkpoint import CheckpointStore
-
     directory = RunDirectory(job.output_dir)
     directory.lock()
-    saved = directory.config
-    if saved.exists() and job.resume == "never":
-        raise ValueError(
-            f"--resume never: got a run in {job.output_dir}, expected a directory without one; "
-            "choose another --output-dir, or --resume auto"
-        )
-    if saved.exists():
-        changes = diff_configs(read_yaml(saved), job.config.model_dump(mode="json"))
-        if changes:
-            raise ValueError(
-                f"--resume: got a config that differs from the run in {job.output_dir}:\n  "
-                + "\n  ".join(changes)
-                + "\nexpected the same config; undo the change, or choose another --output-dir"
-            )
-    chosen = _checkpoint_to_resume(job, CheckpointStore(directory.checkpoints, keep=1))
-    if not saved.exists():
-        directory.write_text_atomic(saved, dump_config(job.config))
+    chosen, passed_over = checks.checkpoint_to_resume(job)
+    for line in passed_over:
+        _say(line)
+    if not directory.config.exists():
+        directory.write_text_atomic(directory.config, dump_config(job.config))
     if chosen is None:
         # What an attempt without a usable checkpoint logged would stand there twice.
         directory.truncate_after(-1)
     return directory, chosen
 
 
-def _checkpoint_to_resume(job: Job[Any], store: Any) -> Path | None:
-    if job.resume not in ("auto", "never"):
-        chosen = Path(job.resume)
-        reason = store.verify_folder(chosen) if chosen.is_dir() else "no such folder"
-        if reason is None and chosen.resolve().parent != store.folder.resolve():
-            reason = "a checkpoint of another run"
-        if reason:
-            raise ValueError(f"--resume: got {chosen} ({reason}), expected a complete checkpoint; use --resume auto")
-        # What was trained after it belongs to another future: a later --resume auto must not jump back there.
-        store.discard_after(int(chosen.name.removeprefix("step_")))
-        return chosen
-    found, passed_over = store.latest_valid()
-    for step, reason in passed_over:
-        _say(f"checkpoint of step {step} is not used: {reason}; looking for an older one")
-    return found
-
-
-def check_model(path: str, tokenizer: Any) -> int:
-    """Refuse a tokenizer with more ids than the model has embeddings. Returns the number of parameters."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    from alignment.data.chat import check_vocabulary
-
-    config = AutoConfig.from_pretrained(path)
-    check_vocabulary(tokenizer, config.vocab_size)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    return sum(p.numel() for p in {id(p): p for p in model.parameters()}.values())
-
-
-def check_machines(job: Job[Any]) -> None:
-    """Refuse GPUs that are asked for and not there. On a cluster only Ray knows; it is asked at the start."""
-    from actors.plan import check_gpus, check_learners, plan_processes
-
-    check_learners(job.cluster)
-    if job.local or "RAY_ADDRESS" not in os.environ:
-        import torch
-
-        check_gpus(plan_processes(job.cluster), torch.cuda.device_count() if torch.cuda.is_available() else 0)
-
-
-def check_reward_functions(reward: Any) -> None:
-    """Every rule reward exists."""
-    from rewards.base import load_function
-
-    for function in reward.functions:
-        load_function(function.name)
-
-
-def is_own_reward_model(path: str) -> bool:
-    """True for the folder that recipes/reward_model_medical.py writes, until its last file is there."""
-    return (
-        Path(path).name == "final"
-        and "reward_model_medical" in Path(path).parts
-        and not (Path(path) / "score_statistics.json").is_file()
-    )
+def restore(job: Job[Any], run: Any, chosen: Path, parts: Mapping[str, Any]) -> dict[str, Any]:
+    """Load a checkpoint, and only then let go of what was trained after the one that `--resume PATH` names."""
+    state: dict[str, Any] = run.restore(chosen, parts)
+    if job.resume != "auto":
+        # It belongs to another future: a later --resume auto must not jump back there.
+        run.store.discard_after(state["step"])
+    return state
 
 
 def train_first(job: Job[Any], recipe: Callable[[list[str]], int], output_dir: Path) -> None:
@@ -311,7 +234,8 @@ def write_summary(job: Job[Any], directory: RunDirectory, held_out: Mapping[str,
         )
     if kl := extra.get("kl"):
         lines.append(f"KL to the reference: {kl['value']:.2f} nats per answer, limit {kl['limit']}")
-    print("\n".join(lines))
+    if held_out:
+        print("\n".join(lines))
     print(f"wrote {directory.path}/summary.json, model in {directory.final}", flush=True)
 
 
@@ -339,9 +263,12 @@ def ppo_plan(job: Job[Any], num_parameters: int, num_train: int, num_held_out: i
     """What `--dry-run` prints."""
     from actors.plan import describe_plan, estimate_memory, plan_processes
 
+    reward = job.config.reward.model
+    untrained = reward is not None and checks.is_own_reward_model(reward)
     return "\n".join(
         [
             f"{num_train} training prompts, {num_held_out} held out; {num_parameters / 1e6:.1f} M parameters",
+            *([f"{reward} is not there yet: it would be trained first"] if reward and untrained else []),
             batch_arithmetic(job.config, job.cluster),
             describe_plan(plan_processes(job.cluster)),
             estimate_memory(job.config, job.cluster, num_parameters),

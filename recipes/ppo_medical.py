@@ -13,45 +13,44 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from actors.build import ppo_actors, ppo_roles
-from alignment.config import PpoRunConfig
+from alignment.config import ROLES, PpoRunConfig
 from alignment.data.chat import eos_ids_of_model, eos_is_trained, load_tokenizer
-from alignment.data.model_assets import resolve_model
 from alignment.data.prompts import load_prompts, prompts_for_step
 from alignment.loops.evaluation import HeldOut, answer_table, compare, evaluate
 from alignment.loops.ppo import PpoState, train_ppo, train_ppo_one_pass
 from alignment.loops.run import Run
-from alignment.models import check_scalar_head
-from recipes import common, reward_model_medical
+from alignment.metrics import check_trackers
+from recipes import checks, common, reward_model_medical
 
 
 def run_ppo(job: common.Job[PpoRunConfig]) -> None:
-    config = job.config
-    model_path = resolve_model(config.model.path)
+    config = checks.resolve_paths(job.config)
+    model_path = config.model.path
     tokenizer = load_tokenizer(model_path, config.model.revision)
-    num_parameters = common.check_model(model_path, tokenizer)
+    num_parameters = checks.check_models(config, tokenizer)
     prompts = load_prompts(config.data, tokenizer)
     # Dealing out the first step refuses a batch larger than the data.
     prompts_for_step(prompts.train, 0, batch_size=config.ppo.rollout_batch_size, seed=config.run.seed)
-    common.check_machines(job)
-    common.check_reward_functions(config.reward)
-    if config.reward.model is not None and not common.is_own_reward_model(config.reward.model):
-        check_scalar_head(resolve_model(config.reward.model))
+    checks.check_machines(job.cluster, ROLES, local=job.local)
+    checks.check_reward_functions(config.reward)
+    check_trackers(config.run.trackers)
     if job.dry_run:
+        checks.check_start(job)
         print(common.ppo_plan(job, num_parameters, len(prompts.train), len(prompts.held_out)))
         return
     directory, resume_from = common.open_run_directory(job)
-    if config.reward.model is not None and common.is_own_reward_model(config.reward.model):
+    if config.reward.model is not None and checks.is_own_reward_model(config.reward.model):
         common.train_first(job, reward_model_medical.main, Path(config.reward.model).parent)
 
-    critic_path = resolve_model(config.critic.path) if config.critic.path else model_path
-    actors = ppo_actors(config, job.cluster, model_path=model_path, critic_path=critic_path)
+    actors = ppo_actors(config, job.cluster, model_path=model_path, critic_path=config.critic.path or model_path)
     with job.groups(actors) as groups:
         roles = ppo_roles(groups)
         trained = eos_is_trained(tokenizer, eos_ids=eos_ids_of_model(tokenizer, model_path, config.model.revision))
         run = common.make_run(Run, directory, config.run, model_path=model_path, eos_is_trained=trained)
         state = PpoState.start(config)
         if resume_from:
-            state.load_state_dict(run.restore(resume_from, {"policy": roles.policy, "critic": roles.critic}))
+            parts = {"policy": roles.policy, "critic": roles.critic}
+            state.load_state_dict(common.restore(job, run, resume_from, parts))
             roles.policy.send_weights(roles.rollout, version=state.step).result()
 
         def answer_held_out() -> HeldOut:

@@ -7,7 +7,9 @@ The preferred answer of a pair is a clinician's treatment plan for the diagnosis
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -19,24 +21,33 @@ from alignment.data.model_assets import resolve_model
 from alignment.data.preferences import load_preference_pairs
 from alignment.loops.offline import pair_report, train_reward_model
 from alignment.loops.run import Run
-from recipes import common
+from alignment.metrics import check_trackers
+from alignment.types import PreferencePair
+from recipes import checks, common
+
+Scores = list[tuple[float, float]]
+NUM_STANDARD = 64
+"""Training pairs whose scores set the scale when no pair is held out."""
 
 
 def train(job: common.Job[RewardModelRunConfig]) -> None:
     config = job.config
-    model_path = resolve_model(config.model.path)
+    model_path = resolve_model(config.model.path, config.model.revision)
     tokenizer = load_tokenizer(model_path, config.model.revision)
-    num_parameters = common.check_model(model_path, tokenizer)
+    model = config.model.at(model_path, config.model.revision)
+    num_parameters = checks.check_model("training", model, tokenizer, config.training.adapter, scalar=True)
     pairs = load_preference_pairs(
         config.data, tokenizer, eos_ids=eos_ids_of_model(tokenizer, model_path, config.model.revision)
     )
-    common.check_machines(job)
+    checks.check_machines(job.cluster, ("reward_model",), local=job.local)
+    check_trackers(config.run.trackers)
     if job.cluster.reward_model.num_workers != 1:
         raise ValueError(
             f"cluster: reward_model.num_workers: got {job.cluster.reward_model.num_workers}, expected 1 while it is "
             "trained; train it with --cluster cluster/local.yaml first"
         )
     if job.dry_run:
+        checks.check_start(job)
         print(common.reward_model_plan(job, num_parameters, len(pairs.train), len(pairs.held_out)))
         return
     directory, resume_from = common.open_run_directory(job)
@@ -45,17 +56,25 @@ def train(job: common.Job[RewardModelRunConfig]) -> None:
     with job.groups(actors) as groups:
         role = reward_training_role(groups)
         run = common.make_run(Run, directory, config.run, model_path=model_path)
-        first_step = run.restore(resume_from, {"reward_model": role})["step"] if resume_from else 0
-        before = pair_report(role.score_pairs(pairs.held_out).result())
+        first_step = common.restore(job, run, resume_from, {"reward_model": role})["step"] if resume_from else 0
+
+        def score(some: Sequence[PreferencePair]) -> Scores:
+            return role.score_pairs(some).result() if some else []
+
+        before = score(pairs.held_out)
         train_reward_model(config, pairs.train, reward_model=role, run=run, first_step=first_step)
-        scores = role.score_pairs(pairs.held_out).result()
+        after = score(pairs.held_out)
         role.export(directory.final).result()
         # Standardised on real answers of both kinds, so that a score of 1 means one deviation better than these.
-        write_statistics(directory.final, [score for pair in scores for score in pair])
-        common.write_summary(
-            job, directory, {"accuracy": common.compare_items(before, pair_report(scores), config.run.seed)}
-        )
+        known = after or score(pairs.train[:NUM_STANDARD])
+        write_statistics(directory.final, [score for pair in known for score in pair])
+        common.write_summary(job, directory, accuracy(before, after, config.run.seed))
         run.close()
+
+
+def accuracy(before: Scores, after: Scores, seed: int) -> dict[str, Any]:
+    """The held-out table; empty when no pair was held out."""
+    return {"accuracy": common.compare_items(pair_report(before), pair_report(after), seed)} if after else {}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -40,6 +40,15 @@ class RolloutRoleConfig(Config):
     threads_per_worker: Positive | None = None
     """Threads of each engine."""
 
+    @model_validator(mode="after")
+    def _engine_can_split(self) -> RolloutRoleConfig:
+        if self.tensor_parallel_size != 1 and self.engine == "transformers":
+            raise ValueError(
+                f"got tensor_parallel_size={self.tensor_parallel_size}, expected 1: the transformers engine runs on "
+                "one GPU; raise num_engines instead"
+            )
+        return self
+
     @property
     def num_workers(self) -> int:
         return self.num_engines

@@ -13,13 +13,18 @@ class ModelConfig(Config):
     path: str = "asset:smollm2-135m-instruct"
     """Hugging Face folder, hub name, or `asset:NAME`."""
     revision: str | None = None
-    """Commit hash of a hub model."""
+    """Commit hash of a hub model; reaches its weights, config and tokenizer."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Weights and matrix products; losses are float32 whatever this is."""
+    """Weights and matrix products; losses are float32 whatever this is. float16 is for inference only."""
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
     """`auto` takes flash-attn when it is installed and the device and dtype fit, else SDPA."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+
+    def at(self, path: str, revision: str | None) -> ModelConfig:
+        """These settings for the model in `path`: its own revision, or this one's when it is the same repository."""
+        inherited = self.revision if path == self.path else None
+        return self.model_copy(update={"path": path, "revision": revision or inherited})
 
 
 class AdapterConfig(Config):
@@ -54,8 +59,28 @@ class OptimizerConfig(Config):
     """Floor of the decay as a share of `lr`."""
     max_grad_norm: PositiveFloat = 1.0
     """Global gradient clipping; a non-finite norm skips the step and is counted."""
+    max_skipped_in_a_row: Positive = 3
+    """Skipped steps in a row that end the run."""
     adaptive_kl_target: PositiveFloat | None = None
     """KL per token between old and new policy that the rate steers towards (policy only); None switches it off.
-    It reads the KL before each optimiser step, so it needs several steps per batch."""
+    It reads the KL of a batch's last minibatch, after the earlier steps, so it needs several steps per batch."""
     adaptive_bounds: tuple[PositiveFloat, PositiveFloat] = (0.1, 4.0)
     """Limits of the KL-adaptive factor on the rate."""
+
+
+def refuse_float16_training(model: ModelConfig) -> None:
+    """Gradients underflow in float16 unless the loss is scaled, which no learner does."""
+    if model.dtype == "float16":
+        raise ValueError(
+            "model.dtype: got float16, expected float32 or bfloat16: gradients in float16 underflow without loss "
+            "scaling; use bfloat16"
+        )
+
+
+def refuse_adaptive_rate(optimizer: OptimizerConfig, key: str) -> None:
+    """Only a policy has the KL that this rate follows."""
+    if optimizer.adaptive_kl_target is not None:
+        raise ValueError(
+            f"{key}.adaptive_kl_target: got {optimizer.adaptive_kl_target:g}, expected null: only the policy has a KL "
+            "to follow; remove it"
+        )

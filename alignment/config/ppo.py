@@ -8,7 +8,13 @@ from pydantic import Field, model_validator
 
 from alignment.config.base import Config, Fraction, NonNegative, NonNegativeFloat, Positive, PositiveFloat
 from alignment.config.data import PromptDataConfig
-from alignment.config.model import AdapterConfig, ModelConfig, OptimizerConfig
+from alignment.config.model import (
+    AdapterConfig,
+    ModelConfig,
+    OptimizerConfig,
+    refuse_adaptive_rate,
+    refuse_float16_training,
+)
 from alignment.config.reward import RewardConfig
 from alignment.config.rollout import RolloutConfig
 from alignment.config.run import EvaluationConfig, RunConfig
@@ -30,6 +36,8 @@ class CriticConfig(Config):
 
     path: str | None = None
     """Backbone; None takes the policy's."""
+    revision: str | None = None
+    """Commit hash of a hub model; None takes model.revision where this is the same repository."""
     adapter: AdapterConfig = AdapterConfig()
     """LoRA or full; the head is always trained."""
     optimizer: OptimizerConfig = OptimizerConfig(lr=2e-5)
@@ -38,6 +46,11 @@ class CriticConfig(Config):
     """Sequences per forward on one worker."""
     warmup_steps: NonNegative = 0
     """First steps in which the critic learns and the policy does not."""
+
+    @model_validator(mode="after")
+    def _rate_is_its_own(self) -> CriticConfig:
+        refuse_adaptive_rate(self.optimizer, "critic.optimizer")
+        return self
 
 
 class KlConfig(Config):
@@ -53,6 +66,15 @@ class KlConfig(Config):
     """Sequences over which the controller acts."""
     limit: PositiveFloat | None = None
     """KL per sequence over which the run stops, naming it; None never stops."""
+
+    @model_validator(mode="after")
+    def _controller_can_steer(self) -> KlConfig:
+        if self.target is not None and not self.coef:
+            raise ValueError(
+                f"kl.coef: got 0 with kl.target={self.target:g}, expected more than 0: the controller multiplies it; "
+                "raise it, or set kl.target to null"
+            )
+        return self
 
 
 class PpoConfig(Config):
@@ -118,6 +140,11 @@ class PpoRunConfig(Config):
     """The held-out table."""
 
     @model_validator(mode="after")
+    def _dtype_can_be_trained(self) -> PpoRunConfig:
+        refuse_float16_training(self.model)
+        return self
+
+    @model_validator(mode="after")
     def _batches_divide(self) -> PpoRunConfig:
         sequences = self.ppo.rollout_batch_size * self.ppo.num_samples_per_prompt
         if sequences % self.ppo.minibatch_size:
@@ -131,5 +158,31 @@ class PpoRunConfig(Config):
                 f"ppo.one_pass: got ppo_epochs={self.ppo.ppo_epochs} and minibatch_size={self.ppo.minibatch_size}, "
                 f"expected 1 and {sequences}: a second update needs log-probabilities from before the first; "
                 "set them, or one_pass to false"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _policy_learns(self) -> PpoRunConfig:
+        if self.critic.warmup_steps >= self.run.num_steps:
+            raise ValueError(
+                f"critic.warmup_steps: got {self.critic.warmup_steps}, expected less than the {self.run.num_steps} of "
+                "run.num_steps, or the policy never learns; lower it, or raise run.num_steps"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _controllers_fit_a_step(self) -> PpoRunConfig:
+        sequences = self.ppo.rollout_batch_size * self.ppo.num_samples_per_prompt
+        if self.kl.target is not None and self.kl.horizon < sequences:
+            raise ValueError(
+                f"kl.horizon: got {self.kl.horizon:g}, expected at least the {sequences} sequences of a step, or one "
+                "step could turn the weight of the penalty around; raise it, or set kl.target to null"
+            )
+        adaptive = self.policy.optimizer.adaptive_kl_target
+        if adaptive is not None and sequences // self.ppo.minibatch_size * self.ppo.ppo_epochs == 1:
+            raise ValueError(
+                f"policy.optimizer.adaptive_kl_target: got {adaptive:g} with one optimiser step per batch, expected "
+                "several: before the first the KL it follows is 0; lower ppo.minibatch_size, raise ppo.ppo_epochs, "
+                "or set it to null"
             )
         return self

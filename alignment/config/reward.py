@@ -21,6 +21,8 @@ class RewardConfig(Config):
 
     model: str | None = None
     """Folder or hub name of a sequence-classification model with one label; None uses functions alone."""
+    revision: str | None = None
+    """Commit hash of a hub model; None takes model.revision where this is the same repository."""
     model_weight: float = 1.0
     """Factor of the reward model's score."""
     standardize_model: bool = True

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+from pydantic import model_validator
+
 from alignment.config.base import Config, NonNegativeFloat, Positive
 from alignment.config.data import PreferenceDataConfig
-from alignment.config.model import AdapterConfig, ModelConfig, OptimizerConfig
+from alignment.config.model import (
+    AdapterConfig,
+    ModelConfig,
+    OptimizerConfig,
+    refuse_adaptive_rate,
+    refuse_float16_training,
+)
 from alignment.config.run import RunConfig
 
 
@@ -22,6 +30,11 @@ class RewardModelTrainingConfig(Config):
     center_coef: NonNegativeFloat = 0.01
     """Weight of the squared sum of the two scores (Eisenstein 2023)."""
 
+    @model_validator(mode="after")
+    def _rate_is_its_own(self) -> RewardModelTrainingConfig:
+        refuse_adaptive_rate(self.optimizer, "training.optimizer")
+        return self
+
 
 class RewardModelRunConfig(Config):
     """Everything of a reward-model run but the machines."""
@@ -34,3 +47,8 @@ class RewardModelRunConfig(Config):
     """Backbone."""
     training: RewardModelTrainingConfig = RewardModelTrainingConfig()
     """The stage."""
+
+    @model_validator(mode="after")
+    def _dtype_can_be_trained(self) -> RewardModelRunConfig:
+        refuse_float16_training(self.model)
+        return self

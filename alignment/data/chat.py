@@ -39,7 +39,8 @@ def load_tokenizer(path: str, revision: str | None = None) -> PreTrainedTokenize
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"tokenizer {path!r}: could not be loaded ({str(error).strip().splitlines()[0]}); correct model.path"
+            f"tokenizer {path!r}: got none that could be loaded ({str(error).strip().splitlines()[0]}), expected one "
+            "beside the model; correct the path, or save the tokenizer there"
         ) from error
     if not tokenizer.chat_template:
         raise ValueError(f"tokenizer {path!r}: got no chat template, expected one; use an instruction-tuned model")
@@ -70,6 +71,18 @@ def eos_ids_of_model(tokenizer: PreTrainedTokenizerBase, path: str, revision: st
     except OSError:
         config = AutoConfig.from_pretrained(path, revision=revision)
     return eos_token_ids(tokenizer, config)
+
+
+def single_token(tokenizer: PreTrainedTokenizerBase, stop: str) -> int:
+    """The id of a stop token.
+
+    Raises:
+        ValueError: the text is several tokens, or none.
+    """
+    ids = tokenizer.encode(stop, add_special_tokens=False)
+    if len(ids) != 1:
+        raise ValueError(f"rollout.stop: got {stop!r}, which is {len(ids)} tokens, expected one; name a single token")
+    return int(ids[0])
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:

@@ -7,18 +7,21 @@ import io
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from alignment.data.assets import ASSETS, fetch_asset
 from alignment.data.cache import cache_dir, filled_once
+from alignment.data.hub import remedy, why_offline
 
 PREFIX = "asset:"
 
 
-def resolve_model(path: str) -> str:
+def resolve_model(path: str, revision: str | None = None) -> str:
     """`asset:NAME` becomes a Hugging Face folder in the cache; a local folder or a hub name comes back as it is.
 
     Raises:
-        ValueError: unknown asset; a local path that is no model folder, or one that carries its own code.
+        ValueError: unknown asset; a local path that is no model folder, or one that carries its own code; a hub name
+            that neither the hub nor its cache on this machine has at `revision`.
     """
     if path.startswith(PREFIX):
         return str(_converted(path.removeprefix(PREFIX)))
@@ -30,28 +33,78 @@ def resolve_model(path: str) -> str:
         raise ValueError(
             f"model path: got {path!r}, expected a model folder; correct the path, or give a hub name or asset:NAME"
         )
+    config = model_file(path, "config.json", revision)
+    if why_offline() is not None:
+        check_folder(config.parent)
     return path
 
 
-def check_folder(folder: Path) -> None:
-    """Refuse a model folder that would run code of its own or unpickle its weights.
+def model_file(path: str, name: str, revision: str | None = None) -> Path:
+    """One file of a model folder or of a hub model, from the hub or its cache.
 
     Raises:
-        ValueError: no config.json; `auto_map` in a config file; weights only in pickle form.
+        ValueError: a hub name that neither has.
+    """
+    from huggingface_hub import hf_hub_download
+
+    if Path(path).is_dir():
+        return Path(path, name)
+    trouble = why_offline()
+    try:
+        return Path(hf_hub_download(path, name, revision=revision))
+    except (OSError, ValueError) as error:
+        reason = f"not in its cache, and {trouble}" if trouble else str(error).strip().splitlines()[0]
+        at = f" at revision {revision}" if revision else ""
+        raise ValueError(
+            f"model {path!r}{at}: got no folder of that name here and no {name} from the hub ({reason}), expected a "
+            f"model that one of them has; {remedy('a folder or asset:NAME')}"
+        ) from error
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a model folder that is not whole, or would run code of its own or unpickle its weights.
+
+    Raises:
+        ValueError: no config.json; JSON that is broken; `auto_map` in a config file; weights that are missing or only
+            there in pickle form.
     """
     if not (folder / "config.json").is_file():
         raise ValueError(f"model folder: got {folder} without config.json, expected a Hugging Face folder; correct it")
-    for name in ("config.json", "tokenizer_config.json"):
+    for name in ("config.json", "tokenizer_config.json", "generation_config.json"):
         file = folder / name
-        if file.is_file() and "auto_map" in json.loads(file.read_text(encoding="utf-8")):
+        if file.is_file() and "auto_map" in _read_object(file):
             raise ValueError(
                 f"model folder: got auto_map in {file}, expected a model that needs no code of its own; "
                 "use an architecture that transformers has built in"
             )
-    if any(folder.glob("*.bin")) and not any(folder.glob("*.safetensors")):
+    index = folder / "model.safetensors.index.json"
+    needed = set(_read_object(index).get("weight_map", {}).values()) if index.is_file() else {"model.safetensors"}
+    missing = sorted(name for name in needed if not (folder / name).is_file())
+    if missing and any(folder.glob("*.bin")):
         raise ValueError(
             f"model folder: got pickled weights (*.bin) in {folder}, expected *.safetensors; convert them first"
         )
+    if missing:
+        raise ValueError(
+            f"model folder: got {folder} without {', '.join(missing[:3])}, expected the weights of the model there; "
+            "copy them too, or correct the path"
+        )
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    """A JSON object from a file of a model folder."""
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(
+            f"{file}: got JSON that is broken ({error}), expected that of a Hugging Face model; copy or save the "
+            "folder again"
+        ) from error
+    if not isinstance(data, dict):
+        raise ValueError(
+            f"{file}: got a JSON {type(data).__name__}, expected an object; copy or save the folder again"
+        )
+    return data
 
 
 def _converted(name: str) -> Path:

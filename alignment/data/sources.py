@@ -12,6 +12,7 @@ from typing import Any
 from alignment.config import SourceConfig
 from alignment.data.assets import ASSETS, fetch_asset
 from alignment.data.files import SUFFIXES, Row, read_file
+from alignment.data.hub import remedy, why_offline
 from alignment.data.medical import treatment_plan_pairs
 
 __all__ = ["DERIVED", "Row", "column", "read_rows"]
@@ -94,14 +95,17 @@ def _from_asset(name: str) -> Iterator[Row]:
 
 
 def _from_hub(name: str, split: str) -> Iterator[Row]:
+    # Asked before the import, which reads whether there is a hub to talk to.
+    trouble = None if Path(name).is_dir() else why_offline()
     import datasets
 
     try:
         table = datasets.load_dataset(name, split=split)
     except (OSError, ValueError) as error:
+        reason = "; ".join([str(error).strip().splitlines()[0], *([trouble] if trouble else [])])
         raise ValueError(
-            f"hub data set {name!r} split {split!r}: could not be loaded ({str(error).splitlines()[0]}); check name, "
-            "split and network, or give data.source.path or data.source.asset instead"
+            f"data.source.hub: got {name!r}, split {split!r}, which could not be loaded ({reason}), expected a data "
+            f"set of the hub or its cache; {remedy('data.source.path or data.source.asset')}"
         ) from error
     for number, values in enumerate(table, start=1):
         yield Row(dict(values), f"{name}[{split}]:row {number}")

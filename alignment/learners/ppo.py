@@ -13,6 +13,7 @@ from alignment.batching import micro_batches, minibatches, rollout_batch, rollou
 from alignment.engines.torch import TorchEngine
 from alignment.learners.base import Tally, per_response
 from alignment.losses import aggregate, ppo_policy_loss, ppo_value_loss
+from alignment.masked import zero_masked
 from alignment.models import CausalModel, response_logprobs, response_values
 from alignment.schedules import KlAdaptiveRate
 from alignment.types import Experience, Rollout
@@ -62,7 +63,8 @@ class PolicyLearner:
     def update_on_policy(self, experience: Experience, *, step: int) -> dict[str, float]:
         """One update in which the policy's own forward is the old policy: the ratio is 1 whatever was sampled.
 
-        Also returns `rollout/logprob_gap`: how far the `old_logprobs` given, the sampler's, are from it.
+        Also returns `rollout/logprob_gap` (mean) and `rollout/logprob_gap_max`: how far the `old_logprobs` given, the
+        sampler's, are from it.
         """
         tally = Tally()
         if not experience.response_mask.any():
@@ -77,14 +79,18 @@ class PolicyLearner:
             tally.add(metrics)
         tally.add(self.engine.step())
         metrics = tally.result("ppo")
-        gap = metrics.pop("ppo/logprob_gap")
-        return {**metrics, "rollout/logprob_gap": gap, "ppo/updates_count": 1.0}
+        gaps = {f"rollout/{name}": metrics.pop(f"ppo/{name}") for name in ("logprob_gap", "logprob_gap_max")}
+        return {**metrics, **gaps, "ppo/updates_count": 1.0}
 
     def update(self, experience: Experience, *, step: int) -> dict[str, float]:
-        """Improve the policy on one batch. Stops early once a minibatch's KL to the old policy exceeds `kl_stop`."""
+        """Improve the policy on one batch. Stops early once a minibatch's KL to the old policy exceeds `kl_stop`.
+
+        The adaptive rate follows the KL of the last minibatch that was measured after a step of this batch; before
+        the first step the policy is the old one and there is nothing to follow.
+        """
         tally = Tally()
         lengths = experience.attention_mask.sum(1)
-        num_updates = 0
+        num_updates, moved, last_kl = 0, False, None
         for _, index in minibatches(
             len(experience), self.minibatch_size, epochs=self.ppo_epochs, seed=self.seed, step=step
         ):
@@ -95,22 +101,33 @@ class PolicyLearner:
                 loss, metrics = self._loss(experience.rows(rows), self._token_count(experience, index))
                 self.engine.backward(loss)
                 tally.add(metrics)
-            tally.add(self.engine.step())
-            num_updates += 1
-            if self.kl_stop is not None and tally.current("approx_kl") > self.kl_stop:
+            kl = tally.current("approx_kl")
+            if moved:
+                last_kl = kl
+            stepped = self.engine.step()
+            tally.add(stepped)
+            num_updates, moved = num_updates + 1, moved or not stepped["skipped_count"]
+            if self.kl_stop is not None and kl > self.kl_stop:
                 break
-        metrics = tally.result("ppo")
-        if self.adaptive_rate is not None and num_updates:
-            self.adaptive_rate.update(metrics["ppo/approx_kl"])
-            self.engine.rate_factor = self.adaptive_rate.value
-        return {**metrics, "ppo/updates_count": float(num_updates)}
+        if self.adaptive_rate is not None and last_kl is not None:
+            self.engine.rate_factor = self.adaptive_rate.update(last_kl)
+        return {**tally.result("ppo"), "ppo/updates_count": float(num_updates)}
 
     @torch.no_grad()
     def check(self, experience: Experience) -> dict[str, float]:
-        """The metrics of the first update, without making it: ratio 1, KL 0 and nothing clipped, or a bug."""
+        """The metrics of a first update, without making it: ratio 1, KL 0 and nothing clipped, or a bug.
+
+        Raises:
+            RuntimeError: no row of the batch has a response token to learn from, so there is nothing to measure.
+        """
         tally = Tally()
         tally.begin_minibatch()
-        index = torch.arange(min(len(experience), self.minibatch_size))
+        index = experience.response_mask.any(1).nonzero().squeeze(1)[: self.minibatch_size]
+        if not len(index):
+            raise RuntimeError(
+                f"first step: got no answer to learn from among {len(experience)}, expected at least one: none has "
+                "both a score and a token; mend the reward before training"
+            )
         lengths = experience.attention_mask.sum(1)
         for rows in micro_batches(index, lengths, self.micro_batch_size):
             _, metrics = self._loss(experience.rows(rows), self._token_count(experience, index))
@@ -144,6 +161,7 @@ class PolicyLearner:
         if own_forward_is_old:
             gap = (logprobs.detach() - batch.old_logprobs).abs()
             metrics["logprob_gap"] = aggregate(gap, batch.response_mask, mode="token_mean", denominator=denominator)
+            metrics["logprob_gap_max"] = zero_masked(gap, batch.response_mask).max()
         if entropy is not None:
             bonus = aggregate(entropy, batch.response_mask, mode="token_mean", denominator=denominator)
             loss = loss - self.entropy_coef * bonus

@@ -12,12 +12,15 @@ from torch import Tensor
 from alignment.config import PpoRunConfig
 from alignment.data.prompts import prompts_for_step
 from alignment.experience import make_experience, reward_rows
-from alignment.interfaces import Generator, LogprobWorker, PolicyWorker, Scorer, ValueWorker
+from alignment.interfaces import Generator, LogprobWorker, Metrics, PolicyWorker, Scorer, ValueWorker
 from alignment.kl import AdaptiveKLController
 from alignment.loops.invariants import check_first_step
 from alignment.loops.run import Run, StepLog
 from alignment.scores import ScoreNormalizer, shape_scores
 from alignment.types import Experience, Prompt, Rollout, Score
+
+GAP = "rollout/logprob_gap"
+"""Metrics of this prefix compare the sampler's log-probabilities with the trainer's."""
 
 
 @dataclass(slots=True)
@@ -62,22 +65,19 @@ def train_ppo(
 ) -> None:
     """Sample, score, shape, update, send the new weights; every completed step is on disk before the next starts."""
     for step in range(state.step, config.run.num_steps):
-        log = run.begin_step(step)
-        batch = prompts_for_step(prompts, step, batch_size=config.ppo.rollout_batch_size, seed=config.run.seed)
-        with log.phase("generate"):
-            rollouts = rollout.generate(batch, step=step, num_samples=config.ppo.num_samples_per_prompt).result()
+        log, rollouts = sample_step(config, prompts, step, rollout=rollout, run=run)
 
         with log.phase("score"):  # four forwards side by side
             scoring, old = reward.score(rollouts), policy.logprobs(rollouts)
             ref, values = reference.logprobs(rollouts), critic.values(rollouts)
             scores = scoring.result()
             shaped = shaped_scores(config, state, scores, rollouts)
-            log.metrics.update(score_metrics(scores))
-            experience = experience_of(
-                config, state, rollouts, shaped, old.result(), ref.result(), values.result(), log.metrics
+            experience, described = experience_of(
+                config, state, rollouts, shaped, old.result(), ref.result(), values.result()
             )
+            log.metrics.update({**score_metrics(scores), **described})
         if step == 0:
-            run.require(check_first_step(config, policy.check(experience).result(), log.metrics, run.eos_is_trained))
+            require_first_step(config, policy, experience, log.metrics, run)
 
         with log.phase("update"):
             updates = [critic.update(experience, step=step)]
@@ -106,10 +106,7 @@ def train_ppo_one_pass(
     The KL in the rewards reads the sampler's log-probabilities; the ratio's old policy is the trainer's own forward.
     """
     for step in range(state.step, config.run.num_steps):
-        log = run.begin_step(step)
-        batch = prompts_for_step(prompts, step, batch_size=config.ppo.rollout_batch_size, seed=config.run.seed)
-        with log.phase("generate"):
-            rollouts = rollout.generate(batch, step=step, num_samples=config.ppo.num_samples_per_prompt).result()
+        log, rollouts = sample_step(config, prompts, step, rollout=rollout, run=run)
 
         with log.phase("score"):
             scoring, pending = reward.score(rollouts), reference.logprobs(rollouts)
@@ -117,10 +114,10 @@ def train_ppo_one_pass(
         shaped = shaped_scores(config, state, scores, rollouts)
         sampled = [torch.tensor(rollout.rollout_logprobs) for rollout in rollouts]
         if step == 0:
-            old = policy.logprobs(rollouts).result()
-            values = critic.values(rollouts).result()
-            experience = experience_of(config, state, rollouts, shaped, old, ref, values, log.metrics)
-            run.require(check_first_step(config, policy.check(experience).result(), log.metrics, run.eos_is_trained))
+            old, values = policy.logprobs(rollouts).result(), critic.values(rollouts).result()
+            experience, described = experience_of(config, state, rollouts, shaped, old, ref, values)
+            log.metrics.update(described)
+            require_first_step(config, policy, experience, log.metrics, run)
 
         with log.phase("update"):
             rewards, learn = reward_rows(rollouts, shaped, sampled, ref, **reward_settings(config, state))
@@ -128,12 +125,31 @@ def train_ppo_one_pass(
             values, fitted = critic.fit(
                 rollouts, rows, step=step, gamma=config.ppo.gamma, gae_lambda=config.ppo.gae_lambda
             ).result()
-            experience = experience_of(config, state, rollouts, shaped, sampled, ref, values, log.metrics)
-            log.metrics.update({**score_metrics(scores), **fitted})
+            experience, described = experience_of(config, state, rollouts, shaped, sampled, ref, values)
+            # Of the sampler to itself; the real one comes with the policy's forward.
+            gap_free = {name: value for name, value in described.items() if not name.startswith(GAP)}
+            log.metrics.update({**score_metrics(scores), **gap_free, **fitted})
             if step >= config.critic.warmup_steps:
                 log.metrics.update(policy.update_on_policy(experience, step=step).result())
 
         finish_step(config, state, log, rollouts, scores, policy=policy, critic=critic, rollout=rollout, run=run)
+
+
+def sample_step(
+    config: PpoRunConfig, prompts: Sequence[Prompt], step: int, *, rollout: Generator, run: Run
+) -> tuple[StepLog, list[Rollout]]:
+    """Open the step and answer its prompts."""
+    log = run.begin_step(step)
+    batch = prompts_for_step(prompts, step, batch_size=config.ppo.rollout_batch_size, seed=config.run.seed)
+    with log.phase("generate"):
+        return log, rollout.generate(batch, step=step, num_samples=config.ppo.num_samples_per_prompt).result()
+
+
+def require_first_step(
+    config: PpoRunConfig, policy: PolicyWorker, experience: Experience, metrics: Metrics, run: Run
+) -> None:
+    """Stop before the first update unless every invariant holds."""
+    run.require(check_first_step(config, policy.check(experience).result(), metrics, run.eos_is_trained))
 
 
 def finish_step(
@@ -152,11 +168,13 @@ def finish_step(
     with log.phase("sync"):
         policy.send_weights(rollout, version=log.step + 1).result()
     state.step = log.step + 1
-    if config.kl.target is not None:
-        state.kl_coef.update(log.metrics["kl/per_sequence"], len(rollouts))
+    kl = log.metrics.get("kl/per_sequence")  # missing when no answer of the step has a score
+    if config.kl.target is not None and kl is not None:
+        state.kl_coef.update(kl, len(rollouts))
     run.finish_step(log, rollouts, scores)
     # Before the commit: a run that is started again must not go on from the step that went too far.
-    stop_on_blow_up(config, log.metrics, log.step)
+    if kl is not None:
+        stop_on_blow_up(kl, config.kl.limit, log.step)
     run.checkpoint(state.step, {"policy": policy, "critic": critic}, state.state_dict())
 
 
@@ -195,9 +213,8 @@ def experience_of(
     old: Sequence[Tensor],
     ref: Sequence[Tensor],
     values: Sequence[Tensor],
-    metrics: dict[str, float],
-) -> Experience:
-    """The experience of one step; what it says about the step goes into `metrics`."""
+) -> tuple[Experience, dict[str, float]]:
+    """The experience of one step, and what to log about it."""
     experience, described = make_experience(
         rollouts,
         shaped,
@@ -209,9 +226,7 @@ def experience_of(
         whiten_advantages=config.ppo.whiten_advantages,
         **reward_settings(config, state),
     )
-    metrics.update(described)
-    metrics["kl/coef"] = state.kl_coef.value
-    return experience
+    return experience, {**described, "kl/coef": state.kl_coef.value}
 
 
 def score_metrics(scores: Sequence[Score]) -> dict[str, float]:
@@ -233,9 +248,8 @@ def refuse_unscorable(scores: Sequence[Score], limit: float) -> None:
         )
 
 
-def stop_on_blow_up(config: PpoRunConfig, metrics: dict[str, float], step: int) -> None:
+def stop_on_blow_up(kl: float, limit: float | None, step: int) -> None:
     """End the run when the policy has left the reference further behind than the user allows."""
-    kl, limit = metrics["kl/per_sequence"], config.kl.limit
     if limit is not None and not kl <= limit:  # NaN counts as too far
         raise RuntimeError(
             f"step {step}: got a KL of {kl:.2f} per sequence to the reference, expected at most kl.limit={limit:g}; "

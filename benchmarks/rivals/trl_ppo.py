@@ -6,7 +6,7 @@ The work: four full fp32 models (policy, reference, value, reward), 16 prompts o
 epoch, one minibatch, AdamW. TRL is set up to run as fast as it can here: no gradient checkpointing, no trackers, no
 evaluation, no samples, no saving. Generation has no end token, so every answer has all its tokens and nobody gains by
 stopping early; the padding token is a new one that the model cannot emit, because TRL takes it for an answer's end.
-The first step warms up and is not reported.
+Steps that warm up are not reported.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--prompt-tokens", type=int, default=38, help="tokens a prompt is repeated or cut to")
     parser.add_argument("--prompts-file", type=Path, help="JSONL with prompt_ids, prompt or question on each line")
     parser.add_argument("--new-tokens", type=int, default=64, help="tokens of every answer")
-    parser.add_argument("--steps", type=int, default=2, help="steps to report, after one that warms up")
+    parser.add_argument("--steps", type=int, default=2, help="steps to report, after those that warm up")
+    parser.add_argument("--warm-up-steps", type=int, default=1)
     parser.add_argument("--micro-batch-size", type=int, default=16, help="sequences per training forward")
     parser.add_argument("--rollout-batch-size", type=int, default=16, help="sequences per rollout forward")
     parser.add_argument("--learning-rate", type=float, default=1e-6)
@@ -133,7 +134,7 @@ def build_trainer(args: argparse.Namespace, output_dir: str, clock: Any) -> Any:
     prompts = load_prompts(args.prompts_file, tokenizer, args.prompts, args.prompt_tokens)
     config = PPOConfig(
         output_dir=output_dir,
-        total_episodes=args.prompts * (args.steps + 1),
+        total_episodes=args.prompts * (args.steps + args.warm_up_steps),
         per_device_train_batch_size=args.micro_batch_size,
         gradient_accumulation_steps=args.prompts // args.micro_batch_size,
         local_rollout_forward_batch_size=args.rollout_batch_size,
@@ -201,8 +202,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     packages = ("torch", "transformers", "accelerate")
     return {
         "system": f"trl {TRL_VERSION}",
-        "seconds_per_step": [round(seconds, 3) for seconds in clock.seconds[1:]],
-        "warm_up_seconds": round(clock.seconds[0], 3),
+        "seconds_per_step": [round(seconds, 3) for seconds in clock.seconds[args.warm_up_steps :]],
+        "warm_up_seconds": [round(seconds, 3) for seconds in clock.seconds[: args.warm_up_steps]],
         "peak_mb": round(meter.peak_mb),
         "prompts": args.prompts,
         "new_tokens": args.new_tokens,

@@ -148,8 +148,12 @@ def test_models_by_folder_hub_name_and_asset(tmp_path):
     with pytest.raises(ValueError, match=r"without config\.json"):
         model_assets.resolve_model(str(folder))
     (folder / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"without model\.safetensors, expected the weights"):
+        model_assets.resolve_model(str(folder))
+    (folder / "model.safetensors").write_text("")
     assert model_assets.resolve_model(str(folder)) == str(folder)
-    assert model_assets.resolve_model("owner/name") == "owner/name"
+    with pytest.raises(ValueError, match=r"no config\.json from the hub \(not in its cache.*HF_HUB_OFFLINE=0"):
+        model_assets.resolve_model("owner/name")
     with pytest.raises(ValueError, match="expected a model folder"):
         model_assets.resolve_model(str(tmp_path / "none"))
     with pytest.raises(ValueError, match=r"got asset:liveqa, expected one of \['asset:smollm2-135m-instruct'\]"):
@@ -170,6 +174,30 @@ def test_pickled_weights_are_refused(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "pytorch_model.bin").write_text("")
     with pytest.raises(ValueError, match="got pickled weights"):
+        model_assets.resolve_model(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "part"),
+    [
+        ("config.json", '{"model_type": ', r"config\.json: got JSON that is broken \(Expecting value: line 1"),
+        ("config.json", "[]", r"config\.json: got a JSON list, expected an object"),
+        ("tokenizer_config.json", "\xff", "tokenizer_config.json: got JSON that is broken"),
+        ("generation_config.json", "{]", "generation_config.json: got JSON that is broken"),
+        ("model.safetensors.index.json", "", "index.json: got JSON that is broken"),
+        (
+            "model.safetensors.index.json",
+            '{"weight_map": {"a": "model-1-of-2.safetensors", "b": "model.safetensors"}}',
+            "without model-1-of-2.safetensors, expected the weights",
+        ),
+    ],
+)
+def test_a_folder_that_is_not_whole_is_refused(tmp_path, name, text, part):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_text("")
+    assert model_assets.resolve_model(str(tmp_path)) == str(tmp_path)
+    (tmp_path / name).write_text(text, encoding="latin-1")
+    with pytest.raises(ValueError, match=part):
         model_assets.resolve_model(str(tmp_path))
 
 

@@ -9,7 +9,10 @@ from pydantic import ValidationError
 from alignment.config import (
     ClusterConfig,
     Config,
+    KlConfig,
+    ModelConfig,
     OptimizerConfig,
+    PolicyConfig,
     PpoConfig,
     PpoRunConfig,
     RewardConfig,
@@ -18,6 +21,7 @@ from alignment.config import (
     RolloutConfig,
     SourceConfig,
 )
+from alignment.config_io import load_config
 
 REWARD = RewardConfig(functions=(RewardFunctionConfig(name="text:finished_sentence"),))
 
@@ -106,6 +110,61 @@ def test_colocation_that_cannot_be_is_refused(values, reason):
         ClusterConfig.model_validate(values)
 
 
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (["--kl.target", "6", "--kl.coef", "0"], "kl.coef: got 0 with kl.target=6, expected more than 0"),
+        (["--kl.target", "6", "--kl.horizon", "15"], "kl.horizon: got 15, expected at least the 16 sequences"),
+        (["--critic.optimizer.adaptive_kl_target", "0.01"], "critic.optimizer.adaptive_kl_target: got 0.01"),
+        (["--policy.optimizer.adaptive_kl_target", "0.01"], "policy.optimizer.adaptive_kl_target: got 0.01 with one"),
+        (["--critic.warmup_steps", "10"], "critic.warmup_steps: got 10, expected less than the 10"),
+    ],
+)
+def test_a_controller_that_cannot_steer_is_refused(words, part):
+    rules = ["--reward.functions", "[{name: text:finished_sentence}]"]
+    with pytest.raises(ValueError, match="1 problem") as refusal:
+        load_config(PpoRunConfig, overrides=[*rules, *words])
+    assert part in str(refusal.value)
+    assert str(refusal.value).splitlines()[1].startswith(part.split(":")[0])
+
+
+def test_controllers_at_their_borders_are_accepted():
+    kl = KlConfig(target=6.0, coef=0.1, horizon=16)
+    policy = PolicyConfig(optimizer=OptimizerConfig(adaptive_kl_target=0.01))
+    config = PpoRunConfig(reward=REWARD, kl=kl, policy=policy, ppo=PpoConfig(ppo_epochs=2))
+    assert (config.kl.horizon, config.ppo.rollout_batch_size) == (16, 16)
+    assert PpoRunConfig(reward=REWARD, kl=KlConfig(coef=0, horizon=1)).kl.target is None
+
+
+def test_only_a_policy_has_an_adaptive_rate():
+    with pytest.raises(ValueError, match=r"training\.optimizer\.adaptive_kl_target: got 0\.1, expected null"):
+        load_config(RewardModelRunConfig, overrides=["--training.optimizer.adaptive_kl_target", "0.1"])
+
+
+def test_an_engine_that_cannot_be_split_is_not_split():
+    with pytest.raises(ValueError, match="rollout: got tensor_parallel_size=2, expected 1"):
+        load_config(ClusterConfig, overrides=["--rollout.tensor_parallel_size", "2"])
+
+
+@pytest.mark.parametrize(
+    ("path", "revision", "taken"),
+    [("a/b", None, "abc"), ("a/b", "def", "def"), ("c/d", None, None), ("c/d", "def", "def")],
+)
+def test_a_revision_belongs_to_one_repository(path, revision, taken):
+    model = ModelConfig(path="a/b", revision="abc", dtype="bfloat16")
+    assert model.at(path, revision) == ModelConfig(path=path, revision=taken, dtype="bfloat16")
+
+
 def test_configs_load_without_torch():
     code = "import sys, alignment.config, alignment.config_io; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("cls", "words"),
+    [(PpoRunConfig, ["--reward.functions", "[{name: text:finished_sentence}]"]), (RewardModelRunConfig, [])],
+)
+def test_float16_is_refused_in_training(cls, words):
+    with pytest.raises(ValueError, match=r"model\.dtype: got float16, expected float32 or bfloat16.*use bfloat16"):
+        load_config(cls, overrides=[*words, "--model.dtype", "float16"])
+    assert load_config(cls, overrides=[*words, "--model.dtype", "bfloat16"]).model.dtype == "bfloat16"

@@ -67,6 +67,13 @@ def test_metrics():
     assert metrics["rollout/tokens_count"] == 4
 
 
+def test_a_batch_without_a_score_has_no_kl_to_steer_by():
+    """A KL of 0 would be made up, and would lower the weight of the penalty."""
+    _, metrics = make(scores=(None, None))
+    assert metrics["reward/unscorable_count"] == 2
+    assert not [name for name in metrics if name.startswith(("kl/", "critic/", "ppo/", "reward/shaped"))]
+
+
 def test_kl_per_sequence_ignores_excluded_rows_and_garbage():
     logprobs = torch.tensor([[1.0, 2.0], [5.0, float("nan")]])
     mask = torch.tensor([[True, True], [False, False]])

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from alignment import models
-from alignment.generation import generate, sampling_seed
+from alignment.generation import _invert, generate, sampling_seed
 from alignment.logprobs import token_logprobs
 
 SETTINGS = {"max_new_tokens": 12, "temperature": 0.9, "stop_ids": frozenset({2})}
@@ -106,3 +106,30 @@ def test_a_model_that_trains_can_be_sampled_from(tiny, checkpointing):
         models.enable_gradient_checkpointing(model)
     assert generate(model, [[5, 9]], [3], **SETTINGS) == expected
     assert model.model.training == checkpointing
+
+
+def test_block_search_is_the_inverse_distribution_function():
+    """Against the plain running sum over the whole vocabulary, with words that cannot come and both ends of [0, 1)."""
+    torch.manual_seed(0)
+    logits = 4 * torch.randn(40, 1000)
+    logits[:, ::3] = -torch.inf
+    logits[1, 700:] = -torch.inf
+    logprobs = torch.log_softmax(logits, -1)
+    uniform = torch.rand(40, dtype=torch.float64)
+    uniform[:2], uniform[2] = 1 - 2**-53, 0.0
+    cumulative = logprobs.double().exp().cumsum(-1)
+    point = (uniform * cumulative[:, -1]).unsqueeze(1)
+    expected = (cumulative <= point).sum(-1)
+    assert torch.equal(_invert(logprobs.clone(), uniform), expected)
+
+
+def test_cached_columns_equal_a_forward_over_everything(any_model_folder):
+    """Greedy tokens and their log-probabilities, step by step, with rows of different lengths."""
+    model = models.load_causal_lm(str(any_model_folder))
+    prompts = [[5, 6, 7], [9], [11, 12, 13, 14, 15]]
+    samples = generate(model, prompts, [0, 1, 2], max_new_tokens=9, temperature=1.0, stop_ids=frozenset(), greedy=True)
+    for prompt, sample in zip(prompts, samples, strict=True):
+        ids = torch.tensor([[*prompt, *sample.response_ids]])
+        with torch.no_grad():
+            logprobs = torch.log_softmax(model.model(input_ids=ids).logits[0].float(), -1)[len(prompt) - 1 : -1]
+        torch.testing.assert_close(logprobs.max(-1).values, torch.tensor(sample.rollout_logprobs), atol=1e-4, rtol=0)

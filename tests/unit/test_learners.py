@@ -83,7 +83,7 @@ def test_policy_update_does_not_depend_on_the_micro_batch_size(tiny, lora):
 
 
 def gradients(learner, loss_of):
-    learner.engine.step = dict
+    learner.engine.step = lambda: {"skipped_count": 0.0}
     loss_of()
     return [p.grad.clone() for p in learner.engine.parameters]
 
@@ -121,6 +121,24 @@ def test_first_minibatch_is_the_identity(tiny):
     before = state(learner)
     learner.check(experience)
     assert all(torch.equal(before[name], tensor) for name, tensor in state(learner).items())
+
+
+def test_the_check_takes_rows_that_have_something_to_learn(tiny):
+    """The first minibatch has no score at all: its ratio would be 0 and fail for no reason."""
+    learner = policy_learner(tiny / "policy", minibatch_size=4)
+    experience, _ = experience_for(
+        learner, critic_learner(tiny / "policy"), scores=[None, None, None, None, 1.0, None, 2.0, 0.5]
+    )
+    check = learner.check(experience)
+    assert check["ppo/ratio_mean"] == pytest.approx(1, abs=1e-6)
+    assert check["ppo/ratio_max"] == pytest.approx(1, abs=1e-5)
+
+
+def test_a_check_of_nothing_says_so(tiny):
+    learner = policy_learner(tiny / "policy")
+    experience, _ = experience_for(learner, critic_learner(tiny / "policy"), scores=[None] * 8)
+    with pytest.raises(RuntimeError, match="got no answer to learn from among 8"):
+        learner.check(experience)
 
 
 def test_the_critic_learns_its_returns(tiny):
@@ -190,6 +208,26 @@ def test_the_rate_follows_the_kl(tiny):
     learner.update(experience, step=0)
     assert learner.engine.rate_factor == pytest.approx(1 / 1.5)
     assert learner.update(experience, step=1)["ppo/lr"] == pytest.approx(1e-3 / 1.5)
+
+
+@pytest.mark.parametrize(("target_in_kls", "factor"), [(0.4, 1 / 1.5), (1.5, 1.0), (2.5, 1.5)])
+def test_the_rate_follows_the_kl_of_the_last_minibatch(tiny, target_in_kls, factor):
+    """Two minibatches, the first with a KL of 0: the mean, half the last, would steer otherwise in the first cases."""
+    plain = policy_learner(tiny / "policy", minibatch_size=4)
+    experience, _ = experience_for(plain, critic_learner(tiny / "policy"))
+    last = 2 * plain.update(experience, step=0)["ppo/approx_kl"]
+    assert last > 1e-6
+    rate = KlAdaptiveRate(target_in_kls * last, (0.1, 4.0))
+    learner = policy_learner(tiny / "policy", minibatch_size=4, adaptive_rate=rate)
+    learner.update(experience, step=0)
+    assert learner.engine.rate_factor == pytest.approx(factor)
+
+
+def test_one_step_per_batch_has_no_kl_to_follow(tiny):
+    learner = policy_learner(tiny / "policy", adaptive_rate=KlAdaptiveRate(0.01, (0.1, 4.0)))
+    experience, _ = experience_for(learner, critic_learner(tiny / "policy"))
+    learner.update(experience, step=0)
+    assert learner.engine.rate_factor == 1
 
 
 def test_a_non_finite_gradient_skips_the_step_and_is_counted(tiny):
@@ -292,3 +330,18 @@ def test_one_pass_updates_are_the_ordinary_ones(tiny):
     for expected, got in ((expected_policy, got_policy), (expected_critic, got_critic)):
         for a, b in zip(expected, got, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+
+
+def test_the_gap_to_the_sampler_is_measured_where_it_counts(tiny):
+    """Sampler off by 0.1 everywhere, by 0.5 on row 2, and by 9 on row 5, which is excluded."""
+    learner, rollouts = policy_learner(tiny / "policy", micro_batch_size=3), rollouts_of(8)
+    shifts = [0.1, 0.1, 0.5, 0.1, 0.1, 9.0, 0.1, 0.1]
+    sampled = [row - shift for row, shift in zip(learner.logprobs(rollouts), shifts, strict=True)]
+    scores = [None if i == 5 else float(i) for i in range(8)]
+    zeros = [torch.zeros_like(row) for row in sampled]
+    experience, _ = make_experience(rollouts, scores, sampled, sampled, zeros, kl_coef=0.0)
+    metrics = learner.update_on_policy(experience, step=0)
+    counts = torch.tensor([len(row) if i != 5 else 0 for i, row in enumerate(sampled)])
+    assert metrics["rollout/logprob_gap"] == pytest.approx(float((counts * torch.tensor(shifts)).sum() / counts.sum()))
+    assert metrics["rollout/logprob_gap_max"] == pytest.approx(0.5, rel=1e-4)
+    assert not any(name.startswith("ppo/logprob_gap") for name in metrics)

@@ -116,27 +116,60 @@ def head_and_states(
 
 @pytest.mark.parametrize("chunk_size", [1, 7, 25, 50, 128])
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_chunked_form_equals_the_plain_one_in_value_and_gradient(chunk_size, temperature):
+@pytest.mark.parametrize("with_entropy", [False, True])
+def test_chunked_form_equals_the_plain_one_in_value_and_gradient(chunk_size, temperature, with_entropy):
     head, hidden, targets = head_and_states()
     results = []
     for chunked in (False, True):
         states = hidden.clone().requires_grad_()
         if chunked:
             picked, entropy = selected_logprobs(
-                states, head, targets, temperature=temperature, chunk_size=chunk_size, with_entropy=True
+                states, head, targets, temperature=temperature, chunk_size=chunk_size, with_entropy=with_entropy
             )
-            assert entropy is not None
+            assert (entropy is not None) == with_entropy
         else:
             # One more state at the end, so that state t predicts token t + 1.
             logits = torch.cat([head(states), torch.zeros(1, 13)]).unsqueeze(0)
             ids = torch.cat([torch.zeros(1, dtype=torch.long), targets]).unsqueeze(0)
             picked = token_logprobs(logits, ids, temperature=temperature)[0, 1:]
             entropy = entropy_from_logits(head(states), temperature=temperature)
-        total = picked.sin().sum() + (entropy**2).sum()
+        numbers = (picked, entropy) if with_entropy else (picked,)
+        total = picked.sin().sum() + sum((extra**2).sum() for extra in numbers[1:])
         gradients = torch.autograd.grad(total, (states, head.weight, head.bias))
-        results.append((picked.detach(), entropy.detach(), *gradients))
+        results.append((*(number.detach() for number in numbers), *gradients))
     for plain, split in zip(*results, strict=True):
         torch.testing.assert_close(split, plain, atol=1e-5, rtol=1e-5)
+
+
+def test_gradient_of_picked_logprobs_to_finite_differences():
+    head, hidden, targets = head_and_states(num=5)
+    head.double()
+    states = hidden.double().requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: selected_logprobs(x, head, targets, temperature=0.7)[0], states)
+
+
+def test_an_id_outside_the_vocabulary_is_nan_and_sends_no_gradient():
+    head, hidden, targets = head_and_states(num=4)
+    states = hidden.requires_grad_()
+    targets[2] = 13
+    picked, _ = selected_logprobs(states, head, targets)
+    assert picked.isnan().tolist() == [False, False, True, False]
+    picked.nansum().backward()
+    assert states.grad is not None
+    assert states.grad.abs().sum(-1).gt(0).tolist() == [True, True, False, True]
+
+
+def test_a_single_chunk_calls_the_head_once():
+    head, hidden, targets = head_and_states()
+    calls: list[int] = []
+
+    def counting_head(states: torch.Tensor) -> torch.Tensor:
+        calls.append(len(states))
+        return head(states)
+
+    picked, _ = selected_logprobs(hidden.requires_grad_(), counting_head, targets, chunk_size=50)
+    picked.sum().backward()
+    assert calls == [50]
 
 
 def test_without_gradient_the_numbers_are_bitwise_those_with_it():

@@ -1,0 +1,121 @@
+"""PPO trains its reward model first when that is missing or half there, and passes on how that ended."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from alignment.config import PpoRunConfig
+from recipes import common, ppo_medical, reward_model_medical
+
+
+@pytest.fixture(autouse=True)
+def _same_umask_afterwards():
+    before = os.umask(0o022)
+    yield
+    os.umask(before)
+
+
+@pytest.fixture
+def flags(tiny, tmp_path, monkeypatch) -> list[str]:
+    """A PPO run of one step whose reward model is `tmp_path/reward_model_medical/final`, away from any index."""
+    config = tmp_path / "ppo.yaml"
+    config.write_text(
+        f"""
+run: {{num_steps: 1}}
+data: {{source: {{path: {tiny}/prompts.jsonl}}, held_out: 4}}
+model: {{path: {tiny}/policy}}
+reward: {{model: {tmp_path}/reward_model_medical/final}}
+rollout: {{max_new_tokens: 4}}
+ppo: {{rollout_batch_size: 4, minibatch_size: 4}}
+"""
+    )
+    monkeypatch.setenv("RAYLIGN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    return ["--local", "--config", str(config), "--output-dir", str(tmp_path / "run")]
+
+
+@pytest.fixture
+def reward_config(tiny, tmp_path) -> Path:
+    pairs = [{"prompt": f"What about topic {i}?", "chosen": "Rest.", "rejected": "No idea!"} for i in range(12)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    config = tmp_path / "reward_model.yaml"
+    config.write_text(
+        f"""
+run: {{num_steps: 2, checkpoint_every: 2}}
+data: {{source: {{path: {tmp_path}/pairs.jsonl}}, held_out: 4}}
+model: {{path: {tiny}/policy}}
+training: {{batch_size: 4}}
+"""
+    )
+    return config
+
+
+def saved_reward_model(tiny: Path, tmp_path: Path) -> Path:
+    """As the reward-model recipe leaves it: the statistics are the last file it writes."""
+    folder = tmp_path / "reward_model_medical" / "final"
+    shutil.copytree(tiny / "reward", folder)
+    (folder / "score_statistics.json").write_text('{"mean": 0.5, "std": 2.0, "count": 8}')
+    return folder
+
+
+def test_a_complete_reward_model_is_used_as_it_is(tiny, tmp_path, flags, capsys):
+    saved_reward_model(tiny, tmp_path)
+    assert ppo_medical.main(flags) == 0
+    assert "training it first" not in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "reward_model_medical").iterdir()] == ["final"]
+
+
+@pytest.mark.parametrize("state", ["half-written", "missing"])
+def test_else_it_is_trained_and_a_refusal_of_that_is_a_refusal(tiny, tmp_path, flags, capsys, state):
+    """What the reward model is trained on cannot be fetched here: a refusal, two, and no traceback."""
+    folder = saved_reward_model(tiny, tmp_path)
+    if state == "missing":
+        shutil.rmtree(folder)
+    else:
+        (folder / "score_statistics.json").unlink()
+    assert ppo_medical.main(flags) == 2
+    said = capsys.readouterr().err
+    assert "training it first" in said
+    assert "reward_model_medical: refused: asset" in said
+    assert "ppo_medical: refused" in said
+    assert "Traceback" not in said
+
+
+def test_a_half_written_reward_model_is_finished_with_the_same_numbers(tmp_path, reward_config):
+    whole, cut = tmp_path / "whole" / "reward_model_medical", tmp_path / "cut" / "reward_model_medical"
+    flags = ["--local", "--config", str(reward_config), "--output-dir"]
+    assert reward_model_medical.main([*flags, str(whole)]) == 0
+    shutil.copytree(whole, cut)
+    (cut / "final" / "score_statistics.json").unlink()
+    (cut / "final" / "model.safetensors").write_bytes(b"half")
+    assert reward_model_medical.main([*flags, str(cut)]) == 0
+    for name in ("score_statistics.json", "model.safetensors"):
+        assert (cut / "final" / name).read_bytes() == (whole / "final" / name).read_bytes()
+
+
+@pytest.mark.parametrize(("workers", "code"), [(1, 0), (2, 2)])
+def test_a_reward_model_is_trained_by_one_worker(tmp_path, reward_config, capsys, workers, code):
+    cluster = tmp_path / "cluster.yaml"
+    cluster.write_text(f"reward_model: {{num_workers: {workers}}}\ncolocate: []\n")
+    flags = ["--dry-run", "--config", str(reward_config), "--cluster", str(cluster)]
+    assert reward_model_medical.main([*flags, "--output-dir", str(tmp_path / "run")]) == code
+    assert ("reward_model.num_workers: got 2, expected 1" in capsys.readouterr().err) == (code == 2)
+
+
+@pytest.mark.parametrize(("batch_size", "code"), [("4", 0), ("0", 2)])
+def test_the_upstream_exit_code_is_the_code_of_the_run(tmp_path, flags, reward_config, batch_size, code):
+    """The same with an upstream recipe that can be trained here."""
+
+    def upstream(given: list[str]) -> int:
+        return reward_model_medical.main([*given, "--config", str(reward_config), "--training.batch_size", batch_size])
+
+    def body(job: common.Job[PpoRunConfig]) -> None:
+        common.train_first(job, upstream, tmp_path / "reward_model_medical")
+
+    assert common.run_recipe("ppo_medical", PpoRunConfig, body, flags) == code
+    assert (tmp_path / "reward_model_medical" / "final" / "score_statistics.json").exists() == (code == 0)
