@@ -10,7 +10,9 @@ from torch import Tensor
 
 from actors.engines.transformers import probe_logprobs
 from actors.loading import causal_model, load_trained, make_trainable, save_trained
-from actors.weight_sync import AdapterUpdate, Probe, WeightBucket, pack_adapter, pack_bucket, plan_buckets, probe_ids
+from actors.weight_routes import Rendezvous, Route, Whereabouts
+from actors.weight_sender import WeightSender
+from actors.weight_sync import AdapterUpdate, Probe, WeightBucket, pack_adapter, probe_ids
 from actors.worker import Actor, UpdateOnce
 from alignment import adapters
 from alignment.config import ModelConfig, OptimizerConfig, PolicyConfig, PpoConfig
@@ -52,6 +54,7 @@ class PolicyActor(Actor):
         engine = make_trainable(
             self.model, self.model_config, self.config, total_updates=self.total_updates, seed=self.seed
         )
+        self.sender = WeightSender(self.model.model, self.device)
         self.learner = PolicyLearner(
             self.model,
             engine,
@@ -82,17 +85,27 @@ class PolicyActor(Actor):
     def check(self, experience: Experience) -> dict[str, float]:
         return self.learner.check(experience)
 
+    def whereabouts(self) -> Whereabouts:
+        return self.sender.whereabouts()
+
+    def open_group(self, address: str, *, receivers: int) -> Rendezvous:
+        """Where the engines' workers find the broadcast group that `meet` forms."""
+        return self.sender.open_group(address, receivers=receivers)
+
+    def meet(self) -> None:
+        self.sender.meet()
+
     def plan_sync(self, *, whole: bool) -> int:
         """Buckets that make a rollout engine this policy: of merged weights, all of them with `whole`."""
-        sizes = adapters.merged_sizes(self.model.model, whole=whole)
-        names = tuple(sizes)
-        self._sync_plan = [names[part.start : part.stop] for part in plan_buckets(list(sizes.values()))]
-        return len(self._sync_plan)
+        return self.sender.plan(whole=whole)
 
-    def export_bucket(self, *, version: int, index: int, whole: bool) -> WeightBucket:
+    def export_bucket(self, *, version: int, index: int, whole: bool, route: Route = "object_store") -> WeightBucket:
         """Bucket `index` of the plan, packed and hashed."""
-        weights = adapters.merged_weights(self.model.model, set(self._sync_plan[index]), whole=whole)
-        return pack_bucket(weights, version=version, index=index)
+        return self.sender.pack(version=version, index=index, whole=whole, route=route)
+
+    def broadcast_bucket(self, *, index: int) -> None:
+        """The bytes of a bucket that was exported for the broadcast."""
+        self.sender.broadcast(index=index)
 
     def export_adapter(self, *, version: int) -> AdapterUpdate:
         """The adapter alone, for engines that have the base model."""
@@ -101,7 +114,8 @@ class PolicyActor(Actor):
             return pack_adapter(Path(folder), version=version)
 
     def probe(self, *, version: int) -> Probe:
-        """What an engine with these weights must compute."""
+        """What an engine with these weights must compute; the last call of a sync."""
+        self.sender.forget()
         ids = probe_ids(self.model.model.config.vocab_size)
         return Probe(version=version, ids=ids, logprobs=tuple(self.probe_logprobs(ids)))
 

@@ -161,7 +161,9 @@ class RolloutActor(Actor):
         buckets = self.policy.plan_sync(whole=whole)
         self.begin_sync(version=version, buckets=buckets)
         for index in range(buckets):
-            self.receive_bucket(self.policy.export_bucket(version=version, index=index, whole=whole))
+            self.receive_bucket(
+                self.policy.export_bucket(version=version, index=index, whole=whole, route="same_process")
+            )
         return self.finish_sync(self.policy.probe(version=version), version=version)
 
     def sleep(self, *, discard_weights: bool = False) -> int:
