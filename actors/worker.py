@@ -33,13 +33,6 @@ class Actor:
         """Load models. `peers` are the roles of the same process, set up before this one where possible."""
         raise NotImplementedError
 
-    @classmethod
-    def remote(cls, *args: Any, num_cpus: float = 1, num_gpus: float = 0, **kwargs: Any) -> Any:
-        """A Ray actor of this role for a script of one's own; call its `.setup.remote({})` first."""
-        import ray
-
-        return ray.remote(num_cpus=num_cpus, num_gpus=num_gpus)(cls).remote(*args, **kwargs)
-
 
 class Host:
     """One process and the roles that live in it."""

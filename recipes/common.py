@@ -41,6 +41,8 @@ class Job(Generic[ConfigT]):
     dry_run: bool
     began: float
     memory: MemoryMeter
+    earlier_seconds: float = 0.0
+    """What the steps took that earlier starts of the run completed."""
     started: bool = False
     """True once actors may exist: from then on an error is a failure (1), before it a refusal (2)."""
 
@@ -75,11 +77,7 @@ def run_recipe(
             body(job)
         return 0
     except KeyboardInterrupt:
-        _say(f"{name}: interrupted; the last completed step is on disk, continue with --resume auto")
-        return 130
-    except Terminated:
-        _say(f"{name}: terminated; the last completed step is on disk, continue with --resume auto")
-        return 143
+        return _end_interrupted(name, job)
     except Exception as error:
         return end_with(name, job, error)
     finally:
@@ -88,10 +86,8 @@ def run_recipe(
 
 def end_with(name: str, job: Job[Any] | None, error: Exception) -> int:
     """The exit code of an error, after a line that a person can act on. The one broad catch of a recipe."""
-    if Terminated.asked:
-        # Raised inside Ray's own code, the signal comes out as another error.
-        _say(f"{name}: terminated; the last completed step is on disk, continue with --resume auto")
-        return 143
+    if Terminated.asked:  # raised inside a library, the signal may come out as another error
+        return _end_interrupted(name, job)
     if isinstance(error, ValueError) and not (job is not None and job.started):
         _say(f"{name}: refused: {error}")
         return 2
@@ -100,10 +96,28 @@ def end_with(name: str, job: Job[Any] | None, error: Exception) -> int:
     return 1
 
 
-class Terminated(BaseException):
-    """SIGTERM, as an exception, so that actors are stopped on the way out."""
+def _where_to_go_on(job: Job[Any] | None) -> str:
+    """What an interrupted run has on disk."""
+    from alignment.checkpoint import CheckpointStore
+
+    steps = CheckpointStore(job.output_dir / "checkpoints", keep=1).complete() if job is not None else []
+    if not steps:
+        return "no step is on disk yet: the same command starts again"
+    return f"step {steps[-1]} is on disk, continue with --resume auto"
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, as an exception, so that actors are stopped on the way out.
+
+    A KeyboardInterrupt, because that is what Ray lets end a wait; it swallows other exceptions of signal handlers.
+    """
 
     asked = False
+
+
+def _end_interrupted(name: str, job: Job[Any] | None) -> int:
+    _say(f"{name}: {'terminated' if Terminated.asked else 'interrupted'}; {_where_to_go_on(job)}")
+    return 143 if Terminated.asked else 130
 
 
 def _terminate(*_: Any) -> None:
@@ -155,7 +169,9 @@ def open_run_directory(job: Job[Any]) -> tuple[RunDirectory, Path | None]:
         _say(line)
     if not directory.config.exists():
         directory.write_text_atomic(directory.config, dump_config(job.config))
-    if chosen is None:
+    if chosen is not None:
+        job.earlier_seconds = directory.seconds_of_steps(before=int(chosen.name.removeprefix("step_")))
+    else:
         # What an attempt without a usable checkpoint logged would stand there twice.
         directory.truncate_after(-1)
     return directory, chosen
@@ -207,9 +223,19 @@ def make_run(
 
 
 def once(path: Path, record: Any, make: Callable[[], Any]) -> Any:
-    """The saved record of an earlier start of this run, or a new one, saved."""
+    """The saved record of an earlier start of this run, or a new one, saved.
+
+    Raises:
+        ValueError: the file is damaged. It cannot be made again: the policy has moved since.
+    """
     if path.exists():
-        return record.load(path)
+        try:
+            return record.load(path)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path}: got a damaged record ({type(error).__name__}), expected what the run wrote before its first "
+                "step; restore the file, or choose another --output-dir"
+            ) from error
     made = make()
     made.save(path)
     return made
@@ -220,7 +246,7 @@ def write_summary(job: Job[Any], directory: RunDirectory, held_out: Mapping[str,
     summary = {
         "recipe": job.name,
         "seed": job.config.run.seed,
-        "seconds": round(time.monotonic() - job.began, 1),
+        "seconds": round(job.earlier_seconds + time.monotonic() - job.began, 1),
         "peak_memory_mb": round(job.memory.peak_mb),
         "held_out": dict(held_out),
         **extra,
