@@ -23,7 +23,7 @@ LAYERS = {
     **dict.fromkeys(["alignment.interfaces", "alignment.config_io", "alignment.logprobs", "alignment.kl"], 1),
     **dict.fromkeys(["alignment.advantages", "alignment.losses", "alignment.batching", "alignment.adapters"], 1),
     **dict.fromkeys(["alignment.schedules", "alignment.bootstrap", "alignment.scores", "alignment.data"], 1),
-    "alignment.memory": 1,
+    **dict.fromkeys(["alignment.memory", "alignment.rollout_correction"], 1),
     **dict.fromkeys(["alignment.experience", "alignment.models", "alignment.engines", "alignment.checkpoint"], 2),
     **dict.fromkeys(["alignment.learners", "alignment.generation"], 2),
     "alignment.loops": 3,

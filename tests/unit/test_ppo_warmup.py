@@ -36,7 +36,7 @@ def rows_of(tiny, folder, train):
             "policy": {"optimizer": {"lr": LR, "warmup_ratio": 0, "min_lr_ratio": FLOOR}},
             "critic": {"warmup_steps": WARMUP},
             "reward": {"functions": [{"name": "text:finished_sentence"}]},
-            "rollout": {"max_new_tokens": 8},
+            "rollout": {"engine": "transformers", "max_new_tokens": 8},
             "ppo": {"rollout_batch_size": 4, "minibatch_size": 4},
         }
     )
