@@ -213,13 +213,14 @@ def test_weights_multiply_the_clipped_loss_and_get_no_gradient(garbage):
     def gradients(given):
         leaf = (old + 0.3 * torch.randn(6, 7, generator=torch.Generator().manual_seed(2))).requires_grad_()
         loss, _ = ppo_policy_loss(leaf, old, advantages, mask, weights=given, **clips)
-        return loss.item(), torch.autograd.grad(loss, leaf)[0]
+        return loss.item(), *torch.autograd.grad(loss, (leaf, *([] if given is None else [given])), allow_unused=True)
 
     dirty = torch.where(mask, weights, garbage).requires_grad_()
-    loss, got = gradients(dirty)
+    loss, got, of_the_weights = gradients(dirty)
     _, plain = gradients(None)
     torch.testing.assert_close(got, plain * weights)
     assert plain.ne(0).any()
+    assert of_the_weights is None
     assert math.isfinite(loss)
     with pytest.raises(ValueError, match=r"weights.*expected \(6, 7\)"):
         gradients(weights[:, :1])
