@@ -2,67 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import torch
+from tiny_learners import critic_learner, gradients, policy_learner, rollouts_of, sampled_at, state
 
 from alignment import adapters, models
 from alignment.checkpoint import load_state, save_state
 from alignment.engines.torch import TorchEngine
 from alignment.experience import make_experience, reward_rows
-from alignment.learners.ppo import CriticLearner, PolicyLearner
 from alignment.learners.reward_model import RewardModelLearner
 from alignment.loops.offline import pair_report, pairs_for_step
 from alignment.schedules import KlAdaptiveRate
-from alignment.types import PreferencePair, Prompt, Rollout
-
-
-def rollouts_of(count, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-
-    def ids(low, high):
-        length = int(torch.randint(low, high, (1,), generator=generator))
-        return tuple(torch.randint(3, 200, (length,), generator=generator).tolist())
-
-    made = []
-    for i in range(count):
-        response = ids(1, 9)
-        made.append(
-            Rollout(
-                prompt=Prompt(id=str(i), messages=({"role": "user", "content": "q"},), prompt_ids=ids(2, 7)),
-                sample_index=0,
-                response_ids=response,
-                rollout_logprobs=(-1.0,) * len(response),
-                finish_reason="stop",
-                response="r",
-                weight_version=0,
-            )
-        )
-    return made
-
-
-def sampled_at(rollouts, logprobs):
-    """The same rollouts, as a sampler with these log-probabilities reports them."""
-    return [
-        dataclasses.replace(rollout, rollout_logprobs=tuple(row.tolist()))
-        for rollout, row in zip(rollouts, logprobs, strict=True)
-    ]
-
-
-def policy_learner(folder, *, micro_batch_size=4, lora=False, **settings):
-    model = models.load_causal_lm(str(folder))
-    if lora:
-        adapters.attach_lora(model.model, r=4, alpha=8, seed=1)
-    engine = TorchEngine(model.named_parameters(), lr=1e-3, total_updates=20, max_grad_norm=1e9)
-    defaults = {"minibatch_size": 8, "ppo_epochs": 1, "temperature": 0.8}
-    return PolicyLearner(model, engine, micro_batch_size=micro_batch_size, **{**defaults, **settings})
-
-
-def critic_learner(folder, *, micro_batch_size=4):
-    model = models.load_scalar_model(str(folder), head="random", seed=3)
-    engine = TorchEngine(model.named_parameters(), lr=1e-3, total_updates=20, max_grad_norm=1e9)
-    return CriticLearner(model, engine, minibatch_size=8, micro_batch_size=micro_batch_size)
+from alignment.types import PreferencePair
 
 
 def experience_for(policy, critic, *, scores=None, count=8):
@@ -71,10 +22,6 @@ def experience_for(policy, critic, *, scores=None, count=8):
     shifted = [row - 0.1 for row in old]
     scores = [float(i) - 3 for i in range(count)] if scores is None else scores
     return make_experience(rollouts, scores, old, shifted, values, kl_coef=0.05)
-
-
-def state(learner):
-    return {name: p.detach().clone() for name, p in learner.model.named_parameters()}
 
 
 @pytest.mark.parametrize("lora", [False, True])
@@ -90,12 +37,6 @@ def test_policy_update_does_not_depend_on_the_micro_batch_size(tiny, lora):
         for name, tensor in weights.items():
             # Adam divides by the gradient's own size: where that is near 0, rounding decides the sign of a whole step.
             torch.testing.assert_close(tensor, results[0][1][name], rtol=1e-3, atol=2e-4)
-
-
-def gradients(learner, loss_of):
-    learner.engine.step = lambda: {"skipped_count": 0.0}
-    loss_of()
-    return [p.grad.clone() for p in learner.engine.parameters]
 
 
 def test_policy_gradient_is_that_of_the_whole_batch(tiny):
@@ -359,108 +300,3 @@ def test_the_gap_to_the_sampler_is_measured_where_it_counts(tiny):
     share = float((counts * ratios).sum() ** 2 / (counts.sum() * (counts * ratios**2).sum()))
     assert metrics["rollout/effective_sample_size"] == pytest.approx(share, rel=1e-5)
     assert not any(name.startswith("ppo/logprob_gap") for name in metrics)
-
-
-CORRECTIONS = [
-    {"kind": "token_tis", "cap": 1.5},
-    {"kind": "sequence_tis", "cap": 3.0},
-    {"kind": "icepop", "low": 0.7, "high": 1.6},
-]
-
-
-def disagreeing_experience(folder, *, offsets=0.5):
-    """Eight responses whose sampler is off by a random number at each token; row 5 is excluded."""
-    learner, rollouts = policy_learner(folder), rollouts_of(8)
-    old, values = learner.logprobs(rollouts), critic_learner(folder).values(rollouts)
-    generator = torch.Generator().manual_seed(7)
-    sampled = [row + offsets * torch.randn(row.shape, generator=generator) for row in old]
-    scores = [None if i == 5 else float(i) - 3 for i in range(8)]
-    return make_experience(
-        sampled_at(rollouts, sampled), scores, old, [row - 0.1 for row in old], values, kl_coef=0.05
-    )
-
-
-@pytest.mark.parametrize("method", ["update", "update_on_policy"])
-@pytest.mark.parametrize("correction", CORRECTIONS, ids=lambda c: c["kind"])
-def test_a_corrected_gradient_is_that_of_the_whole_batch(tiny, correction, method):
-    experience, described = disagreeing_experience(tiny / "policy")
-    found, seen = [], []
-    for size in (8, 3, 1):
-        learner = policy_learner(tiny / "policy", micro_batch_size=size, correction=correction)
-        found.append(gradients(learner, lambda: seen.append(getattr(learner, method)(experience, step=0))))  # noqa: B023
-    for gradient, metrics in zip(found[1:], seen[1:], strict=True):
-        assert metrics == pytest.approx(seen[0], rel=1e-4, abs=1e-5)
-        for a, b in zip(found[0], gradient, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
-    fraction = next(
-        value for name, value in seen[0].items() if name.endswith(("truncated_fraction", "masked_fraction"))
-    )
-    assert 0 < fraction < 1
-    if method == "update_on_policy":
-        # The trainer's own forward measures what the separate one did.
-        names = [
-            name for name in described if name.startswith(("rollout/logprob", "rollout/ratio", "rollout/effective"))
-        ]
-        assert len(names) == 4
-        assert {name: seen[0][name] for name in names} == pytest.approx(
-            {name: described[name] for name in names}, 1e-4
-        )
-    plain = policy_learner(tiny / "policy")
-    uncorrected = gradients(plain, lambda: getattr(plain, method)(experience, step=0))
-    assert max(float((a - b).abs().max()) for a, b in zip(uncorrected, found[0], strict=True)) > 1e-3
-
-
-@pytest.mark.parametrize("correction", CORRECTIONS, ids=lambda c: c["kind"])
-def test_one_pass_is_corrected_like_the_ordinary_update(tiny, correction):
-    experience, _ = disagreeing_experience(tiny / "policy")
-    found = []
-    for method in ("update", "update_on_policy"):
-        learner = policy_learner(tiny / "policy", correction=correction)
-        found.append(gradients(learner, lambda: getattr(learner, method)(experience, step=0)))  # noqa: B023
-    for a, b in zip(*found, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
-
-
-@pytest.mark.parametrize("correction", CORRECTIONS, ids=lambda c: c["kind"])
-def test_padding_does_not_reach_a_corrected_gradient(tiny, correction):
-    experience, _ = disagreeing_experience(tiny / "policy")
-    dirty = {name: getattr(experience, name).clone() for name in type(experience).__slots__}
-    for name in ("old_logprobs", "rollout_logprobs", "advantages"):
-        dirty[name][~experience.response_mask] = float("nan")
-    found = []
-    for given in (experience, type(experience)(**dirty)):
-        learner = policy_learner(tiny / "policy", correction=correction)
-        found.append(gradients(learner, lambda: learner.update(given, step=0)))  # noqa: B023
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
-
-
-@pytest.mark.parametrize(
-    "correction",
-    [{"kind": "token_tis", "cap": float("inf")}, {"kind": "sequence_tis", "cap": float("inf")}, {"kind": "icepop"}],
-    ids=lambda c: c["kind"],
-)
-def test_a_sampler_that_agrees_is_not_corrected(tiny, correction):
-    """Bit for bit, over several minibatches and epochs: metrics and weights of the model."""
-    experience, _ = disagreeing_experience(tiny / "policy", offsets=0.0)
-    found = []
-    for given in (None, correction):
-        learner = policy_learner(tiny / "policy", minibatch_size=4, ppo_epochs=2, correction=given)
-        metrics = learner.update(experience, step=0)
-        found.append(({name: v for name, v in metrics.items() if "correction" not in name}, state(learner)))
-    assert found[0][0] == found[1][0]
-    assert metrics["ppo/correction_weight_mean"] == pytest.approx(1, abs=1e-6)
-    assert all(torch.equal(tensor, found[1][1][name]) for name, tensor in found[0][1].items())
-
-
-@pytest.mark.parametrize("shift", [0.2, float("nan")])
-def test_a_gap_above_the_limit_stops_one_pass_before_its_step(tiny, shift):
-    learner, rollouts = policy_learner(tiny / "policy", logprob_gap_limit=0.1), rollouts_of(8)
-    old = learner.logprobs(rollouts)
-    sampled = [row + shift for row in old]
-    zeros = [torch.zeros_like(row) for row in old]
-    experience, _ = make_experience(sampled_at(rollouts, sampled), [1.0] * 8, old, old, zeros, kl_coef=0.0)
-    before = state(learner)
-    with pytest.raises(RuntimeError, match=r"step 4: got a mean gap of (0\.2|nan) .*rollout\.logprob_gap_limit=0\.1"):
-        learner.update_on_policy(experience, step=4)
-    assert learner.engine.num_updates == 0
-    assert all(torch.equal(before[name], tensor) for name, tensor in state(learner).items())
