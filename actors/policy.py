@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -15,7 +17,7 @@ from actors.weight_sender import WeightSender
 from actors.weight_sync import AdapterUpdate, Probe, WeightBucket, pack_adapter, probe_ids
 from actors.worker import Actor, UpdateOnce
 from alignment import adapters
-from alignment.config import ModelConfig, OptimizerConfig, PolicyConfig, PpoConfig
+from alignment.config import CorrectionConfig, ModelConfig, OptimizerConfig, PolicyConfig, PpoConfig
 from alignment.data.chat import load_tokenizer
 from alignment.learners.ppo import PolicyLearner
 from alignment.schedules import KlAdaptiveRate
@@ -26,6 +28,11 @@ def adaptive_rate(optimizer: OptimizerConfig) -> KlAdaptiveRate | None:
     """The controller that the optimiser's config asks for, if any."""
     target = optimizer.adaptive_kl_target
     return None if target is None else KlAdaptiveRate(target, optimizer.adaptive_bounds)
+
+
+def correction_settings(correction: CorrectionConfig | None) -> dict[str, Any] | None:
+    """What `correction_weights` takes, where the config asks for weights."""
+    return None if correction is None or correction.kind == "none" else correction.model_dump()
 
 
 class PolicyActor(Actor):
@@ -44,9 +51,12 @@ class PolicyActor(Actor):
         total_updates: int,
         seed: int,
         device: str = "cpu",
+        correction: CorrectionConfig | None = None,
+        logprob_gap_limit: float = math.inf,
     ) -> None:
         self.model_path, self.model_config, self.config, self.ppo = model_path, model, policy, ppo
         self.temperature, self.total_updates, self.seed, self.device = temperature, total_updates, seed, device
+        self.correction, self.logprob_gap_limit = correction, logprob_gap_limit
         self._once = UpdateOnce()
 
     def setup(self, peers: Mapping[str, Actor]) -> None:
@@ -68,6 +78,8 @@ class PolicyActor(Actor):
             entropy_coef=self.ppo.entropy_coef,
             kl_stop=self.ppo.kl_stop,
             adaptive_rate=adaptive_rate(self.config.optimizer),
+            correction=correction_settings(self.correction),
+            logprob_gap_limit=self.logprob_gap_limit,
             seed=self.seed,
             device=self.device,
         )

@@ -16,11 +16,9 @@ from alignment.interfaces import Generator, LogprobWorker, Metrics, PolicyWorker
 from alignment.kl import AdaptiveKLController
 from alignment.loops.invariants import check_first_step
 from alignment.loops.run import Run, StepLog
+from alignment.rollout_correction import MISMATCH_METRICS, require_match
 from alignment.scores import ScoreNormalizer, shape_scores
 from alignment.types import Experience, Prompt, Rollout, Score
-
-GAP = "rollout/logprob_gap"
-"""Metrics of this prefix compare the sampler's log-probabilities with the trainer's."""
 
 
 @dataclass(slots=True)
@@ -78,6 +76,7 @@ def train_ppo(
             log.metrics.update({**score_metrics(scores), **described})
         if step == 0:
             require_first_step(config, policy, experience, log.metrics, run)
+        require_match(log.metrics, config.rollout.logprob_gap_limit, step=step)
 
         with log.phase("update"):
             updates = [critic.update(experience, step=step)]
@@ -104,6 +103,7 @@ def train_ppo_one_pass(
     """`train_ppo` for one update per step: the forward of each update is also the one that would have come before it.
 
     The KL in the rewards reads the sampler's log-probabilities; the ratio's old policy is the trainer's own forward.
+    It also measures the gap to the sampler: after the critic's step, and before the policy's.
     """
     for step in range(state.step, config.run.num_steps):
         log, rollouts = sample_step(config, prompts, step, rollout=rollout, run=run)
@@ -126,9 +126,9 @@ def train_ppo_one_pass(
                 rollouts, rows, step=step, gamma=config.ppo.gamma, gae_lambda=config.ppo.gae_lambda
             ).result()
             experience, described = experience_of(config, state, rollouts, shaped, sampled, ref, values)
-            # Of the sampler to itself; the real one comes with the policy's forward.
-            gap_free = {name: value for name, value in described.items() if not name.startswith(GAP)}
-            log.metrics.update({**score_metrics(scores), **gap_free, **fitted})
+            # Of the sampler to itself; the policy's own forward measures it, and stops where it is too large.
+            known = {name: value for name, value in described.items() if name not in MISMATCH_METRICS}
+            log.metrics.update({**score_metrics(scores), **known, **fitted})
             if step >= config.critic.warmup_steps:
                 log.metrics.update(policy.update_on_policy(experience, step=step).result())
 

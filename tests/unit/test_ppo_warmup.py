@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 
 import pytest
@@ -36,7 +37,7 @@ def rows_of(tiny, folder, train):
             "policy": {"optimizer": {"lr": LR, "warmup_ratio": 0, "min_lr_ratio": FLOOR}},
             "critic": {"warmup_steps": WARMUP},
             "reward": {"functions": [{"name": "text:finished_sentence"}]},
-            "rollout": {"max_new_tokens": 8},
+            "rollout": {"engine": "transformers", "max_new_tokens": 8},
             "ppo": {"rollout_batch_size": 4, "minibatch_size": 4},
         }
     )
@@ -91,3 +92,9 @@ def test_critic_warm_up(tiny, tmp_path, train):
     unseen = [1] if train is train_ppo_one_pass else []
     for step, gap in enumerate(gaps):
         assert gap == ((None, None) if step in unseen else pytest.approx((0.01, 0.01), rel=1e-2))
+    for name, value in (("rollout/ratio_mean", math.exp(0.01)), ("rollout/effective_sample_size", 1.0)):
+        seen = [row.get(name) for row in rows]
+        assert [step for step, number in enumerate(seen) if number is None] == unseen
+        assert [number for number in seen if number is not None] == pytest.approx(
+            [value] * (STEPS - len(unseen)), 1e-4
+        )
