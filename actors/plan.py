@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from alignment.config import ROLES, ClusterConfig, PpoRunConfig
+from alignment.config.cluster import RoleConfig, RolloutRoleConfig
 
 
 class PlacementError(ValueError):
@@ -42,11 +43,18 @@ def plan_processes(cluster: ClusterConfig, roles: Sequence[str] = ROLES) -> list
                 roles=group,
                 num_workers=settings[0].num_workers,
                 cpus=sum(s.cpus_per_worker for s in settings),
-                gpus=max(s.gpus_per_worker for s in settings),
+                gpus=max(gpus_per_process(s) for s in settings),
                 threads=max(s.threads_per_worker or os.cpu_count() or 1 for s in settings),
             )
         )
     return plans
+
+
+def gpus_per_process(settings: RoleConfig | RolloutRoleConfig) -> float:
+    """A tensor-parallel engine holds all its GPUs in one process, so on one node."""
+    if isinstance(settings, RolloutRoleConfig):
+        return settings.gpus_per_worker * settings.tensor_parallel_size
+    return settings.gpus_per_worker
 
 
 def describe_plan(plans: Sequence[ProcessPlan]) -> str:

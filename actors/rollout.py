@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from actors.dispatch import Capacity
 from actors.engines import EngineKind, RolloutEngine, SamplingSettings, choose_engine
 from actors.engines.transformers import TransformersEngine
 from actors.loading import causal_model
@@ -16,6 +17,8 @@ from alignment.generation import sampling_seed
 from alignment.types import Prompt, Rollout
 
 CPU_CACHE_GB = 1.0
+BATCHES_PER_VLLM_SHARE = 4
+"""A share ends with the batch running empty; sharing out by less would let that happen more often."""
 PROBE_GAP_LIMIT = {"float32": 1e-3, "bfloat16": 0.05, "float16": 0.02}
 """Mean |engine - trainer| log-probability that other kernels may cause, by the dtype of the matrix products."""
 
@@ -42,6 +45,11 @@ class RolloutActor(Actor):
         self.model_path, self.model_config, self.config = model_path, model, rollout
         self.seed, self.device, self.tensor_parallel_size = seed, device, tensor_parallel_size
         self.engine_kind = engine or choose_engine(rollout.engine)
+        if self.engine_kind == "transformers" and tensor_parallel_size > 1:
+            raise ValueError(
+                f"rollout.tensor_parallel_size: got {tensor_parallel_size} for the transformers engine, expected 1; "
+                "set rollout.engine: vllm, or raise num_engines in the cluster YAML instead"
+            )
         self.adapter_rank = 0 if rollout.lora_sync == "merged" else adapter_rank
 
     def setup(self, peers: Mapping[str, Actor]) -> None:
@@ -88,9 +96,15 @@ class RolloutActor(Actor):
         num_samples: int = 1,
         greedy: bool = False,
         max_new_tokens: int | None = None,
+        sample_indices: Sequence[int] | None = None,
     ) -> list[Rollout]:
-        """`num_samples` rollouts per prompt, in prompt order then sample order. The seed of each is its own."""
+        """`num_samples` rollouts per prompt, in prompt order then sample order. The seed of each is its own.
+
+        `sample_indices`: one rollout per prompt instead, sample `sample_indices[i]` of prompt i.
+        """
         jobs = [(prompt, index) for prompt in prompts for index in range(num_samples)]
+        if sample_indices is not None:
+            jobs = list(zip(prompts, sample_indices, strict=True))
         settings = SamplingSettings(
             max_new_tokens=max_new_tokens or self.config.max_new_tokens,
             temperature=self.config.temperature,
@@ -115,6 +129,11 @@ class RolloutActor(Actor):
             )
             for (prompt, index), sample in zip(jobs, samples, strict=True)
         ]
+
+    def capacity(self) -> Capacity:
+        """vLLM refills its batch from what it was sent; the other engine decodes one batch after the other."""
+        batches = BATCHES_PER_VLLM_SHARE if self.engine_kind == "vllm" else 1
+        return Capacity(sequences=batches * self.config.max_batch, max_new_tokens=self.config.max_new_tokens)
 
     def sync_kind(self) -> SyncKind:
         return self.engine.sync_kind

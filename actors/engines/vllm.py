@@ -55,6 +55,8 @@ class VllmEngine:
             "max_num_seqs": max_batch,
             "enforce_eager": on_cpu if eager is None else eager,
             "tensor_parallel_size": tensor_parallel_size,
+            # Left to itself, vLLM would look for the other GPUs in the placement group, where this process has them.
+            "distributed_executor_backend": "mp" if tensor_parallel_size > 1 else None,
             # The sampling defaults that some model folders bring would cut the support.
             "generation_config": "vllm",
             # After temperature: what the importance ratio is taken against.

@@ -30,13 +30,15 @@ class RolloutRoleConfig(Config):
     engine: Literal["auto", "transformers", "vllm"] = "auto"
     """Generation engine, unless the recipe names one; `auto` is vLLM where it is installed."""
     num_engines: Positive = 1
-    """Engines, each with a copy of the weights."""
+    """Engines, each a process with a copy of the weights. They share out the sequences of a step, and one that dies is
+    started again; beside other roles in one process there is one engine. On a CPU also set `threads_per_worker` to
+    the cores of each: engines that use every core take turns."""
     tensor_parallel_size: Positive = 1
-    """GPUs of one engine."""
+    """GPUs that one engine is split over."""
     cpus_per_worker: PositiveFloat = 0.2
     """CPUs that each engine reserves."""
     gpus_per_worker: NonNegativeFloat = 0.0
-    """GPUs that each engine reserves."""
+    """GPUs that each part of an engine reserves: an engine reserves this times `tensor_parallel_size`."""
     threads_per_worker: Positive | None = None
     """Threads of each engine."""
 
@@ -46,6 +48,12 @@ class RolloutRoleConfig(Config):
             raise ValueError(
                 f"got tensor_parallel_size={self.tensor_parallel_size}, expected 1: the transformers engine runs on "
                 "one GPU; raise num_engines instead"
+            )
+        if self.tensor_parallel_size != 1 and self.gpus_per_worker != 1:
+            raise ValueError(
+                f"got tensor_parallel_size={self.tensor_parallel_size}, expected 1 with "
+                f"gpus_per_worker={self.gpus_per_worker:g}: an engine is split over whole GPUs; set gpus_per_worker: 1, "
+                "or raise num_engines instead"
             )
         return self
 
@@ -85,6 +93,12 @@ class ClusterConfig(Config):
                 f"colocate: got {self.colocate}, expected each of {ROLES} at most once; correct the groups"
             )
         for group in self.colocate:
+            if "rollout" in group and len(group) > 1 and self.rollout.num_engines > 1:
+                raise ValueError(
+                    f"rollout.num_engines: got {self.rollout.num_engines} with rollout in the group {group} of "
+                    "colocate, expected 1: an engine that shares a process with other roles is one; take rollout out "
+                    "of the group, or set num_engines: 1"
+                )
             if len({getattr(self, role).num_workers for role in group}) > 1:
                 raise ValueError(
                     f"colocate: got different numbers of workers in {group}, expected one number; align them"

@@ -167,6 +167,7 @@ def finish_step(
     """Send the new weights, move the KL weight, write the step down, and commit it."""
     with log.phase("sync"):
         policy.send_weights(rollout, version=log.step + 1).result()
+    log.metrics.update(rollout.metrics())
     state.step = log.step + 1
     kl = log.metrics.get("kl/per_sequence")  # missing when no answer of the step has a score
     if config.kl.target is not None and kl is not None:
