@@ -21,6 +21,7 @@ from actors.reference import ReferenceActor
 from actors.reward import RewardModelActor
 from actors.reward_training import RewardTrainingActor
 from actors.rollout import RolloutActor
+from actors.weight_links import RouteChoice
 from actors.worker import Actor, choose_device
 from alignment.config import ClusterConfig, PpoRunConfig, RewardModelRunConfig
 
@@ -104,9 +105,9 @@ def reward_training_actors(
     }
 
 
-def ppo_roles(groups: Mapping[str, Group]) -> PpoRoles:
+def ppo_roles(groups: Mapping[str, Group], *, weight_route: RouteChoice = "auto") -> PpoRoles:
     return PpoRoles(
-        policy=PolicyHandle(groups["policy"]),
+        policy=PolicyHandle(groups["policy"], weight_route),
         critic=CriticHandle(groups["critic"]),
         reference=ReferenceHandle(groups["reference"]),
         reward=RewardHandle(groups["reward_model"]),

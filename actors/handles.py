@@ -11,7 +11,9 @@ from torch import Tensor
 
 from actors.dispatch import Dispatch
 from actors.engine_pool import EnginePool, Engines
-from actors.weight_sync import SyncKind
+from actors.weight_links import RouteChoice, WeightLinks
+from actors.weight_routes import Route
+from actors.weight_sync import BUCKETS_UNDER_WAY, SyncKind
 from actors.worker import ActorDiedError
 from alignment.interfaces import Metrics, Pending
 from alignment.types import Experience, PreferencePair, Prompt, Rollout, Score
@@ -55,9 +57,6 @@ class InOrder:
         return [step.result() for step in self.steps][-1]
 
 
-BUCKETS_UNDER_WAY = 2
-
-
 class RolloutHandle(Handle):
     """The engine in a process with other roles, or N engines of their own, which survive the death of a process."""
 
@@ -79,6 +78,12 @@ class RolloutHandle(Handle):
             return self.group.scatter(self.role, "generate", prompts, step=step, **kwargs)
         return Dispatch(self.pool, prompts, step=step, **kwargs)
 
+    def engines(self) -> tuple[list[Any], list[int]]:
+        """A group for each engine, and what tells its process from the one that it replaced."""
+        if self.pool is None:
+            return [self.group], [0]
+        return [self.pool.group.only(rank) for rank in range(self.pool.num_engines)], list(self.pool.lives)
+
     def receive(self, send: Callable[[Any], Pending[int]]) -> Pending[int]:
         """Let `send` bring weights to the group it is given: all engines now, and one that has to be started again."""
         return send(self.group) if self.pool is None else self.pool.receive(send)
@@ -90,9 +95,10 @@ class RolloutHandle(Handle):
 class PolicyHandle(Handle):
     role = "policy"
 
-    def __init__(self, group: Group) -> None:
+    def __init__(self, group: Group, weight_route: RouteChoice = "auto") -> None:
         super().__init__(group)
         self._changes = 0
+        self._links = WeightLinks(group, weight_route)
 
     def load(self, folder: Path) -> Pending[Any]:
         self._changes += 1
@@ -122,11 +128,14 @@ class PolicyHandle(Handle):
             if self._changes != sent:
                 reason = f"and the policy no longer holds the weights of version {version} that it sampled from"
                 raise ActorDiedError("rollout actor", reason)
-            return self._send(engines, rollout.sync_kind(), version)
+            # One engine alone is one that was started again; it is no member of a group yet.
+            alone = engines is not rollout.group
+            route = "object_store" if alone else self._links.route(*rollout.engines())
+            return self._send(engines, rollout.sync_kind(), version, route)
 
         return rollout.receive(send)
 
-    def _send(self, engines: Group, kind: SyncKind, version: int) -> Pending[int]:
+    def _send(self, engines: Group, kind: SyncKind, version: int, route: Route) -> Pending[int]:
         """Begin anew with every call: what an earlier one left half done is forgotten."""
         role = RolloutHandle.role
         if kind == "adapter":
@@ -141,7 +150,9 @@ class PolicyHandle(Handle):
             # Two are on their way: one is packed while the engine loads the other.
             if index >= BUCKETS_UNDER_WAY:
                 steps[index - BUCKETS_UNDER_WAY].result()
-            bucket = self.group.put(self.role, "export_bucket", version=version, index=index, whole=whole)
+            bucket = self.group.put(self.role, "export_bucket", version=version, index=index, whole=whole, route=route)
+            if route == "broadcast":
+                self.group.put(self.role, "broadcast_bucket", index=index)
             steps.append(engines.call(role, "receive_bucket", bucket))
         probe = self.group.put(self.role, "probe", version=version)
         steps.append(engines.call(role, "finish_sync", probe, version=version))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from actors.engines.transformers import probe_logprobs
 from actors.loading import causal_model, load_trained, make_trainable, save_trained
-from actors.weight_routes import Rendezvous, Route, Whereabouts
+from actors.weight_routes import Rendezvous, Route, Whereabouts, node_address
 from actors.weight_sender import WeightSender
 from actors.weight_sync import AdapterUpdate, Probe, WeightBucket, pack_adapter, probe_ids
 from actors.worker import Actor, UpdateOnce
@@ -100,9 +100,9 @@ class PolicyActor(Actor):
     def whereabouts(self) -> Whereabouts:
         return self.sender.whereabouts()
 
-    def open_group(self, address: str, *, receivers: int) -> Rendezvous:
+    def open_group(self, *, receivers: int) -> Rendezvous:
         """Where the engines' workers find the broadcast group that `meet` forms."""
-        return self.sender.open_group(address, receivers=receivers)
+        return self.sender.open_group(node_address(), receivers=receivers)
 
     def meet(self) -> None:
         self.sender.meet()

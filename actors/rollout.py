@@ -9,6 +9,7 @@ from actors.engines import EngineKind, RolloutEngine, SamplingSettings, choose_e
 from actors.engines.transformers import TransformersEngine
 from actors.loading import causal_model
 from actors.policy import PolicyActor
+from actors.weight_routes import Rendezvous, Whereabouts, whereabouts
 from actors.weight_sync import AdapterUpdate, Probe, SyncKind, WeightBucket, check_gap
 from actors.worker import Actor
 from alignment.config import ModelConfig, RolloutConfig
@@ -137,6 +138,17 @@ class RolloutActor(Actor):
 
     def sync_kind(self) -> SyncKind:
         return self.engine.sync_kind
+
+    def whereabouts(self) -> Whereabouts:
+        return whereabouts(self.device)
+
+    def num_receivers(self) -> int:
+        """Processes of this engine that take part in a broadcast."""
+        return self.tensor_parallel_size
+
+    def join(self, rendezvous: Rendezvous, *, first_rank: int) -> None:
+        """Take part in the policy's broadcasts."""
+        self.engine.join(rendezvous, first_rank=first_rank)
 
     def begin_sync(self, *, version: int, buckets: int) -> None:
         self.engine.begin_sync(version=version, buckets=buckets)

@@ -72,6 +72,14 @@ def whereabouts(device: str) -> Whereabouts:
     return Whereabouts(node=_boot_id(), gpu=gpu)
 
 
+def node_address() -> str:
+    """Where the other processes of the cluster reach this one: loopback unless Ray runs on several machines."""
+    import ray
+
+    address: str = ray.util.get_node_ip_address() if ray.is_initialized() else "127.0.0.1"
+    return address
+
+
 def _boot_id() -> str:
     """One value per running kernel: containers of a machine share it, and its GPUs."""
     with open("/proc/sys/kernel/random/boot_id") as file:

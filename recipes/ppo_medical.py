@@ -44,7 +44,7 @@ def run_ppo(job: common.Job[PpoRunConfig]) -> None:
 
     actors = ppo_actors(config, job.cluster, model_path=model_path, critic_path=config.critic.path or model_path)
     with job.groups(actors) as groups:
-        roles = ppo_roles(groups)
+        roles = ppo_roles(groups, weight_route=job.cluster.rollout.weight_route)
         trained = eos_is_trained(tokenizer, eos_ids=eos_ids_of_model(tokenizer, model_path, config.model.revision))
         run = common.make_run(Run, directory, config.run, model_path=model_path, eos_is_trained=trained)
         state = PpoState.start(config)

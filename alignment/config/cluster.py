@@ -42,6 +42,24 @@ class RolloutRoleConfig(Config):
     threads_per_worker: Positive | None = None
     """Threads of each engine."""
 
+    weight_route: Literal["auto", "object_store", "cuda_ipc", "broadcast"] = "auto"
+    """How weights come from the policy: `cuda_ipc` on one GPU, `broadcast` (NCCL; gloo on CPUs) to GPUs of their own,
+    `object_store` everywhere; `auto` takes the shortest that all engines can. Beside the policy nothing travels."""
+
+    @model_validator(mode="after")
+    def _route_exists(self) -> RolloutRoleConfig:
+        if self.weight_route == "cuda_ipc" and not self.gpus_per_worker:
+            raise ValueError(
+                "weight_route: got cuda_ipc with gpus_per_worker=0, expected a GPU that policy and engines share; "
+                "set gpus_per_worker, or weight_route: auto"
+            )
+        if self.weight_route == "broadcast" and not self.gpus_per_worker and self.threads_per_worker is None:
+            raise ValueError(
+                "weight_route: got broadcast between CPUs without threads_per_worker, expected it set: processes "
+                "that use every core take turns, and a broadcast needs all at once; set it, or weight_route: auto"
+            )
+        return self
+
     @model_validator(mode="after")
     def _engine_can_split(self) -> RolloutRoleConfig:
         if self.tensor_parallel_size != 1 and self.engine == "transformers":
@@ -52,8 +70,8 @@ class RolloutRoleConfig(Config):
         if self.tensor_parallel_size != 1 and self.gpus_per_worker != 1:
             raise ValueError(
                 f"got tensor_parallel_size={self.tensor_parallel_size}, expected 1 with "
-                f"gpus_per_worker={self.gpus_per_worker:g}: an engine is split over whole GPUs; set gpus_per_worker: 1, "
-                "or raise num_engines instead"
+                f"gpus_per_worker={self.gpus_per_worker:g}: an engine is split over whole GPUs; set "
+                "gpus_per_worker: 1, or raise num_engines instead"
             )
         return self
 

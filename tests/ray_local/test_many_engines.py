@@ -249,6 +249,23 @@ def test_a_fault_of_any_engine_fails_the_sync(started):
     assert versions == [5] * len(MIXED)
 
 
+def test_a_broadcast_reaches_every_engine_and_one_that_was_started_again(started):
+    """Over gloo. The group is formed once, and anew when a process was replaced."""
+    plain, policy = started.handle(), PolicyHandle(started.groups["policy"])
+    assert policy.send_weights(plain, version=6).result() == 6
+    expected = plain.generate(MIXED, step=4).result()
+    handle, policy = started.handle(), PolicyHandle(started.groups["policy"], "broadcast")
+    for version in (6, 7):
+        assert policy.send_weights(handle, version=version).result() == version
+        got = handle.generate(MIXED, step=4).result()
+        assert [(r.response_ids, r.weight_version) for r in got] == [(r.response_ids, version) for r in expected]
+    started.kill(1)
+    assert [r.response_ids for r in handle.generate(MIXED, step=4).result()] == [r.response_ids for r in expected]
+    assert policy.send_weights(handle, version=8).result() == 8
+    assert {r.weight_version for r in handle.generate(MIXED, step=4).result()} == {8}
+    started.engines.workers[:] = handle.group.workers
+
+
 def test_weights_that_the_policy_no_longer_has_are_not_passed_off_as_such(started, tmp_path):
     handle, policy = started.handle(), PolicyHandle(started.groups["policy"])
     assert policy.send_weights(handle, version=1).result() == 1
