@@ -52,8 +52,8 @@ class RolloutRoleConfig(Config):
         if self.tensor_parallel_size != 1 and self.gpus_per_worker != 1:
             raise ValueError(
                 f"got tensor_parallel_size={self.tensor_parallel_size}, expected 1 with "
-                f"gpus_per_worker={self.gpus_per_worker:g}: an engine is split over whole GPUs; set gpus_per_worker: 1, "
-                "or raise num_engines instead"
+                f"gpus_per_worker={self.gpus_per_worker:g}: an engine is split over whole GPUs; set "
+                "gpus_per_worker: 1, or raise num_engines instead"
             )
         return self
 
