@@ -13,22 +13,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from actors.engine_pool import EnginePool
+from actors.engine_pool import Capacity, EnginePool
 from actors.worker import ActorDiedError
 from alignment.interfaces import Pending
 from alignment.types import Prompt, Rollout
 
 SHARES_UNDER_WAY = 2
 """Per engine: one that is sampled and one that waits there, so that no engine waits for the driver."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Capacity:
-    """What one engine is sent at once."""
-
-    sequences: int
-    """Of one share, at most."""
-    max_new_tokens: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

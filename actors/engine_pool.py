@@ -16,6 +16,15 @@ MAX_RESTARTS = 3
 ROLE = "rollout"
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Capacity:
+    """What one engine is sent at once."""
+
+    sequences: int
+    """Of one share, at most."""
+    max_new_tokens: int
+
+
 @runtime_checkable
 class Engines(Protocol):
     """`EngineGroup`: processes that can be started again one by one."""
@@ -43,7 +52,7 @@ class EnginePool:
         self.starting: dict[int, Pending[Any]] = {}
         """Engines that load their models: they are sent nothing until `finish_restart`."""
         self._send: Callable[[Any], Pending[int]] | None = None
-        self._capacity: Any = None
+        self._capacity: Capacity | None = None
         self._step: int | None = None
         self._restarts_in_step = self._restarts = 0
         self._seconds = [0.0] * group.num_workers
@@ -53,10 +62,11 @@ class EnginePool:
         if step != self._step:
             self._step, self._restarts_in_step = step, 0
 
-    def capacity(self) -> Any:
-        """What the engines, which are all alike, take at once."""
+    def capacity(self) -> Capacity:
+        """Of each engine: they are all alike."""
         if self._capacity is None:
-            self._capacity = EveryEngine(self, lambda engines: engines.call(ROLE, "capacity")).result()
+            capacity: Capacity = EveryEngine(self, lambda engines: engines.call(ROLE, "capacity")).result()
+            self._capacity = capacity
         return self._capacity
 
     def generate(self, rank: int, *args: Any, **kwargs: Any) -> Pending[Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from actors.dispatch import Capacity
+from actors.engine_pool import Capacity
 from actors.engines import EngineKind, RolloutEngine, SamplingSettings, choose_engine
 from actors.engines.transformers import TransformersEngine
 from actors.loading import causal_model
