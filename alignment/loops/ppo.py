@@ -125,12 +125,15 @@ def train_ppo_one_pass(
             values, fitted = critic.fit(
                 rollouts, rows, step=step, gamma=config.ppo.gamma, gae_lambda=config.ppo.gae_lambda
             ).result()
-            experience, described = experience_of(config, state, rollouts, shaped, sampled, ref, values)
-            # Of the sampler to itself; the policy's own forward measures it, and stops where it is too large.
-            known = {name: value for name, value in described.items() if name not in MISMATCH_METRICS}
-            log.metrics.update({**score_metrics(scores), **known, **fitted})
-            if step >= config.critic.warmup_steps:
-                log.metrics.update(policy.update_on_policy(experience, step=step).result())
+            policy_learns = step >= config.critic.warmup_steps
+            old = sampled if policy_learns else policy.logprobs(rollouts).result()
+            experience, described = experience_of(config, state, rollouts, shaped, old, ref, values)
+            if policy_learns:  # its own forward measures the mismatch: here the sampler meets itself
+                known = {name: value for name, value in described.items() if name not in MISMATCH_METRICS}
+                described = {**known, **policy.update_on_policy(experience, step=step).result()}
+            else:
+                require_match(described, config.rollout.logprob_gap_limit, step=step)
+            log.metrics.update({**score_metrics(scores), **described, **fitted})
 
         finish_step(config, state, log, rollouts, scores, policy=policy, critic=critic, rollout=rollout, run=run)
 
@@ -173,7 +176,7 @@ def finish_step(
     if config.kl.target is not None and kl is not None:
         state.kl_coef.update(kl, len(rollouts))
     run.finish_step(log, rollouts, scores)
-    # Before the commit: a run that is started again must not go on from the step that went too far.
+    # The KL is that of the weights before this step's update; the update, which goes on from there, is not committed.
     if kl is not None:
         stop_on_blow_up(kl, config.kl.limit, log.step)
     run.checkpoint(state.step, {"policy": policy, "critic": critic}, state.state_dict())
@@ -254,5 +257,5 @@ def stop_on_blow_up(kl: float, limit: float | None, step: int) -> None:
     if limit is not None and not kl <= limit:  # NaN counts as too far
         raise RuntimeError(
             f"step {step}: got a KL of {kl:.2f} per sequence to the reference, expected at most kl.limit={limit:g}; "
-            "raise kl.coef, lower policy.optimizer.lr, or resume an earlier step"
+            "with a new --output-dir raise kl.coef or lower policy.optimizer.lr, or --resume from an earlier step"
         )
