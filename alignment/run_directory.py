@@ -156,8 +156,12 @@ def check_run_directory(path: Path) -> None:
     nearest = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
     if not nearest.is_dir():
         raise _not_writable(path, f"the file {nearest} in its path")
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise _not_writable(path, f"no permission to write in {nearest}")
+    try:
+        # Without a name where the system can: to root every folder looks writable, those of /proc too.
+        with tempfile.TemporaryFile(dir=nearest):
+            pass
+    except OSError as error:
+        raise _not_writable(path, f"{nearest}, which takes no new file ({error.strerror})") from None
     try:
         descriptor = os.open(path / ".lock", os.O_RDONLY | os.O_NOFOLLOW)
     except FileNotFoundError:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import json
 import signal
 import sys
@@ -15,16 +16,31 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Protocol, Self, TypeVar
 
-from alignment.config import ClusterConfig, Config
+from alignment.config import ClusterConfig, Config, RunConfig
 from alignment.config_io import describe, dump_config, load_config
 from alignment.memory import MemoryMeter
 from alignment.run_directory import RunDirectory
 from recipes import checks
 
+if TYPE_CHECKING:
+    from alignment.interfaces import Saves
+    from alignment.loops.run import Run
+
 ROOT = Path(__file__).resolve().parent.parent
 ConfigT = TypeVar("ConfigT", bound=Config)
+
+
+class Record(Protocol):
+    """What a run writes once and reads again when it is started again."""
+
+    def save(self, path: Path) -> None: ...
+    @classmethod
+    def load(cls, path: Path) -> Self: ...
+
+
+RecordT = TypeVar("RecordT", bound=Record)
 
 
 @dataclass
@@ -177,13 +193,19 @@ def open_run_directory(job: Job[Any]) -> tuple[RunDirectory, Path | None]:
     return directory, chosen
 
 
-def restore(job: Job[Any], run: Any, chosen: Path, parts: Mapping[str, Any]) -> dict[str, Any]:
+def restore(job: Job[Any], run: Run, chosen: Path, parts: Mapping[str, Saves]) -> dict[str, Any]:
     """Load a checkpoint, and only then let go of what was trained after the one that `--resume PATH` names."""
     state: dict[str, Any] = run.restore(chosen, parts)
     if job.resume != "auto":
         # It belongs to another future: a later --resume auto must not jump back there.
         run.store.discard_after(state["step"])
     return state
+
+
+def check_first(job: Job[Any], recipe: Callable[[list[str]], int], output_dir: Path) -> None:
+    """Let an upstream recipe refuse what it would refuse, while nothing of this run is on disk."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        _pass_on(recipe([*_upstream_flags(job, output_dir), "--dry-run"]), output_dir)
 
 
 def train_first(job: Job[Any], recipe: Callable[[list[str]], int], output_dir: Path) -> None:
@@ -194,24 +216,31 @@ def train_first(job: Job[Any], recipe: Callable[[list[str]], int], output_dir: P
             from actors.launch import session
 
             stack.enter_context(session())
-        flags = ["--cluster", str(job.cluster_file), "--output-dir", str(output_dir)] + ["--local"] * job.local
-        code = recipe(flags)
-        if code == 130:
-            raise KeyboardInterrupt
-        if code == 2:
-            raise ValueError(f"{output_dir}: got a refusal of the upstream recipe, expected it to run; see above")
-        if code:
-            raise RuntimeError(f"{output_dir}: the upstream recipe ended with exit code {code}; see above")
+        _pass_on(recipe(_upstream_flags(job, output_dir)), output_dir)
 
 
-def make_run(
-    run_class: Any, directory: RunDirectory, run: Any, *, model_path: str, eos_is_trained: bool = True
-) -> Any:
+def _upstream_flags(job: Job[Any], output_dir: Path) -> list[str]:
+    return ["--cluster", str(job.cluster_file), "--output-dir", str(output_dir)] + ["--local"] * job.local
+
+
+def _pass_on(code: int, output_dir: Path) -> None:
+    """End this run as the upstream one ended, unless that went well."""
+    if code == 130:
+        raise KeyboardInterrupt
+    if code == 2:
+        raise ValueError(f"{output_dir}: got a refusal of the upstream recipe, expected it to run; see above")
+    if code:
+        raise RuntimeError(f"{output_dir}: the upstream recipe ended with exit code {code}; see above")
+
+
+def make_run(directory: RunDirectory, run: RunConfig, *, model_path: str, eos_is_trained: bool = True) -> Run:
     """Unpack a RunConfig."""
     import torch
     import transformers
 
-    return run_class(
+    from alignment.loops.run import Run
+
+    return Run(
         directory,
         num_steps=run.num_steps,
         checkpoint_every=run.checkpoint_every,
@@ -222,7 +251,7 @@ def make_run(
     )
 
 
-def once(path: Path, record: Any, make: Callable[[], Any]) -> Any:
+def once(path: Path, record: type[RecordT], make: Callable[[], RecordT]) -> RecordT:
     """The saved record of an earlier start of this run, or a new one, saved.
 
     Raises:
