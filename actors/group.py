@@ -88,7 +88,7 @@ class ActorGroup:
                 runtime_env={"env_vars": PROCESS_ENVIRONMENT},
             )
             settings = {"threads": threads, "takes_turns": takes_turns, "shares_memory": shares_memory}
-            self.workers.append(options.remote(dict(actors), **settings))
+            self.workers.append(options.remote(dict(actors), rank=rank, **settings))
 
     def start(self) -> RefPending:
         """Load the models. A failure there reaches the caller through `.result()`."""

@@ -21,6 +21,7 @@ class TransformersEngine:
 
     def __init__(self, model: HfModel, *, max_batch: int) -> None:
         self.model, self.max_batch = model, max_batch
+        self.max_model_len: int | None = getattr(model.model.config, "max_position_embeddings", None)
         self._sync = SyncState()
 
     @property
