@@ -94,7 +94,8 @@ class ActorGroup:
             if self._placement is not None
             else None
         )
-        return remote.options(scheduling_strategy=strategy, **self._options).remote(self._actors, **self._settings)
+        options = remote.options(scheduling_strategy=strategy, **self._options)
+        return options.remote(self._actors, rank=rank, **self._settings)
 
     def start(self) -> RefPending:
         """Load the models. A failure there reaches the caller through `.result()`."""

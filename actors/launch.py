@@ -27,9 +27,12 @@ def local_groups(actors: Mapping[str, Actor], cluster: ClusterConfig) -> Iterato
     for plan in plan_processes(cluster, tuple(actors)):
         group: Group = LocalGroup({role: actors[role] for role in plan.roles}, threads=plan.threads)
         by_role |= dict.fromkeys(plan.roles, group)
-    for group in dict.fromkeys(by_role.values()):
-        group.start().result()
-    yield by_role
+    with contextlib.ExitStack() as stack:
+        for actor in actors.values():
+            stack.callback(actor.close)
+        for group in dict.fromkeys(by_role.values()):
+            group.start().result()
+        yield by_role
 
 
 @contextlib.contextmanager

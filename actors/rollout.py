@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from actors.engine_pool import Capacity
 from actors.engines import EngineKind, RolloutEngine, SamplingSettings, choose_engine
 from actors.engines.transformers import TransformersEngine
 from actors.loading import causal_model
 from actors.policy import PolicyActor
+from actors.turns import Turns
 from actors.weight_routes import Rendezvous, Whereabouts, whereabouts
 from actors.weight_sync import AdapterUpdate, Probe, SyncKind, WeightBucket, check_gap
 from actors.worker import Actor
@@ -16,6 +19,9 @@ from alignment.config import ModelConfig, RolloutConfig
 from alignment.data.chat import decode, eos_ids_of_model, load_tokenizer, single_token
 from alignment.generation import sampling_seed
 from alignment.types import Prompt, Rollout
+
+if TYPE_CHECKING:
+    from actors.endpoint import Endpoint
 
 CPU_CACHE_GB = 1.0
 BATCHES_PER_VLLM_SHARE = 4
@@ -52,16 +58,23 @@ class RolloutActor(Actor):
                 "set rollout.engine: vllm, or raise num_engines in the cluster YAML instead"
             )
         self.adapter_rank = 0 if rollout.lora_sync == "merged" else adapter_rank
+        self.endpoint: Endpoint | None = None
 
     def setup(self, peers: Mapping[str, Actor]) -> None:
+        self.turns = Turns()
         policy = peers.get("policy")
         self.policy = policy if isinstance(policy, PolicyActor) else None
+        self._naps = self.policy is not None and self.engine_kind == "vllm"
+        self._asleep = self._discarded = False
+        self._followed = 0
         self.engine: RolloutEngine = self._vllm() if self.engine_kind == "vllm" else self._transformers()
         self.tokenizer = load_tokenizer(self.model_path, self.model_config.revision)
         self.stop_ids: frozenset[int] = frozenset()
         if not self.config.ignore_eos:
             ends = eos_ids_of_model(self.tokenizer, self.model_path, self.model_config.revision)
             self.stop_ids = ends | {single_token(self.tokenizer, stop) for stop in self.config.stop}
+        if self.config.endpoint_port is not None and self.rank == 0:
+            self.endpoint = self._open_endpoint(self.config.endpoint_port)
 
     def _transformers(self) -> TransformersEngine:
         if self.policy is not None:
@@ -89,6 +102,39 @@ class RolloutActor(Actor):
             adapter_rank=self.adapter_rank,
         )
 
+    def _open_endpoint(self, port: int) -> Endpoint:
+        """Requests are answered between the run's own calls."""
+        if self.policy is not None and isinstance(self.engine, TransformersEngine):
+            raise ValueError(
+                f"rollout.endpoint_port: got {port} for a sampler that shares the policy's memory, where a request "
+                "would meet half an update, expected a sampler with weights of its own; take rollout out of the "
+                "policy's group in colocate, or remove the port"
+            )
+        try:
+            from actors.endpoint import Endpoint, Speaker
+        except ModuleNotFoundError as error:
+            if error.name not in ("fastapi", "uvicorn", "starlette"):
+                raise
+            raise ValueError(
+                f"rollout.endpoint_port: got {port} without {error.name}, expected it to be installed; run "
+                'pip install -e ".[serve]", or remove the port'
+            ) from error
+        speaker = Speaker(
+            self.engine,
+            self.turns,
+            self.tokenizer,
+            stop_ids=self.stop_ids,
+            max_new_tokens=self.config.max_new_tokens,
+            temperature=self.config.temperature,
+            max_batch=self.config.max_batch,
+        )
+        return Endpoint(port, speaker)
+
+    def close(self) -> None:
+        if self.endpoint is not None:
+            self.endpoint.close()
+            self.endpoint = None
+
     def generate(
         self,
         prompts: Sequence[Prompt],
@@ -112,12 +158,13 @@ class RolloutActor(Actor):
             stop_ids=self.stop_ids,
             greedy=greedy,
         )
-        version = self.engine.weight_version
-        samples = self.engine.generate(
-            [prompt.prompt_ids for prompt, _ in jobs],
-            [sampling_seed(self.seed, prompt.id, step, index) for prompt, index in jobs],
-            [settings] * len(jobs),
-        )
+        with self._awake(), self.turns.run():
+            version = self.engine.weight_version
+            samples = self.engine.generate(
+                [prompt.prompt_ids for prompt, _ in jobs],
+                [sampling_seed(self.seed, prompt.id, step, index) for prompt, index in jobs],
+                [settings] * len(jobs),
+            )
         return [
             Rollout(
                 prompt=prompt,
@@ -130,6 +177,21 @@ class RolloutActor(Actor):
             )
             for (prompt, index), sample in zip(jobs, samples, strict=True)
         ]
+
+    @contextlib.contextmanager
+    def _awake(self) -> Iterator[None]:
+        """Beside the policy, vLLM has the device while it samples and gives it back for the update.
+
+        What follows is a sync, so merged weights are dropped, not saved; should another sampling come first, the
+        policy, which has not moved, sends them once more.
+        """
+        if self._asleep:
+            self.wake()
+            if self._discarded:
+                self.follow(version=self._followed)
+        yield
+        if self._naps:
+            self.sleep(discard_weights=self.engine.sync_kind == "whole")
 
     def capacity(self) -> Capacity:
         """vLLM refills its batch from what it was sent; the other engine decodes one batch after the other."""
@@ -151,40 +213,52 @@ class RolloutActor(Actor):
         self.engine.join(rendezvous, first_rank=first_rank)
 
     def begin_sync(self, *, version: int, buckets: int) -> None:
-        self.engine.begin_sync(version=version, buckets=buckets)
+        self.turns.hold_off()
+        with self.turns.run():
+            self.engine.begin_sync(version=version, buckets=buckets)
 
     def receive_bucket(self, bucket: WeightBucket) -> None:
         """Take some weights over. Raises RuntimeError when a byte differs from what was sent."""
-        self.engine.receive(bucket)
+        with self.turns.run():
+            self.engine.receive(bucket)
 
     def finish_sync(self, probe: Probe, *, version: int) -> int:
         """Sample from the new weights from now on. Raises RuntimeError when some are missing or compute otherwise."""
-        self.engine.finish_sync(version=version)
+        with self.turns.run():
+            self.engine.finish_sync(version=version)
         return self.check_probe(probe)
 
     def receive_adapter(self, update: AdapterUpdate) -> int:
         """Sample with this adapter from now on. Raises RuntimeError when a byte differs from what was sent."""
-        return self.engine.receive_adapter(update)
+        self.turns.hold_off()
+        with self.turns.run():
+            return self.engine.receive_adapter(update)
 
     def check_probe(self, probe: Probe) -> int:
         """The version that samples. Raises RuntimeError when it computes something else than the trainer's."""
-        version = self.engine.weight_version
-        if version != probe.version:
-            raise RuntimeError(f"weight sync: got version {version} in the engine, expected {probe.version}")
+        with self.turns.run():
+            version = self.engine.weight_version
+            if version != probe.version:
+                raise RuntimeError(f"weight sync: got version {version} in the engine, expected {probe.version}")
+            got = self.engine.probe_logprobs(probe.ids)
         check_gap(
-            self.engine.probe_logprobs(probe.ids),
+            got,
             probe.logprobs,
             limit=self.config.probe_gap_limit or PROBE_GAP_LIMIT[self.model_config.dtype],
             what=f"weight sync of version {version}, probe prompt",
         )
+        self.turns.let_in()
         return version
 
     def follow(self, *, version: int) -> int:
         """Take the weights of the policy in this process: the same memory, or a copy."""
         if self.policy is None:
             raise RuntimeError("got follow() on an engine without the policy beside it, expected a weight sync")
+        self._followed = version
         if isinstance(self.engine, TransformersEngine):
             return self.engine.follow(version=version)
+        if self._asleep:
+            self.wake()
         if self.engine.sync_kind == "adapter":
             self.receive_adapter(self.policy.export_adapter(version=version))
             return self.check_probe(self.policy.probe(version=version))
@@ -199,7 +273,14 @@ class RolloutActor(Actor):
 
     def sleep(self, *, discard_weights: bool = False) -> int:
         """Free the device for the update; returns the bytes freed there. With `discard_weights` a sync must follow."""
-        return self.engine.sleep(discard_weights=discard_weights)
+        self.turns.hold_off()
+        self._asleep, self._discarded = True, discard_weights
+        with self.turns.run():
+            return self.engine.sleep(discard_weights=discard_weights)
 
     def wake(self) -> None:
-        self.engine.wake()
+        with self.turns.run():
+            self.engine.wake()
+        self._asleep = False
+        if not self._discarded:
+            self.turns.let_in()

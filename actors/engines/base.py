@@ -32,6 +32,11 @@ class RolloutEngine(Protocol):
     """What a sync must carry."""
 
     @property
+    def max_model_len(self) -> int | None:
+        """Longest prompt and response together; None where the model names no limit."""
+        ...
+
+    @property
     def weight_version(self) -> int:
         """The version that the next sample comes from. Raises RuntimeError after a sync that did not end."""
         ...

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -21,6 +22,7 @@ class TransformersEngine:
 
     def __init__(self, model: HfModel, *, max_batch: int) -> None:
         self.model, self.max_batch = model, max_batch
+        self.max_model_len: int | None = getattr(model.model.config, "max_position_embeddings", None)
         self._sync = SyncState()
         self._group: BroadcastGroup | None = None
 
@@ -33,16 +35,18 @@ class TransformersEngine:
     ) -> list[Sample]:
         _ = self.weight_version  # refuses torn weights
         samples: dict[int, Sample] = {}
-        for setting in dict.fromkeys(settings):
-            rows = [i for i, other in enumerate(settings) if other == setting]
+        # Only the limit may differ within a batch.
+        kinds = [replace(setting, max_new_tokens=1) for setting in settings]
+        for kind in dict.fromkeys(kinds):
+            rows = [i for i, other in enumerate(kinds) if other == kind]
             made = generate(
                 self.model,
                 [prompts[i] for i in rows],
                 [seeds[i] for i in rows],
-                max_new_tokens=setting.max_new_tokens,
-                temperature=setting.temperature,
-                stop_ids=setting.stop_ids,
-                greedy=setting.greedy,
+                max_new_tokens=[settings[i].max_new_tokens for i in rows],
+                temperature=kind.temperature,
+                stop_ids=kind.stop_ids,
+                greedy=kind.greedy,
                 max_batch=self.max_batch,
             )
             samples.update(zip(rows, made, strict=True))

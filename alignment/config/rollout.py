@@ -61,6 +61,9 @@ class RolloutConfig(Config):
     """Answer to the limit whatever is sampled: for measuring speed."""
     max_batch: Positive = 64
     """Sequences decoded together by one engine."""
+    endpoint_port: Annotated[int, Field(ge=1, le=65535)] | None = None
+    """Port of an OpenAI-compatible endpoint on 127.0.0.1, where the first engine runs, to talk to the policy while it
+    trains; None is no endpoint. Needs the extra `serve`; see docs/rollout_engines.md."""
     logprob_gap_limit: PositiveFloat = 0.05
     """Largest mean |rollout - trainer| log-probability over a step's tokens; above it the run stops before the step's
     update."""
