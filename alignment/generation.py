@@ -45,7 +45,7 @@ def generate(
     prompts: Sequence[Sequence[int]],
     seeds: Sequence[int],
     *,
-    max_new_tokens: int,
+    max_new_tokens: int | Sequence[int],
     temperature: float,
     stop_ids: frozenset[int],
     greedy: bool = False,
@@ -53,16 +53,19 @@ def generate(
 ) -> list[Sample]:
     """One sample per prompt, in the order given; `max_batch` sequences are decoded together.
 
-    `stop_ids` end a response and belong to it. Log-probabilities are float32 at `temperature` over the whole
-    vocabulary, greedy or not.
+    `max_new_tokens` is one limit for all, or one per prompt. `stop_ids` end a response and belong to it.
+    Log-probabilities are float32 at `temperature` over the whole vocabulary, greedy or not.
     """
+    limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
     # Neighbours in length share a batch: left padding is work.
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     samples: dict[int, Sample] = {}
     with _evaluating(model.model), packed_matrices(model, rows=min(len(prompts), max_batch)):
         for start in range(0, len(order), max_batch):
             rows = order[start : start + max_batch]
-            batch = _Batch(model, [prompts[i] for i in rows], [seeds[i] for i in rows], max_new_tokens, stop_ids)
+            batch = _Batch(
+                model, [prompts[i] for i in rows], [seeds[i] for i in rows], [limits[i] for i in rows], stop_ids
+            )
             for i, sample in zip(rows, batch.run(temperature, greedy), strict=True):
                 samples[i] = sample
     return [samples[i] for i in range(len(prompts))]
@@ -156,10 +159,10 @@ class _Batch:
         model: HfModel,
         prompts: list[Sequence[int]],
         seeds: list[int],
-        max_new_tokens: int,
+        limits: list[int],
         stop_ids: frozenset[int],
     ) -> None:
-        self.model, self.max_new_tokens, self.stop_ids = model, max_new_tokens, stop_ids
+        self.model, self.limits, self.stop_ids = model, limits, stop_ids
         device = model.device
         longest = max(map(len, prompts))
         self.input_ids = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts], device=device)
@@ -167,10 +170,7 @@ class _Batch:
         self.mask = torch.arange(longest, device=device) >= (longest - lengths).unsqueeze(1)
         self.next_position = lengths.unsqueeze(1)
         self.uniform = torch.stack(
-            [
-                torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(s), dtype=torch.float64)
-                for s in seeds
-            ]
+            [torch.rand(max(limits), generator=torch.Generator().manual_seed(s), dtype=torch.float64) for s in seeds]
         ).to(device)
         self.rows = torch.arange(len(prompts), device=device)
         self.ids: list[list[int]] = [[] for _ in prompts]
@@ -179,13 +179,13 @@ class _Batch:
 
     def run(self, temperature: float, greedy: bool) -> list[Sample]:
         prefill_positions = (self.mask.long().cumsum(-1) - 1).clamp(min=0)
-        cache = _roomy_cache(self.model.model.config, self.input_ids.shape[1] + self.max_new_tokens)
+        cache = _roomy_cache(self.model.model.config, self.input_ids.shape[1] + max(self.limits))
         output = self._forward(self.input_ids, prefill_positions, cache)
         active = torch.ones(len(self.ids), dtype=torch.bool, device=self.rows.device)
-        for step in range(self.max_new_tokens):
+        for step in range(max(self.limits)):
             tokens, logprobs = _pick(output.logits[:, -1], self.uniform[self.rows, step], temperature, greedy)
             self._record(tokens, logprobs, active)
-            if step + 1 == self.max_new_tokens or not active.any():
+            if not active.any():
                 break
             tokens, active = self._drop_finished(tokens, active, cache)
             self.mask = torch.nn.functional.pad(self.mask, (0, 1), value=True)
@@ -217,8 +217,8 @@ class _Batch:
             token = int(tokens[i])
             self.ids[row].append(token)
             self.logprobs[row].append(float(logprobs[i]))
-            if token in self.stop_ids:
-                self.stopped[row] = True
+            self.stopped[row] = token in self.stop_ids
+            if self.stopped[row] or len(self.ids[row]) == self.limits[row]:
                 active[i] = False
 
     def _drop_finished(self, tokens: Tensor, active: Tensor, cache: Any) -> tuple[Tensor, Tensor]:

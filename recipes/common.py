@@ -176,8 +176,11 @@ def parse(name: str, config_class: type[ConfigT], argv: list[str] | None) -> Job
     )
 
 
-def open_run_directory(job: Job[Any]) -> tuple[RunDirectory, Path | None]:
-    """Create and lock the run directory; the verified checkpoint to resume from, or None for a fresh start."""
+def open_run_directory(job: Job[Any], *, num_bytes: int = 0) -> tuple[RunDirectory, Path | None]:
+    """Create and lock the run directory; the verified checkpoint to resume from, or None for a fresh start.
+
+    `num_bytes`: what a fresh start will need on disk.
+    """
     directory = RunDirectory(job.output_dir)
     directory.lock()
     chosen, passed_over = checks.checkpoint_to_resume(job)
@@ -188,6 +191,7 @@ def open_run_directory(job: Job[Any]) -> tuple[RunDirectory, Path | None]:
     if chosen is not None:
         job.earlier_seconds = directory.seconds_of_steps(before=int(chosen.name.removeprefix("step_")))
     else:
+        directory.require_space(num_bytes)
         # What an attempt without a usable checkpoint logged would stand there twice.
         directory.truncate_after(-1)
     return directory, chosen
@@ -314,7 +318,7 @@ def batch_arithmetic(config: Any, cluster: ClusterConfig) -> str:
     return "\n".join(lines)
 
 
-def ppo_plan(job: Job[Any], num_parameters: int, num_train: int, num_held_out: int) -> str:
+def ppo_plan(job: Job[Any], num_parameters: int, data: str) -> str:
     """What `--dry-run` prints."""
     from actors.plan import describe_plan, estimate_memory, plan_processes
 
@@ -322,7 +326,7 @@ def ppo_plan(job: Job[Any], num_parameters: int, num_train: int, num_held_out: i
     untrained = reward is not None and checks.is_own_reward_model(reward)
     return "\n".join(
         [
-            f"{num_train} training prompts, {num_held_out} held out; {num_parameters / 1e6:.1f} M parameters",
+            f"prompts: {data}; {num_parameters / 1e6:.1f} M parameters",
             *([f"{reward} is not there yet: it would be trained first"] if reward and untrained else []),
             batch_arithmetic(job.config, job.cluster),
             describe_plan(plan_processes(job.cluster)),
@@ -332,14 +336,14 @@ def ppo_plan(job: Job[Any], num_parameters: int, num_train: int, num_held_out: i
     )
 
 
-def reward_model_plan(job: Job[Any], num_parameters: int, num_train: int, num_held_out: int) -> str:
+def reward_model_plan(job: Job[Any], num_parameters: int, data: str) -> str:
     """What `--dry-run` prints."""
     from actors.plan import describe_plan, plan_processes
 
     training = job.config.training
     return "\n".join(
         [
-            f"{num_train} training pairs, {num_held_out} held out; {num_parameters / 1e6:.1f} M parameters",
+            f"pairs: {data}; {num_parameters / 1e6:.1f} M parameters",
             f"{training.batch_size} pairs a step = up to {-(-training.batch_size // training.micro_batch_size)} "
             f"accumulated micro-batches x {training.micro_batch_size} pairs x 1 worker",
             describe_plan(plan_processes(job.cluster, ("reward_model",))),

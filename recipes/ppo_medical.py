@@ -15,11 +15,14 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from actors.build import PpoRoles, ppo_actors, ppo_roles
+from actors.engines import choose_engine
+from actors.plan import checkpoint_bytes
 from alignment.config import ROLES, PpoRunConfig
 from alignment.data.chat import eos_ids_of_model, eos_is_trained, load_tokenizer
 from alignment.data.prompts import PromptSet, load_prompts, prompts_for_step
+from alignment.fingerprint import model_fingerprint, records_fingerprint
 from alignment.loops.evaluation import HeldOut, answer_table, compare, evaluate
-from alignment.loops.ppo import PpoState, train_ppo, train_ppo_one_pass
+from alignment.loops.ppo import PpoState, stop_on_blow_up, train_ppo, train_ppo_one_pass
 from alignment.loops.run import Run
 from alignment.metrics import check_trackers
 from recipes import checks, common, reward_model_medical
@@ -47,6 +50,7 @@ def check(job: common.Job[PpoRunConfig]) -> Start:
     checks.check_machines(job.cluster, ROLES, local=job.local)
     checks.check_attention(job.config.model, job.cluster, hosts)
     check_trackers(job.config.run.trackers)
+    choose_engine(job.config.rollout.engine, job.cluster.rollout.engine)
     config = checks.resolve_paths(job.config)
     tokenizer = load_tokenizer(config.model.path, config.model.revision)
     num_parameters = checks.check_models(config, tokenizer)
@@ -60,21 +64,33 @@ def check(job: common.Job[PpoRunConfig]) -> Start:
     return Start(config=config, tokenizer=tokenizer, prompts=prompts, num_parameters=num_parameters, upstream=upstream)
 
 
+def inputs(config: PpoRunConfig, prompts: PromptSet) -> dict[str, str]:
+    """A short name for the contents of all that the run reads."""
+    models = {"model": config.model.path, "critic": config.critic.path, "reward model": config.reward.model}
+    return {
+        **{name: model_fingerprint(path, config.model.revision) for name, path in models.items() if path is not None},
+        "prompts": records_fingerprint([*prompts.train, *prompts.held_out]),
+    }
+
+
 def run_ppo(job: common.Job[PpoRunConfig]) -> None:
     start = check(job)
     config, model = start.config, start.config.model
     if job.dry_run:
         checks.check_start(job)
-        print(common.ppo_plan(job, start.num_parameters, len(start.prompts.train), len(start.prompts.held_out)))
+        print(common.ppo_plan(job, start.num_parameters, start.prompts.summary()))
         return
-    directory, resume_from = common.open_run_directory(job)
+    print(f"prompts: {start.prompts.summary()}", flush=True)
+    space = checkpoint_bytes(config, start.num_parameters)
+    directory, resume_from = common.open_run_directory(job, num_bytes=space)
     if start.upstream is not None:
         common.train_first(job, reward_model_medical.main, start.upstream)
         checks.check_reward_model(config)
+    directory.keep_inputs(inputs(config, start.prompts))
 
     actors = ppo_actors(config, job.cluster, model_path=model.path, critic_path=config.critic.path or model.path)
     with job.groups(actors) as groups:
-        roles = ppo_roles(groups)
+        roles = ppo_roles(groups, weight_route=job.cluster.rollout.weight_route)
         ends = eos_ids_of_model(start.tokenizer, model.path, model.revision)
         trained = eos_is_trained(start.tokenizer, eos_ids=ends)
         run = common.make_run(directory, config.run, model_path=model.path, eos_is_trained=trained)
@@ -130,6 +146,7 @@ def improve(
     common.write_summary(job, directory, gains, kl={"value": after.kl, "limit": config.kl.limit})
     if config.run.show_text:
         print(answer_table(before, after, num_shown=config.evaluation.num_shown))
+    stop_on_blow_up(after.kl, config.kl.limit, state.step)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -19,6 +19,7 @@ from alignment.config import RewardModelRunConfig
 from alignment.data.chat import eos_ids_of_model, load_tokenizer
 from alignment.data.model_assets import resolve_model
 from alignment.data.preferences import load_preference_pairs
+from alignment.fingerprint import model_fingerprint, records_fingerprint
 from alignment.loops.offline import pair_report, train_reward_model
 from alignment.metrics import check_trackers
 from alignment.model_checks import check_model
@@ -56,9 +57,13 @@ def train(job: common.Job[RewardModelRunConfig]) -> None:
     )
     if job.dry_run:
         checks.check_start(job)
-        print(common.reward_model_plan(job, num_parameters, len(pairs.train), len(pairs.held_out)))
+        print(common.reward_model_plan(job, num_parameters, pairs.summary()))
         return
+    print(f"pairs: {pairs.summary()}", flush=True)
     directory, resume_from = common.open_run_directory(job)
+    directory.keep_inputs(
+        {"model": model_fingerprint(model_path), "pairs": records_fingerprint([*pairs.train, *pairs.held_out])}
+    )
 
     actors = reward_training_actors(config, job.cluster, model_path=model_path)
     with job.groups(actors) as groups:

@@ -32,7 +32,7 @@ def byte_tokenizer():
     return tokenizer
 
 
-def tiny_config(kind: str, vocab_size: int):
+def tiny_config(kind: str, vocab_size: int, **changes: int):
     from transformers import GPT2Config, LlamaConfig, MistralConfig, Qwen2Config
 
     small = {
@@ -46,7 +46,7 @@ def tiny_config(kind: str, vocab_size: int):
         "eos_token_id": 2,
         "pad_token_id": 2,
         "bos_token_id": 1,
-    }
+    } | changes
     if kind == "gpt2":
         return GPT2Config(
             vocab_size=vocab_size, n_embd=32, n_layer=2, n_head=4, n_positions=512, eos_token_id=2, bos_token_id=1
@@ -54,14 +54,14 @@ def tiny_config(kind: str, vocab_size: int):
     return {"llama": LlamaConfig, "qwen2": Qwen2Config, "mistral": MistralConfig}[kind](**small)
 
 
-def write_tiny_model(folder: Path, kind: str = "llama", seed: int = 0) -> Path:
+def write_tiny_model(folder: Path, kind: str = "llama", seed: int = 0, **changes: int) -> Path:
     """A random causal model with its tokenizer. Weights are large enough that logits differ between tokens."""
     import torch
     from transformers import AutoModelForCausalLM
 
     tokenizer = byte_tokenizer()
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(tiny_config(kind, len(tokenizer)))
+    model = AutoModelForCausalLM.from_config(tiny_config(kind, len(tokenizer), **changes))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim >= 2:

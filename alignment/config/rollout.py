@@ -2,18 +2,51 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from alignment.config.base import Config, Positive, PositiveFloat
+
+
+class VllmConfig(Config):
+    """How vLLM runs. What is left at None, vLLM decides."""
+
+    max_model_len: Positive | None = None
+    """Longest prompt and response together; None is what the model was built for, and must fit into the cache."""
+    kv_cache_gb: PositiveFloat | None = None
+    """Cache of keys and values of one engine; None is 1 GB on a CPU, and what `memory_share` leaves on a GPU."""
+    memory_share: Annotated[float, Field(gt=0, le=1)] = 0.9
+    """Share of the GPU that weights, activations and cache may fill."""
+    eager: bool | None = None
+    """Run without compiled graphs; None is yes on a CPU and no on a GPU."""
+
+
+class CorrectionConfig(Config):
+    """Weights for tokens that the engine samples with other probabilities than the trainer computes."""
+
+    kind: Literal["none", "token_tis", "sequence_tis", "icepop"] = "none"
+    """What a token's loss is multiplied by, from the ratio of the trainer's probability to the sampler's: `none` 1,
+    `token_tis` its ratio up to `cap`, `sequence_tis` the product of its response's ratios up to `cap`, `icepop` its
+    ratio from `low` to `high` and 0 outside. Tokens of weight 0 still count in the mean."""
+    cap: Annotated[float, Field(ge=1)] = 2.0
+    """Largest weight of token_tis and sequence_tis (truncated importance sampling, Yao et al. 2025)."""
+    low: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """Ratio below which icepop drops a token (arXiv 2510.18855)."""
+    high: Annotated[float, Field(ge=1)] = 5.0
+    """Ratio above which icepop drops a token."""
 
 
 class RolloutConfig(Config):
     """Sampling. While training, top-p and top-k are refused: see docs/sampling.md."""
 
-    engine: Literal["transformers"] = "transformers"
-    """The embedded engine; the cluster YAML may name another."""
+    engine: Literal["auto", "transformers", "vllm"] = "auto"
+    """What samples; `auto` takes the one that the cluster YAML names, else vLLM where it is installed."""
+    vllm: VllmConfig = VllmConfig()
+    """Only read where vLLM samples."""
+    lora_sync: Literal["adapter", "merged"] = "adapter"
+    """What vLLM receives of a LoRA policy: the adapter alone, or the whole model with the adapter merged in.
+    transformers always takes merged weights."""
     max_new_tokens: Positive = 64
     """Generation limit per response."""
     temperature: PositiveFloat = 1.0
@@ -28,8 +61,17 @@ class RolloutConfig(Config):
     """Answer to the limit whatever is sampled: for measuring speed."""
     max_batch: Positive = 64
     """Sequences decoded together by one engine."""
+    endpoint_port: Annotated[int, Field(ge=1, le=65535)] | None = None
+    """Port of an OpenAI-compatible endpoint on 127.0.0.1, where the first engine runs, to talk to the policy while it
+    trains; None is no endpoint. Needs the extra `serve`; see docs/rollout_engines.md."""
     logprob_gap_limit: PositiveFloat = 0.05
-    """Largest mean |rollout - trainer| log-probability accepted before the first update."""
+    """Largest mean |rollout - trainer| log-probability over a step's tokens; above it the run stops before the step's
+    update."""
+    correction: CorrectionConfig = CorrectionConfig()
+    """What to do about a gap below the limit."""
+    probe_gap_limit: PositiveFloat | None = None
+    """Largest mean |engine - trainer| log-probability of the probe prompt accepted after a weight sync; None is 0.001
+    in float32, 0.05 in bfloat16 and 0.02 in float16."""
 
     @model_validator(mode="after")
     def _whole_support(self) -> RolloutConfig:

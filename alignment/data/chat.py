@@ -73,15 +73,15 @@ def eos_ids_of_model(tokenizer: PreTrainedTokenizerBase, path: str, revision: st
     return eos_token_ids(tokenizer, config)
 
 
-def single_token(tokenizer: PreTrainedTokenizerBase, stop: str) -> int:
-    """The id of a stop token.
+def single_token(tokenizer: PreTrainedTokenizerBase, stop: str, *, what: str = "rollout.stop") -> int:
+    """The id of a stop token; `what` is the name that a refusal gives it.
 
     Raises:
         ValueError: the text is several tokens, or none.
     """
     ids = tokenizer.encode(stop, add_special_tokens=False)
     if len(ids) != 1:
-        raise ValueError(f"rollout.stop: got {stop!r}, which is {len(ids)} tokens, expected one; name a single token")
+        raise ValueError(f"{what}: got {stop!r}, which is {len(ids)} tokens, expected one; name a single token")
     return int(ids[0])
 
 

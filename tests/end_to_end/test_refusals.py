@@ -31,7 +31,7 @@ run: {{num_steps: 2}}
 data: {{source: {{path: {tiny}/prompts.jsonl}}, held_out: 4}}
 model: {{path: {tiny}/policy}}
 reward: {{model: {tiny}/reward}}
-rollout: {{max_new_tokens: 4}}
+rollout: {{engine: transformers, max_new_tokens: 4}}
 ppo: {{rollout_batch_size: 4, minibatch_size: 4}}
 """
     )

@@ -28,7 +28,7 @@ run: {{num_steps: 4, trackers: []}}
 data: {{source: {{path: {tiny}/prompts.jsonl}}, held_out: 4}}
 model: {{path: {tiny}/policy}}
 reward: {{model: {tiny}/reward}}
-rollout: {{max_new_tokens: 8}}
+rollout: {{engine: transformers, max_new_tokens: 8}}
 kl: {{coef: 0.1, target: 0.5, horizon: 100}}
 ppo: {{rollout_batch_size: 4, minibatch_size: 2, ppo_epochs: 2}}
 policy: {{adapter: {{r: 4}}, optimizer: {{lr: 3.0e-3}}}}

@@ -59,7 +59,7 @@ reward:
   normalize: true
   functions: [{{name: "text:finished_sentence", weight: 0.5}}]
   missing_eos_penalty: 0.5
-rollout: {{max_new_tokens: 8}}
+rollout: {{engine: transformers, max_new_tokens: 8}}
 kl: {{coef: 0.1, target: 0.5, horizon: 100}}
 ppo: {{rollout_batch_size: 4, minibatch_size: 2, ppo_epochs: 2}}
 policy: {{adapter: {{r: 4}}, micro_batch_size: 1, optimizer: {{lr: 1.0e-3, adaptive_kl_target: 0.01}}}}

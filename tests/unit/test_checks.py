@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from actors.plan import check_cpus, plan_processes
+from actors.build import ppo_actors
+from actors.plan import check_cpus, check_gpus, plan_processes
 from alignment.checkpoint import CheckpointStore
 from alignment.config import ROLES, ClusterConfig, ModelConfig, PpoRunConfig, RewardConfig
 from alignment.config_io import dump_config
@@ -87,6 +88,24 @@ def test_reward_functions_are_compared_with_the_columns_of_every_prompt(tiny):
         check("exact_match:multiple_choice", topic=1)
     with pytest.raises(ValueError, match="got a column 'lengths' in the data, expected none of prompts, responses"):
         check("text:no_refusal", lengths=1)
+
+
+def test_engines_and_their_parts_are_counted_as_gpus():
+    settings = {"num_engines": 3, "tensor_parallel_size": 2, "gpus_per_worker": 1, "cpus_per_worker": 0.5}
+    cluster = ClusterConfig.model_validate({"rollout": settings, "policy": {"gpus_per_worker": 1.0}})
+    engines = next(plan for plan in plan_processes(cluster) if plan.roles == ("rollout",))
+    # One process holds both GPUs of its engine.
+    assert (engines.num_workers, engines.gpus, engines.cpus) == (3, 2.0, 0.5)
+    check_gpus(plan_processes(cluster), 7)
+    with pytest.raises(ValueError, match="asks for 7 GPUs, expected at most the 6"):
+        check_gpus(plan_processes(cluster), 6)
+
+
+def test_the_transformers_engine_is_not_split():
+    config = PpoRunConfig.model_validate({"rollout": {"engine": "transformers"}, "reward": {"model": "m"}})
+    cluster = ClusterConfig.model_validate({"rollout": {"tensor_parallel_size": 2, "gpus_per_worker": 1}})
+    with pytest.raises(ValueError, match=r"tensor_parallel_size: got 2 for the transformers engine, expected 1; set"):
+        ppo_actors(config, cluster, model_path=config.model.path, critic_path=config.model.path)
 
 
 def snapshot(folder: Path) -> dict[str, tuple[float, bytes | None]]:

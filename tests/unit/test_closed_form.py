@@ -7,54 +7,18 @@ gate has to see each of them.
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
-from torch import nn
+from toy import ANSWERS, LENGTH, NUM_PROMPTS, NUM_STATES, VOCAB, TabularPolicy, replace, rollout_of
 
 from alignment import experience as experience_module
 from alignment.engines.torch import TorchEngine
 from alignment.experience import make_experience
 from alignment.learners import ppo as ppo_module
 from alignment.learners.ppo import PolicyLearner
-from alignment.types import Prompt, Rollout
 
-VOCAB, LENGTH, BETA, NUM_PROMPTS = 4, 3, 0.5, 2
-ANSWERS = torch.tensor(list(itertools.product(range(VOCAB), repeat=LENGTH)))
-NUM_STATES = 1 + VOCAB + VOCAB**2
+BETA = 0.5
 PER_PROMPT, STEPS = 48, 120
-
-
-class TabularPolicy(nn.Module):
-    """A row of logits per (prompt, prefix). The prompt is its number written twice; both positions share the root row,
-    and so does whatever stands behind the answer: training on either shows in the distribution."""
-
-    def __init__(self, logits: torch.Tensor) -> None:
-        super().__init__()
-        self.table = nn.Parameter(logits.clone())
-
-    def hidden(self, input_ids, attention_mask):
-        prompt = input_ids[:, 0]
-        state = torch.zeros_like(input_ids)
-        state[:, 2] = 1 + input_ids[:, 2]
-        if input_ids.shape[1] > 3:
-            state[:, 3] = 1 + VOCAB + VOCAB * input_ids[:, 2] + input_ids[:, 3]
-        return self.table[prompt.unsqueeze(1) * NUM_STATES + state.clamp(max=NUM_STATES - 1)]
-
-    def head(self, hidden):
-        return hidden
-
-    def token_logps(self):
-        """(prompts, 64, 3) log-probabilities of the tokens of every answer, in float64."""
-        logits = self.table.detach().double().view(NUM_PROMPTS, NUM_STATES, VOCAB).log_softmax(-1)
-        first, second = ANSWERS[:, 0], ANSWERS[:, 1]
-        states = torch.stack([torch.zeros_like(first), 1 + first, 1 + VOCAB + VOCAB * first + second], 1)
-        return logits[:, states, ANSWERS]
-
-    def answer_logps(self):
-        """(prompts, 64)."""
-        return self.token_logps().sum(-1)
 
 
 def problem():
@@ -114,23 +78,6 @@ def distance_after_training(*, steps=STEPS, mutate_experience=None) -> float:
         )
         learner.update(experience if mutate_experience is None else mutate_experience(experience), step=step)
     return float((policy.answer_logps().exp() - target).abs().sum(-1).max() / 2)
-
-
-def rollout_of(prompt: int, ids: tuple[int, ...]) -> Rollout:
-    return Rollout(
-        prompt=Prompt(id=str(prompt), messages=(), prompt_ids=(prompt, prompt)),
-        sample_index=0,
-        response_ids=ids,
-        rollout_logprobs=(0.0,) * len(ids),
-        finish_reason="stop",
-        response="",
-        weight_version=0,
-    )
-
-
-def replace(experience, **changes):
-    fields = {name: getattr(experience, name) for name in type(experience).__slots__}
-    return type(experience)(**{**fields, **changes})
 
 
 GATE = 0.01
@@ -199,7 +146,7 @@ def pad_and_learn(experience, columns=2):
         advantages=wider(experience.advantages, 0.5 * ones),
         **{
             name: wider(getattr(experience, name), 0 * ones)
-            for name in ("ref_logprobs", "rewards", "old_values", "returns")
+            for name in ("rollout_logprobs", "ref_logprobs", "rewards", "old_values", "returns")
         },
     )
 

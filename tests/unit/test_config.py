@@ -113,11 +113,29 @@ def test_minibatches_divide_a_step(minibatch_size, fits):
         ({"colocate": (("policy", "judge"),)}, "at most once"),
         ({"colocate": (("policy", "critic"), ("policy", "reference"))}, "at most once"),
         ({"policy": {"num_workers": 2}, "colocate": (("policy", "reference"),)}, "different numbers of workers"),
+        (
+            {"rollout": {"num_engines": 2}, "colocate": (("policy", "rollout"),)},
+            r"rollout\.num_engines: got 2 with roll",
+        ),
+        ({"rollout": {"num_engines": 2}, "colocate": (("reference", "rollout"),)}, "take rollout out of the group"),
     ],
 )
 def test_colocation_that_cannot_be_is_refused(values, reason):
     with pytest.raises(ValidationError, match=reason):
         ClusterConfig.model_validate(values)
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        ({}, "got tensor_parallel_size=2, expected 1 with gpus_per_worker=0: .*; set gpus_per_worker: 1"),
+        ({"gpus_per_worker": 0.5}, "expected 1 with gpus_per_worker=0.5"),
+        ({"gpus_per_worker": 1, "engine": "transformers"}, "got tensor_parallel_size=2, expected 1: the transformers"),
+    ],
+)
+def test_an_engine_that_cannot_be_split_is_refused(values, reason):
+    with pytest.raises(ValidationError, match=reason):
+        ClusterConfig.model_validate({"rollout": {"tensor_parallel_size": 2, **values}})
 
 
 @pytest.mark.parametrize(

@@ -57,6 +57,17 @@ def test_stop_tokens_end_the_answer_and_belong_to_it(tiny):
     assert any(s.finish_reason == "stop" for s in stopped)
 
 
+def test_limits_of_their_own_cut_the_same_samples(any_model_folder):
+    """Rows that end early leave the batch; nobody's tokens change, and a stop token counts before the limit does."""
+    model = models.load_causal_lm(str(any_model_folder))
+    prompts, seeds, limits = prompts_of(10), list(range(10)), [1, 12, 5, 2, 9, 12, 3, 7, 4, 11]
+    whole = generate(model, prompts, seeds, **SETTINGS)
+    cut = generate(model, prompts, seeds, **(SETTINGS | {"max_new_tokens": limits}))
+    assert [s.response_ids for s in cut] == [s.response_ids[:n] for s, n in zip(whole, limits, strict=True)]
+    ends = ["stop" if s.response_ids[-1] == 2 else "length" for s in cut]
+    assert [s.finish_reason for s in cut] == ends
+
+
 def test_a_stop_token_in_the_prompt_stops_nothing(tiny):
     model = models.load_causal_lm(str(tiny / "policy"))
     sample = generate(model, [[5, 2, 9]], [1], max_new_tokens=4, temperature=1.0, stop_ids=frozenset({2}))[0]
