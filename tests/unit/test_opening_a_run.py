@@ -41,7 +41,7 @@ def commit(output: Path, *steps: int) -> list[Path]:
 
 def log(directory: RunDirectory, *steps: int) -> None:
     for step in steps:
-        append_lines(directory.metrics, [json.dumps({"step": step, "reward/mean": 0.5})])
+        append_lines(directory.metrics, [json.dumps({"step": step, "reward/mean": 0.5, "timing/step": 2.0})])
         directory.append_rollouts(step, [{"response": "a"}, {"response": "b"}])
 
 
