@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from actors.weight_routes import CudaShare, map_cuda, share_cuda
-from actors.weight_sync import WeightBucket, checksum, pack_block, unpack_block
+from actors.weight_sync import WeightBucket, checksum, pack_block, unpack_bucket
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
@@ -47,5 +47,5 @@ def test_a_bucket_is_verified_in_another_process():
 
 
 def first_of(bucket: WeightBucket) -> float:
-    ((_, tensor),) = unpack_block(bucket)
+    ((_, tensor),) = unpack_bucket(bucket)
     return float(tensor.double().sum())
