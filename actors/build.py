@@ -21,6 +21,7 @@ from actors.reference import ReferenceActor
 from actors.reward import RewardModelActor
 from actors.reward_training import RewardTrainingActor
 from actors.rollout import RolloutActor
+from actors.weight_links import RouteChoice
 from actors.worker import Actor, choose_device
 from alignment.config import ClusterConfig, PpoRunConfig, RewardModelRunConfig
 
@@ -47,6 +48,8 @@ def ppo_actors(config: PpoRunConfig, cluster: ClusterConfig, *, model_path: str,
             policy=config.policy,
             ppo=config.ppo,
             temperature=config.rollout.temperature,
+            correction=config.rollout.correction,
+            logprob_gap_limit=config.rollout.logprob_gap_limit,
             total_updates=policy_steps * updates_per_step,
             device=choose_device(cluster.policy.gpus_per_worker),
             model=config.model,
@@ -102,9 +105,9 @@ def reward_training_actors(
     }
 
 
-def ppo_roles(groups: Mapping[str, Group]) -> PpoRoles:
+def ppo_roles(groups: Mapping[str, Group], *, weight_route: RouteChoice = "auto") -> PpoRoles:
     return PpoRoles(
-        policy=PolicyHandle(groups["policy"]),
+        policy=PolicyHandle(groups["policy"], weight_route),
         critic=CriticHandle(groups["critic"]),
         reference=ReferenceHandle(groups["reference"]),
         reward=RewardHandle(groups["reward_model"]),

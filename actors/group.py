@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from actors.worker import Actor, Host
+from actors.worker import Actor, ActorDiedError, Host
 
 PROCESS_ENVIRONMENT = {
     # Ray runs actor methods off the main thread, whose own arena would give every freed block back to the kernel.
@@ -19,8 +20,8 @@ PROCESS_ENVIRONMENT = {
 }
 
 
-class ActorDiedError(RuntimeError):
-    """A process of a group is gone."""
+RESTART_TIMEOUT = 120.0
+"""Seconds that a process which died may take to be placed and to exist again; loading its models comes after."""
 
 
 class RefPending:
@@ -39,12 +40,14 @@ class RefPending:
                 raise cause from error
             raise
         except RayActorError as error:
-            reason = str(error).strip().splitlines()
-            raise ActorDiedError(
-                f"{self.what}: the actor's process died ({reason[-1] if reason else 'no reason given'}); "
-                "the last completed step is on disk: run the same command again with --resume auto"
-            ) from error
+            raise ActorDiedError(self.what, _reason(error)) from error
         return [item for answer in answers for item in answer] if self.concatenate else answers[0]
+
+
+def _reason(error: RayActorError) -> str:
+    """The last line of what Ray says, without its advice."""
+    lines = str(error).strip().splitlines() or ["no reason given"]
+    return lines[-1].split(" Some common causes")[0].rstrip(".")
 
 
 class ActorGroup:
@@ -71,24 +74,28 @@ class ActorGroup:
         bundles: Sequence[int] = (),
     ) -> None:
         self.roles, self.num_workers = tuple(actors), num_workers
+        self._actors = dict(actors)
+        self._settings = {"threads": threads, "takes_turns": takes_turns, "shares_memory": shares_memory}
+        self._options: dict[str, Any] = {
+            "num_cpus": cpus_per_worker,
+            "num_gpus": gpus_per_worker,
+            "runtime_env": {"env_vars": PROCESS_ENVIRONMENT},
+        }
+        self._placement, self._bundles = placement, bundles
+        self.workers: list[Any] = [self._new_worker(rank) for rank in range(num_workers)]
+
+    def _new_worker(self, rank: int) -> Any:
+        """A process with the roles, not yet set up, in the bundle of its rank."""
         # The class name is what `ray list actors` and the logs show: the roles, not "Host".
-        name = "_".join(type(actor).__name__ for actor in actors.values())
+        name = "_".join(type(actor).__name__ for actor in self._actors.values())
         remote: Any = ray.remote(type(name, (Host,), {"__module__": Host.__module__}))
-        self.workers: list[Any] = []
-        for rank in range(num_workers):
-            strategy = (
-                PlacementGroupSchedulingStrategy(placement, placement_group_bundle_index=bundles[rank])
-                if placement is not None
-                else None
-            )
-            options = remote.options(
-                num_cpus=cpus_per_worker,
-                num_gpus=gpus_per_worker,
-                scheduling_strategy=strategy,
-                runtime_env={"env_vars": PROCESS_ENVIRONMENT},
-            )
-            settings = {"threads": threads, "takes_turns": takes_turns, "shares_memory": shares_memory}
-            self.workers.append(options.remote(dict(actors), rank=rank, **settings))
+        strategy = (
+            PlacementGroupSchedulingStrategy(self._placement, placement_group_bundle_index=self._bundles[rank])
+            if self._placement is not None
+            else None
+        )
+        options = remote.options(scheduling_strategy=strategy, **self._options)
+        return options.remote(self._actors, rank=rank, **self._settings)
 
     def start(self) -> RefPending:
         """Load the models. A failure there reaches the caller through `.result()`."""
@@ -120,3 +127,42 @@ class ActorGroup:
 
     def _name(self, method: str, role: str | None = None) -> str:
         return f"{role or '+'.join(self.roles)} actor, {method}"
+
+
+class EngineGroup(ActorGroup):
+    """Processes that hold nothing that cannot be had again: one that died is started again in its place."""
+
+    def only(self, rank: int) -> EngineGroup:
+        """The same, of one process."""
+        alone = copy.copy(self)
+        alone.workers, alone.num_workers = [self.workers[rank]], 1
+        return alone
+
+    def restart(self, rank: int) -> RefPending:
+        """A new process where the old one was, as it loads its models.
+
+        Raises:
+            ActorDiedError: the cluster has no room for it any more.
+        """
+        ray.kill(self.workers[rank])  # an unreachable one may still be there
+        self.workers[rank] = worker = self._new_worker(rank)
+        placed, _ = ray.wait([worker.pid.remote()], timeout=RESTART_TIMEOUT)
+        if not placed:
+            raise ActorDiedError(self._name("restart"), f"and found no place again within {RESTART_TIMEOUT:g} s")
+        return RefPending([worker.setup.remote()], self._name("setup"))
+
+    def dead(self) -> list[int]:
+        """The ranks whose process is gone. Waits for what the others have to do."""
+        ranks = []
+        for rank, ref in enumerate([worker.pid.remote() for worker in self.workers]):
+            try:
+                ray.get(ref)
+            except RayActorError:
+                ranks.append(rank)
+        return ranks
+
+    def first_done(self, pendings: Sequence[RefPending]) -> int:
+        """Index of a pending of one worker that has its answer, or failed; waits for one."""
+        refs = [pending.refs[0] for pending in pendings]
+        (ready, *_), _ = ray.wait(refs, num_returns=1)
+        return refs.index(ready)

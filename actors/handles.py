@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor
 
-from actors.weight_sync import SyncKind
-from alignment.interfaces import Pending
+from actors.dispatch import Dispatch
+from actors.engine_pool import EnginePool, Engines
+from actors.weight_links import RouteChoice, WeightLinks
+from actors.weight_routes import Route
+from actors.weight_sync import BUCKETS_UNDER_WAY, SyncKind
+from actors.worker import ActorDiedError
+from alignment.interfaces import Metrics, Pending
 from alignment.types import Experience, PreferencePair, Prompt, Rollout, Score
 
 
@@ -52,12 +57,15 @@ class InOrder:
         return [step.result() for step in self.steps][-1]
 
 
-BUCKETS_UNDER_WAY = 2
-
-
 class RolloutHandle(Handle):
+    """The engine in a process with other roles, or N engines of their own, which survive the death of a process."""
+
     role = "rollout"
     _sync_kind: SyncKind | None = None
+
+    def __init__(self, group: Group) -> None:
+        super().__init__(group)
+        self.pool = EnginePool(group) if isinstance(group, Engines) else None
 
     def sync_kind(self) -> SyncKind:
         if self._sync_kind is None:
@@ -66,19 +74,45 @@ class RolloutHandle(Handle):
         return self._sync_kind
 
     def generate(self, prompts: Sequence[Prompt], *, step: int, **kwargs: Any) -> Pending[list[Rollout]]:
-        return self.group.scatter(self.role, "generate", prompts, step=step, **kwargs)
+        if self.pool is None:
+            return self.group.scatter(self.role, "generate", prompts, step=step, **kwargs)
+        return Dispatch(self.pool, prompts, step=step, **kwargs)
+
+    def engines(self) -> tuple[list[Any], list[int]]:
+        """A group for each engine, and what tells its process from the one that it replaced."""
+        if self.pool is None:
+            return [self.group], [0]
+        return [self.pool.group.only(rank) for rank in range(self.pool.num_engines)], list(self.pool.lives)
+
+    def receive(self, send: Callable[[Any], Pending[int]]) -> Pending[int]:
+        """Let `send` bring weights to the group it is given: all engines now, and one that has to be started again."""
+        return send(self.group) if self.pool is None else self.pool.receive(send)
+
+    def metrics(self) -> Metrics:
+        return {"rollout/engine_restarts_count": 0.0} if self.pool is None else self.pool.metrics()
 
 
 class PolicyHandle(Handle):
     role = "policy"
 
+    def __init__(self, group: Group, weight_route: RouteChoice = "auto") -> None:
+        super().__init__(group)
+        self._changes = 0
+        self._links = WeightLinks(group, weight_route)
+
+    def load(self, folder: Path) -> Pending[Any]:
+        self._changes += 1
+        return super().load(folder)
+
     def logprobs(self, rollouts: Sequence[Rollout]) -> Pending[list[Tensor]]:
         return self.group.scatter(self.role, "logprobs", rollouts)
 
     def update(self, experience: Experience, *, step: int) -> Pending[dict[str, float]]:
+        self._changes += 1
         return self.group.call(self.role, "update", experience, step=step)
 
     def update_on_policy(self, experience: Experience, *, step: int) -> Pending[dict[str, float]]:
+        self._changes += 1
         return self.group.call(self.role, "update_on_policy", experience, step=step)
 
     def check(self, experience: Experience) -> Pending[dict[str, float]]:
@@ -88,23 +122,40 @@ class PolicyHandle(Handle):
         """Make `rollout`, a RolloutHandle, sample from this policy. The bytes do not pass through the caller."""
         if rollout.group is self.group:
             return rollout.group.call(rollout.role, "follow", version=version)
-        kind = rollout.sync_kind()
+        sent = self._changes
+
+        def send(engines: Group) -> Pending[int]:
+            if self._changes != sent:
+                reason = f"and the policy no longer holds the weights of version {version} that it sampled from"
+                raise ActorDiedError("rollout actor", reason)
+            # One engine alone is one that was started again; it is no member of a group yet.
+            alone = engines is not rollout.group
+            route = "object_store" if alone else self._links.route(*rollout.engines())
+            return self._send(engines, rollout.sync_kind(), version, route)
+
+        return rollout.receive(send)
+
+    def _send(self, engines: Group, kind: SyncKind, version: int, route: Route) -> Pending[int]:
+        """Begin anew with every call: what an earlier one left half done is forgotten."""
+        role = RolloutHandle.role
         if kind == "adapter":
             adapter = self.group.put(self.role, "export_adapter", version=version)
-            steps = [rollout.group.call(rollout.role, "receive_adapter", adapter)]
+            steps = [engines.call(role, "receive_adapter", adapter)]
             probe = self.group.put(self.role, "probe", version=version)
-            return InOrder([*steps, rollout.group.call(rollout.role, "check_probe", probe)])
+            return InOrder([*steps, engines.call(role, "check_probe", probe)])
         whole = kind == "whole"
         buckets = self.group.call(self.role, "plan_sync", whole=whole).result()
-        steps = [rollout.group.call(rollout.role, "begin_sync", version=version, buckets=buckets)]
+        steps = [engines.call(role, "begin_sync", version=version, buckets=buckets)]
         for index in range(buckets):
             # Two are on their way: one is packed while the engine loads the other.
             if index >= BUCKETS_UNDER_WAY:
                 steps[index - BUCKETS_UNDER_WAY].result()
-            bucket = self.group.put(self.role, "export_bucket", version=version, index=index, whole=whole)
-            steps.append(rollout.group.call(rollout.role, "receive_bucket", bucket))
+            bucket = self.group.put(self.role, "export_bucket", version=version, index=index, whole=whole, route=route)
+            if route == "broadcast":
+                self.group.put(self.role, "broadcast_bucket", index=index)
+            steps.append(engines.call(role, "receive_bucket", bucket))
         probe = self.group.put(self.role, "probe", version=version)
-        steps.append(rollout.group.call(rollout.role, "finish_sync", probe, version=version))
+        steps.append(engines.call(role, "finish_sync", probe, version=version))
         return InOrder(steps)
 
     def export(self, folder: Path) -> Pending[Any]:

@@ -5,14 +5,19 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import socket
 import sys
+import threading
 from collections.abc import Iterator, Mapping
 
 from actors.handles import Group
 from actors.local import LocalGroup
-from actors.plan import check_gpus, plan_processes
+from actors.plan import PlacementError, check_gpus, plan_processes
 from actors.worker import Actor
 from alignment.config import ClusterConfig
+
+ANSWER_SECONDS = 3.0
+"""How long a cluster has to take a connection: Ray itself would go on asking for minutes."""
 
 
 @contextlib.contextmanager
@@ -36,7 +41,7 @@ def ray_groups(actors: Mapping[str, Actor], cluster: ClusterConfig) -> Iterator[
     import ray
     from ray.util.placement_group import remove_placement_group
 
-    from actors.group import ActorGroup
+    from actors.group import ActorGroup, EngineGroup
     from actors.placement import reserve
 
     plans = plan_processes(cluster, tuple(actors))
@@ -46,7 +51,9 @@ def ray_groups(actors: Mapping[str, Actor], cluster: ClusterConfig) -> Iterator[
         stack.callback(remove_placement_group, placement)
         groups: list[ActorGroup] = []
         for plan, indices in zip(plans, bundles, strict=True):
-            group = ActorGroup(
+            # An engine beside other roles cannot be started again without them.
+            kind = EngineGroup if plan.roles == ("rollout",) else ActorGroup
+            group = kind(
                 {role: actors[role] for role in plan.roles},
                 num_workers=plan.num_workers,
                 cpus_per_worker=plan.cpus,
@@ -82,14 +89,58 @@ def connect() -> bool:
 
     True when started here. A cluster that merely runs on this machine is left alone: it may be another run's private
     one, and end with it.
+
+    Raises:
+        PlacementError: no cluster is there.
     """
     import ray
 
     if ray.is_initialized():
         return False
-    if "RAY_ADDRESS" in os.environ:
-        ray.init(logging_level=logging.WARNING)
-        print(f"joined the Ray cluster at {os.environ['RAY_ADDRESS']}", file=sys.stderr, flush=True)
+    if address := os.environ.get("RAY_ADDRESS"):
+        check_address(address)
+        try:
+            ray.init(logging_level=logging.WARNING)
+        except ConnectionError as error:
+            raise PlacementError(_no_cluster(address, str(error).strip().splitlines()[0])) from error
+        print(f"joined the Ray cluster at {address}", file=sys.stderr, flush=True)
         return False
     ray.init(address="local", include_dashboard=False, _node_ip_address="127.0.0.1", logging_level=logging.WARNING)
     return True
+
+
+def check_address(address: str) -> None:
+    """Refuse an address at which nobody answers. `auto` and `local`, which name no host, pass.
+
+    Raises:
+        PlacementError: no host and port, or no connection to them within 3 seconds.
+    """
+    if address in ("auto", "local"):
+        return
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not (host and colon and port.isdecimal()) or "/" in host:
+        raise PlacementError(_no_cluster(address, "no host:port"))
+    # In a thread, because looking a name up knows no time limit.
+    problems = [f"no answer within {ANSWER_SECONDS:g} s"]
+    asking = threading.Thread(target=_ask, args=(host.strip("[]"), int(port), problems), daemon=True)
+    asking.start()
+    asking.join(ANSWER_SECONDS)
+    if problem := problems[-1:]:
+        raise PlacementError(_no_cluster(address, problem[0]))
+
+
+def _ask(host: str, port: int, problems: list[str]) -> None:
+    """Empty `problems` when a connection is taken; add what went wrong when it is not."""
+    try:
+        socket.create_connection((host, port), timeout=ANSWER_SECONDS).close()
+    except (OSError, OverflowError, UnicodeError) as error:
+        problems.append(str(error))
+    else:
+        problems.clear()
+
+
+def _no_cluster(address: str, problem: str) -> str:
+    return (
+        f"RAY_ADDRESS: got {address!r} ({problem}), expected host:port of a running cluster, ray://host:port, auto or "
+        "local; start the cluster, correct the address, or unset RAY_ADDRESS for a private one"
+    )

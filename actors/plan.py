@@ -6,7 +6,9 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from actors.engines import choose_engine
 from alignment.config import ROLES, ClusterConfig, PpoRunConfig
+from alignment.config.cluster import RoleConfig, RolloutRoleConfig
 
 
 class PlacementError(ValueError):
@@ -42,11 +44,18 @@ def plan_processes(cluster: ClusterConfig, roles: Sequence[str] = ROLES) -> list
                 roles=group,
                 num_workers=settings[0].num_workers,
                 cpus=sum(s.cpus_per_worker for s in settings),
-                gpus=max(s.gpus_per_worker for s in settings),
+                gpus=max(gpus_per_process(s) for s in settings),
                 threads=max(s.threads_per_worker or os.cpu_count() or 1 for s in settings),
             )
         )
     return plans
+
+
+def gpus_per_process(settings: RoleConfig | RolloutRoleConfig) -> float:
+    """A tensor-parallel engine holds all its GPUs in one process, so on one node."""
+    if isinstance(settings, RolloutRoleConfig):
+        return settings.gpus_per_worker * settings.tensor_parallel_size
+    return settings.gpus_per_worker
 
 
 def describe_plan(plans: Sequence[ProcessPlan]) -> str:
@@ -107,15 +116,28 @@ def estimate_memory(config: PpoRunConfig, cluster: ClusterConfig, num_parameters
     frozen = num_parameters * width / 1e9
     learning = num_parameters * (width + 4 + 8 + master) / 1e9
     trained = {"policy": not config.policy.adapter.r, "critic": not config.critic.adapter.r}
+    embedded = choose_engine(config.rollout.engine, cluster.rollout.engine) == "transformers"
     lines = []
     for plan in plan_processes(cluster):
         total = 0.0
         for role in plan.roles:
             shares_policy = "policy" in plan.roles and (
-                role == "rollout" or (role == "reference" and config.policy.adapter.r > 0)
+                (role == "rollout" and embedded) or (role == "reference" and config.policy.adapter.r > 0)
             )
             if role == "reward_model" and config.reward.model is None:
                 continue
             total += 0.0 if shares_policy else learning if trained.get(role) else frozen
         lines.append(f"memory of {' + '.join(plan.roles):<36} {total:6.2f} GB of weights, gradients and moments each")
     return "\n".join(lines)
+
+
+def checkpoint_bytes(config: PpoRunConfig, num_parameters: int) -> int:
+    """What the checkpoints that are kept, one more while it is written, and the finished model take on disk.
+
+    Weights and the moments of what is trained; an adapter's part is left out, as are files that are small beside it.
+    """
+    width = 4 if config.model.dtype == "float32" else 2
+    master = 0 if width == 4 else 4
+    trained = (not config.policy.adapter.r) + (not config.critic.adapter.r)
+    one = trained * num_parameters * (width + 8 + master)
+    return (config.run.keep_checkpoints + 1) * one + num_parameters * width

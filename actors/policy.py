@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from actors.engines.transformers import probe_logprobs
 from actors.loading import causal_model, load_trained, make_trainable, save_trained
-from actors.weight_sync import AdapterUpdate, Probe, WeightBucket, pack_adapter, pack_bucket, plan_buckets, probe_ids
+from actors.weight_routes import Rendezvous, Route, Whereabouts, node_address
+from actors.weight_sender import WeightSender
+from actors.weight_sync import AdapterUpdate, Probe, WeightBucket, pack_adapter, probe_ids
 from actors.worker import Actor, UpdateOnce
 from alignment import adapters
-from alignment.config import ModelConfig, OptimizerConfig, PolicyConfig, PpoConfig
+from alignment.config import CorrectionConfig, ModelConfig, OptimizerConfig, PolicyConfig, PpoConfig
 from alignment.data.chat import load_tokenizer
 from alignment.learners.ppo import PolicyLearner
 from alignment.schedules import KlAdaptiveRate
@@ -24,6 +28,11 @@ def adaptive_rate(optimizer: OptimizerConfig) -> KlAdaptiveRate | None:
     """The controller that the optimiser's config asks for, if any."""
     target = optimizer.adaptive_kl_target
     return None if target is None else KlAdaptiveRate(target, optimizer.adaptive_bounds)
+
+
+def correction_settings(correction: CorrectionConfig | None) -> dict[str, Any] | None:
+    """What `correction_weights` takes, where the config asks for weights."""
+    return None if correction is None or correction.kind == "none" else correction.model_dump()
 
 
 class PolicyActor(Actor):
@@ -42,9 +51,12 @@ class PolicyActor(Actor):
         total_updates: int,
         seed: int,
         device: str = "cpu",
+        correction: CorrectionConfig | None = None,
+        logprob_gap_limit: float = math.inf,
     ) -> None:
         self.model_path, self.model_config, self.config, self.ppo = model_path, model, policy, ppo
         self.temperature, self.total_updates, self.seed, self.device = temperature, total_updates, seed, device
+        self.correction, self.logprob_gap_limit = correction, logprob_gap_limit
         self._once = UpdateOnce()
 
     def setup(self, peers: Mapping[str, Actor]) -> None:
@@ -52,6 +64,7 @@ class PolicyActor(Actor):
         engine = make_trainable(
             self.model, self.model_config, self.config, total_updates=self.total_updates, seed=self.seed
         )
+        self.sender = WeightSender(self.model.model, self.device)
         self.learner = PolicyLearner(
             self.model,
             engine,
@@ -65,6 +78,8 @@ class PolicyActor(Actor):
             entropy_coef=self.ppo.entropy_coef,
             kl_stop=self.ppo.kl_stop,
             adaptive_rate=adaptive_rate(self.config.optimizer),
+            correction=correction_settings(self.correction),
+            logprob_gap_limit=self.logprob_gap_limit,
             seed=self.seed,
             device=self.device,
         )
@@ -82,17 +97,27 @@ class PolicyActor(Actor):
     def check(self, experience: Experience) -> dict[str, float]:
         return self.learner.check(experience)
 
+    def whereabouts(self) -> Whereabouts:
+        return self.sender.whereabouts()
+
+    def open_group(self, *, receivers: int) -> Rendezvous:
+        """Where the engines' workers find the broadcast group that `meet` forms."""
+        return self.sender.open_group(node_address(), receivers=receivers)
+
+    def meet(self) -> None:
+        self.sender.meet()
+
     def plan_sync(self, *, whole: bool) -> int:
         """Buckets that make a rollout engine this policy: of merged weights, all of them with `whole`."""
-        sizes = adapters.merged_sizes(self.model.model, whole=whole)
-        names = tuple(sizes)
-        self._sync_plan = [names[part.start : part.stop] for part in plan_buckets(list(sizes.values()))]
-        return len(self._sync_plan)
+        return self.sender.plan(whole=whole)
 
-    def export_bucket(self, *, version: int, index: int, whole: bool) -> WeightBucket:
+    def export_bucket(self, *, version: int, index: int, whole: bool, route: Route = "object_store") -> WeightBucket:
         """Bucket `index` of the plan, packed and hashed."""
-        weights = adapters.merged_weights(self.model.model, set(self._sync_plan[index]), whole=whole)
-        return pack_bucket(weights, version=version, index=index)
+        return self.sender.pack(version=version, index=index, whole=whole, route=route)
+
+    def broadcast_bucket(self, *, index: int) -> None:
+        """The bytes of a bucket that was exported for the broadcast."""
+        self.sender.broadcast(index=index)
 
     def export_adapter(self, *, version: int) -> AdapterUpdate:
         """The adapter alone, for engines that have the base model."""
@@ -101,7 +126,8 @@ class PolicyActor(Actor):
             return pack_adapter(Path(folder), version=version)
 
     def probe(self, *, version: int) -> Probe:
-        """What an engine with these weights must compute."""
+        """What an engine with these weights must compute; the last call of a sync."""
+        self.sender.forget()
         ids = probe_ids(self.model.model.config.vocab_size)
         return Probe(version=version, ids=ids, logprobs=tuple(self.probe_logprobs(ids)))
 

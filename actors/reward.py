@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from alignment.config import ModelConfig, RewardConfig
 from alignment.data.chat import encode_conversation, eos_ids_of_model, load_tokenizer
 from alignment.learners.reward_model import score_sequences
 from alignment.types import Rollout, Score
-from rewards.base import RewardFunction, combine, load_function
+from rewards.base import RewardFunction, combine, load_function, refuse_reserved
 
 STATISTICS_FILE = "score_statistics.json"
 
@@ -38,16 +39,15 @@ class RewardModelActor(Actor):
         self.tokenizer = load_tokenizer(own.path, own.revision)
         self.eos_ids = eos_ids_of_model(self.tokenizer, own.path, own.revision)
         self.model = scalar_model(own.path, own, self.device, head="require", frozen=True)
-        statistics = Path(self.config.model) / STATISTICS_FILE
-        if self.config.standardize_model and statistics.is_file():
-            saved = json.loads(statistics.read_text(encoding="utf-8"))
-            self.mean, self.std = saved["mean"], saved["std"]
+        self.num_positions = models.num_positions(self.model.model.config)
+        if self.config.standardize_model:
+            self.mean, self.std = load_statistics(Path(self.config.model))
 
     def score(self, rollouts: Sequence[Rollout]) -> list[Score]:
         """One `Score` per rollout, in order."""
         responses = [rollout.response for rollout in rollouts]
         prompts = [rollout.prompt.messages[-1]["content"] for rollout in rollouts]
-        columns = _columns(rollouts)
+        columns = _columns(rollouts) if self.functions else {}
         parts: dict[str, list[float | None]] = {}
         if self.model is not None:
             parts["reward_model"] = self._model_scores(rollouts)
@@ -59,7 +59,8 @@ class RewardModelActor(Actor):
     def _model_scores(self, rollouts: Sequence[Rollout]) -> list[float | None]:
         """The answer is read as a finished turn, end token included, exactly as the training pairs were.
 
-        Whether it really finished is the missing-EOS penalty's business.
+        Whether it really finished is the missing-EOS penalty's business. None for a text that its own tokenizer makes
+        longer than the model's positions.
         """
         assert self.model is not None
         sequences = [
@@ -70,15 +71,46 @@ class RewardModelActor(Actor):
             )[0]
             for rollout in rollouts
         ]
-        scores = score_sequences(
-            self.model, sequences, micro_batch_size=self.config.micro_batch_size, device=self.device
+        fits = [self.num_positions is None or len(sequence) <= self.num_positions for sequence in sequences]
+        scores = iter(
+            score_sequences(
+                self.model,
+                [sequence for sequence, fit in zip(sequences, fits, strict=True) if fit],
+                micro_batch_size=self.config.micro_batch_size,
+                device=self.device,
+            )
         )
-        return [(score - self.mean) / self.std for score in scores]
+        return [(next(scores) - self.mean) / self.std if fit else None for fit in fits]
+
+
+def load_statistics(folder: Path) -> tuple[float, float]:
+    """Mean and standard deviation of the scores of real answers; 0 and 1 for a model that came without them.
+
+    Raises:
+        ValueError: a file that is broken, or numbers that nothing can be standardised with.
+    """
+    file = folder / STATISTICS_FILE
+    if not file.is_file():
+        return 0.0, 1.0
+    remedy = "train the reward model again, or set reward.standardize_model to false"
+    try:
+        saved = json.loads(file.read_text(encoding="utf-8"))
+        mean, std = float(saved["mean"]), float(saved["std"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{file}: got a broken file ({type(error).__name__}: {error}), expected JSON with mean and std; {remedy}"
+        ) from error
+    if not (math.isfinite(mean) and math.isfinite(std) and std > 0):
+        raise ValueError(
+            f"{file}: got mean {mean:g} and std {std:g}, expected finite numbers and a std above 0; {remedy}"
+        )
+    return mean, std
 
 
 def _columns(rollouts: Sequence[Rollout]) -> dict[str, list[object]]:
     """Extra data columns as lists, plus what the sampler knows: `finish_reasons` and `lengths`."""
     names = dict.fromkeys(name for rollout in rollouts for name in rollout.prompt.columns)
+    refuse_reserved(names)
     columns: dict[str, list[object]] = {name: [r.prompt.columns.get(name) for r in rollouts] for name in names}
     columns["finish_reasons"] = [rollout.finish_reason for rollout in rollouts]
     columns["lengths"] = [len(rollout.response_ids) for rollout in rollouts]

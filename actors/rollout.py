@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from actors.engine_pool import Capacity
 from actors.engines import EngineKind, RolloutEngine, SamplingSettings, choose_engine
 from actors.engines.transformers import TransformersEngine
 from actors.loading import causal_model
 from actors.policy import PolicyActor
 from actors.turns import Turns
+from actors.weight_routes import Rendezvous, Whereabouts, whereabouts
 from actors.weight_sync import AdapterUpdate, Probe, SyncKind, WeightBucket, check_gap
 from actors.worker import Actor
 from alignment.config import ModelConfig, RolloutConfig
@@ -21,6 +24,8 @@ if TYPE_CHECKING:
     from actors.endpoint import Endpoint
 
 CPU_CACHE_GB = 1.0
+BATCHES_PER_VLLM_SHARE = 4
+"""A share ends with the batch running empty; sharing out by less would let that happen more often."""
 PROBE_GAP_LIMIT = {"float32": 1e-3, "bfloat16": 0.05, "float16": 0.02}
 """Mean |engine - trainer| log-probability that other kernels may cause, by the dtype of the matrix products."""
 
@@ -47,14 +52,21 @@ class RolloutActor(Actor):
         self.model_path, self.model_config, self.config = model_path, model, rollout
         self.seed, self.device, self.tensor_parallel_size = seed, device, tensor_parallel_size
         self.engine_kind = engine or choose_engine(rollout.engine)
+        if self.engine_kind == "transformers" and tensor_parallel_size > 1:
+            raise ValueError(
+                f"rollout.tensor_parallel_size: got {tensor_parallel_size} for the transformers engine, expected 1; "
+                "set rollout.engine: vllm, or raise num_engines in the cluster YAML instead"
+            )
         self.adapter_rank = 0 if rollout.lora_sync == "merged" else adapter_rank
         self.endpoint: Endpoint | None = None
 
     def setup(self, peers: Mapping[str, Actor]) -> None:
         self.turns = Turns()
-        self._discarded = False
         policy = peers.get("policy")
         self.policy = policy if isinstance(policy, PolicyActor) else None
+        self._naps = self.policy is not None and self.engine_kind == "vllm"
+        self._asleep = self._discarded = False
+        self._followed = 0
         self.engine: RolloutEngine = self._vllm() if self.engine_kind == "vllm" else self._transformers()
         self.tokenizer = load_tokenizer(self.model_path, self.model_config.revision)
         self.stop_ids: frozenset[int] = frozenset()
@@ -131,16 +143,22 @@ class RolloutActor(Actor):
         num_samples: int = 1,
         greedy: bool = False,
         max_new_tokens: int | None = None,
+        sample_indices: Sequence[int] | None = None,
     ) -> list[Rollout]:
-        """`num_samples` rollouts per prompt, in prompt order then sample order. The seed of each is its own."""
+        """`num_samples` rollouts per prompt, in prompt order then sample order. The seed of each is its own.
+
+        `sample_indices`: one rollout per prompt instead, sample `sample_indices[i]` of prompt i.
+        """
         jobs = [(prompt, index) for prompt in prompts for index in range(num_samples)]
+        if sample_indices is not None:
+            jobs = list(zip(prompts, sample_indices, strict=True))
         settings = SamplingSettings(
             max_new_tokens=max_new_tokens or self.config.max_new_tokens,
             temperature=self.config.temperature,
             stop_ids=self.stop_ids,
             greedy=greedy,
         )
-        with self.turns.run():
+        with self._awake(), self.turns.run():
             version = self.engine.weight_version
             samples = self.engine.generate(
                 [prompt.prompt_ids for prompt, _ in jobs],
@@ -160,8 +178,39 @@ class RolloutActor(Actor):
             for (prompt, index), sample in zip(jobs, samples, strict=True)
         ]
 
+    @contextlib.contextmanager
+    def _awake(self) -> Iterator[None]:
+        """Beside the policy, vLLM has the device while it samples and gives it back for the update.
+
+        What follows is a sync, so merged weights are dropped, not saved; should another sampling come first, the
+        policy, which has not moved, sends them once more.
+        """
+        if self._asleep:
+            self.wake()
+            if self._discarded:
+                self.follow(version=self._followed)
+        yield
+        if self._naps:
+            self.sleep(discard_weights=self.engine.sync_kind == "whole")
+
+    def capacity(self) -> Capacity:
+        """vLLM refills its batch from what it was sent; the other engine decodes one batch after the other."""
+        batches = BATCHES_PER_VLLM_SHARE if self.engine_kind == "vllm" else 1
+        return Capacity(sequences=batches * self.config.max_batch, max_new_tokens=self.config.max_new_tokens)
+
     def sync_kind(self) -> SyncKind:
         return self.engine.sync_kind
+
+    def whereabouts(self) -> Whereabouts:
+        return whereabouts(self.device)
+
+    def num_receivers(self) -> int:
+        """Processes of this engine that take part in a broadcast."""
+        return self.tensor_parallel_size
+
+    def join(self, rendezvous: Rendezvous, *, first_rank: int) -> None:
+        """Take part in the policy's broadcasts."""
+        self.engine.join(rendezvous, first_rank=first_rank)
 
     def begin_sync(self, *, version: int, buckets: int) -> None:
         self.turns.hold_off()
@@ -205,8 +254,11 @@ class RolloutActor(Actor):
         """Take the weights of the policy in this process: the same memory, or a copy."""
         if self.policy is None:
             raise RuntimeError("got follow() on an engine without the policy beside it, expected a weight sync")
+        self._followed = version
         if isinstance(self.engine, TransformersEngine):
             return self.engine.follow(version=version)
+        if self._asleep:
+            self.wake()
         if self.engine.sync_kind == "adapter":
             self.receive_adapter(self.policy.export_adapter(version=version))
             return self.check_probe(self.policy.probe(version=version))
@@ -214,18 +266,21 @@ class RolloutActor(Actor):
         buckets = self.policy.plan_sync(whole=whole)
         self.begin_sync(version=version, buckets=buckets)
         for index in range(buckets):
-            self.receive_bucket(self.policy.export_bucket(version=version, index=index, whole=whole))
+            self.receive_bucket(
+                self.policy.export_bucket(version=version, index=index, whole=whole, route="same_process")
+            )
         return self.finish_sync(self.policy.probe(version=version), version=version)
 
     def sleep(self, *, discard_weights: bool = False) -> int:
         """Free the device for the update; returns the bytes freed there. With `discard_weights` a sync must follow."""
         self.turns.hold_off()
-        self._discarded = discard_weights
+        self._asleep, self._discarded = True, discard_weights
         with self.turns.run():
             return self.engine.sleep(discard_weights=discard_weights)
 
     def wake(self) -> None:
         with self.turns.run():
             self.engine.wake()
+        self._asleep = False
         if not self._discarded:
             self.turns.let_in()

@@ -1,9 +1,9 @@
 """Carry the policy's weights to the rollout engines, and prove that they arrived.
 
 Weights travel in buckets of some megabytes: neither side ever holds a second whole model, and the policy packs bucket
-k + 1 while the engine loads bucket k. Between Ray actors a bucket is a numpy array in the object store (shared memory
-on one node, no pickled callables). The receiver hashes the bytes it got; at the end both sides compute the
-log-probabilities of a fixed probe prompt. A sync that did not arrive is an error: nobody samples from stale weights.
+k + 1 while the engine loads bucket k. `weight_routes` has the ways a bucket can take. The receiver hashes the bytes it
+got; at the end both sides compute the log-probabilities of a fixed probe prompt. A sync that did not arrive is an
+error: nobody samples from stale weights.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor
+
+from actors.weight_routes import BroadcastGroup, Payload, Route, fetch, ship
 
 SyncKind = Literal["changed", "whole", "adapter"]
 """What a sync must carry to an engine: merged weights that differ from the base, all weights, or the adapter alone."""
@@ -26,6 +27,8 @@ SyncKind = Literal["changed", "whole", "adapter"]
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 BUCKET_BYTES = 64 * 2**20
 """Large enough that the call per bucket costs nothing, small beside any model."""
+BUCKETS_UNDER_WAY = 2
+"""One is packed while the engine loads the other."""
 ALIGNMENT = 64
 """Every tensor starts at such an offset: a view of another dtype must not start in between."""
 
@@ -41,10 +44,10 @@ class WeightBucket:
     dtypes: tuple[str, ...]
     offsets: tuple[int, ...]
     """Where each tensor starts in `payload`, in bytes."""
-    payload: np.ndarray
-    """(bytes,) uint8: numpy arrays cross the object store without a copy, torch tensors would not."""
+    payload: Payload
+    """The bytes, or how to get at them."""
     digest: str
-    """sha256 over version, index, names, shapes, dtypes, offsets and bytes."""
+    """sha256 over version, index, names, shapes, dtypes, offsets and the fingerprint of the bytes."""
 
 
 def plan_buckets(sizes: Sequence[int], *, limit: int = BUCKET_BYTES) -> list[range]:
@@ -59,15 +62,23 @@ def plan_buckets(sizes: Sequence[int], *, limit: int = BUCKET_BYTES) -> list[ran
     return [*buckets, range(start, len(sizes))] if sizes else []
 
 
-def pack_bucket(weights: Iterable[tuple[str, Tensor]], *, version: int, index: int) -> WeightBucket:
-    """Copy (name, tensor) pairs into one block on the CPU and hash it."""
+def pack_bucket(
+    weights: Iterable[tuple[str, Tensor]], *, version: int, index: int, route: Route = "object_store"
+) -> WeightBucket:
+    """Copy (name, tensor) pairs into one block of host memory and hash it."""
+    return pack_block(weights, version=version, index=index, device="cpu", route=route)[0]
+
+
+def pack_block(
+    weights: Iterable[tuple[str, Tensor]], *, version: int, index: int, device: torch.device | str, route: Route
+) -> tuple[WeightBucket, Tensor]:
+    """`pack_bucket` on a device of choice, and the block itself: (bytes,) uint8, to be kept until it has been read."""
     named = [(name, tensor.detach().contiguous()) for name, tensor in weights]
     offsets, end = [], 0
     for _, tensor in named:
         offsets.append(end)
         end += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
-    payload = np.zeros(end, dtype=np.uint8)
-    block = torch.from_numpy(payload)
+    block = torch.zeros(end, dtype=torch.uint8, device=device)
     for (_, tensor), offset in zip(named, offsets, strict=True):
         block[offset : offset + tensor.nbytes].copy_(tensor.reshape(-1).view(torch.uint8))
     bucket = WeightBucket(
@@ -77,28 +88,28 @@ def pack_bucket(weights: Iterable[tuple[str, Tensor]], *, version: int, index: i
         shapes=tuple(tuple(tensor.shape) for _, tensor in named),
         dtypes=tuple(str(tensor.dtype).removeprefix("torch.") for _, tensor in named),
         offsets=tuple(offsets),
-        payload=payload,
+        payload=ship(block, route),
         digest="",
     )
-    return replace(bucket, digest=digest(bucket))
+    return replace(bucket, digest=digest(bucket, block)), block
 
 
-def unpack_bucket(bucket: WeightBucket) -> list[tuple[str, Tensor]]:
-    """The (name, tensor) pairs again, as views of the payload.
+def unpack_bucket(bucket: WeightBucket, group: BroadcastGroup | None = None) -> list[tuple[str, Tensor]]:
+    """The (name, tensor) pairs again, as views of the block that came; `group` is what a broadcast comes through.
 
     Raises:
         RuntimeError: the bytes are not those that were sent.
     """
-    got = digest(bucket)
+    # torch warns about the object store's read-only pages; the receiver only copies from these views.
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        block = fetch(bucket.payload, group)
+    got = digest(bucket, block)
     if got != bucket.digest:
         raise RuntimeError(
             f"weight sync of version {bucket.version}, bucket {bucket.index}: got bytes with sha256 {got[:12]}, "
             f"expected {bucket.digest[:12]}; the engine has no usable weights now, resume the run from its last step"
         )
-    # torch warns about the object store's read-only pages; the receiver only copies from these views.
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        block = torch.from_numpy(bucket.payload)
     tensors = []
     for name, shape, dtype_name, offset in zip(
         bucket.names, bucket.shapes, bucket.dtypes, bucket.offsets, strict=True
@@ -109,13 +120,28 @@ def unpack_bucket(bucket: WeightBucket) -> list[tuple[str, Tensor]]:
     return tensors
 
 
-def digest(bucket: WeightBucket) -> str:
-    """sha256 over everything but the digest itself."""
-    total = hashlib.sha256(
-        repr((bucket.version, bucket.index, bucket.names, bucket.shapes, bucket.dtypes, bucket.offsets)).encode()
-    )
-    total.update(bucket.payload.data)
-    return total.hexdigest()
+def digest(bucket: WeightBucket, block: Tensor) -> str:
+    """sha256 over everything but payload and digest, and over the fingerprint of the bytes."""
+    described = (bucket.version, bucket.index, bucket.names, bucket.shapes, bucket.dtypes, bucket.offsets)
+    return hashlib.sha256(f"{described!r} {fingerprint(block)}".encode()).hexdigest()
+
+
+def fingerprint(block: Tensor) -> str:
+    """What two blocks (bytes,) uint8 have in common only if they are equal: sha256 on the CPU, a checksum on a GPU.
+
+    Bytes on a GPU never leave it for this: both ends of a route that ends there compute the checksum.
+    """
+    return hashlib.sha256(block.numpy().data).hexdigest() if block.device.type == "cpu" else checksum(block)
+
+
+def checksum(block: Tensor) -> str:
+    """Two sums over 32-bit words, one weighted by position (Fletcher 1982), modulo 2^64.
+
+    It finds any single changed word and any two that were swapped; it is no defence against an attacker.
+    """
+    words = torch.nn.functional.pad(block, (0, -len(block) % 4)).view(torch.int32).long()
+    places = torch.arange(1, len(words) + 1, device=block.device)
+    return f"{int(words.sum()):x} {int((words * places).sum()):x} {len(block)}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -22,6 +22,17 @@ import torch
 from alignment.models import quiet_transformers
 
 
+class ActorDiedError(RuntimeError):
+    """A process of a group is gone."""
+
+    def __init__(self, what: str, reason: str) -> None:
+        super().__init__(
+            f"{what}: the actor's process died ({reason}); "
+            "the last completed step is on disk: run the same command again with --resume auto"
+        )
+        self.reason = reason
+
+
 class Actor:
     """Base of the five roles."""
 
@@ -37,13 +48,6 @@ class Actor:
 
     def close(self) -> None:
         """Let go of what outlives a call: ports, threads. A Ray process lets go of it by ending."""
-
-    @classmethod
-    def remote(cls, *args: Any, num_cpus: float = 1, num_gpus: float = 0, **kwargs: Any) -> Any:
-        """A Ray actor of this role for a script of one's own; call its `.setup.remote({})` first."""
-        import ray
-
-        return ray.remote(num_cpus=num_cpus, num_gpus=num_gpus)(cls).remote(*args, **kwargs)
 
 
 class Host:
@@ -79,6 +83,10 @@ class Host:
         for _, actor in sorted(self.actors.items(), key=lambda item: len(item[1].peers_needed)):
             actor.setup({role: peer for role, peer in self.actors.items() if peer is not actor})
         return f"pid {os.getpid()}, {self.threads} threads"
+
+    def pid(self) -> int:
+        """The process, for who needs to know that it lives, and which one it is."""
+        return os.getpid()
 
     def call(self, role: str, method: str, *args: Any, **kwargs: Any) -> Any:
         """`actors[role].method(...)`. Threads are set again because in-process hosts share one torch."""

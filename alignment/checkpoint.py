@@ -15,7 +15,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -121,23 +120,6 @@ class CheckpointStore:
             trash.unlink()
         else:
             shutil.rmtree(trash)
-
-
-def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file. Tensors that share memory are written in full, each under its name."""
-    owners: set[int] = set()
-    written = {}
-    for name, tensor in tensors.items():
-        tensor = tensor.detach().cpu().contiguous()
-        storage = tensor.untyped_storage().data_ptr()
-        written[name] = tensor.clone() if storage in owners else tensor
-        owners.add(storage)
-    safetensors.torch.save_file(written, path, metadata={"format": "pt", **(metadata or {})})
-
-
-def load_tensors(path: Path) -> dict[str, Tensor]:
-    """Read a safetensors file onto the CPU."""
-    return safetensors.torch.load_file(path)
 
 
 def save_state(path: Path, state: Any) -> None:

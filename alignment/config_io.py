@@ -293,6 +293,8 @@ def _explain(cls: type[BaseModel], problem: Any) -> str:
         return f"{key}: got {got}, expected a section of `key: value` lines; give it some or remove it"
     of_field = field is not None and not isinstance(problem["loc"][-1], int)
     expected = _type_name(field) if field is not None and of_field else problem["msg"].removeprefix("Input should be ")
+    if kind == "finite_number" and of_field:
+        expected = f"finite {expected}"
     remedy = "quote it" if kind == "string_type" and isinstance(value, int | float) else "correct it"
     return f"{key}: got {got}, expected {expected}; {remedy}"
 

@@ -11,6 +11,7 @@ from alignment.advantages import gae
 from alignment.batching import rollout_batch
 from alignment.kl import kl_estimate, shaped_rewards
 from alignment.masked import masked_mean, whiten
+from alignment.rollout_correction import mismatch_metrics
 from alignment.types import Experience, Rollout, pad_rows
 
 
@@ -83,34 +84,28 @@ def make_experience(
     input_ids, attention_mask, _ = rollout_batch(rollouts)
     length = input_ids.shape[1]
     old, ref, value = (align(rollouts, rows, length) for rows in (old_logprobs, ref_logprobs, values))
+    sampled = align(rollouts, [torch.tensor(rollout.rollout_logprobs) for rollout in rollouts], length)
     advantages, returns = gae(rewards, value, learn, gamma=gamma, gae_lambda=gae_lambda)
-    raw_advantages = advantages
-    if whiten_advantages:
-        advantages = whiten(advantages, learn)
-
-    metrics = _describe(rollouts, scores, old, ref, value, returns, raw_advantages, learn)
-    return Experience(
+    experience = Experience(
         input_ids=input_ids,
         attention_mask=attention_mask,
         response_mask=learn,
         old_logprobs=old,
+        rollout_logprobs=sampled,
         ref_logprobs=ref,
         rewards=rewards,
         old_values=value,
-        advantages=advantages,
+        advantages=whiten(advantages, learn) if whiten_advantages else advantages,
         returns=returns,
-    ), metrics
+    )
+    return experience, _describe(rollouts, scores, experience, advantages)
 
 
 def _describe(
     rollouts: Sequence[Rollout],
     scores: Sequence[float | None],
-    old: Tensor,
-    ref: Tensor,
-    values: Tensor,
-    returns: Tensor,
-    advantages: Tensor,
-    learn: Tensor,
+    experience: Experience,
+    raw_advantages: Tensor,
 ) -> dict[str, float]:
     lengths = torch.tensor([float(len(r.response_ids)) for r in rollouts])
     kept = [score for score in scores if score is not None]
@@ -120,10 +115,10 @@ def _describe(
         "rollout/stopped_share": sum(r.finish_reason == "stop" for r in rollouts) / len(rollouts),
         "rollout/tokens_count": float(lengths.sum()),
     }
+    learn, old, ref = experience.response_mask, experience.old_logprobs, experience.ref_logprobs
     if not learn.any():
         return metrics  # nothing was measured: a 0 would steer the KL controller
-    sampled = align(rollouts, [torch.tensor(r.rollout_logprobs) for r in rollouts], old.shape[1])
-    gap = torch.where(learn, (sampled - old).abs(), 0.0)
+    values, returns = experience.old_values, experience.returns
     error = masked_mean((returns - values) ** 2, learn)
     spread = masked_mean((returns - masked_mean(returns, learn)) ** 2, learn)
     return {
@@ -131,12 +126,11 @@ def _describe(
         "reward/shaped_score": sum(kept) / len(kept),
         "kl/per_sequence": kl_per_sequence(old, ref, learn),
         "kl/per_token_k3": float(masked_mean(kl_estimate(old, ref, "k3"), learn)),
-        "rollout/logprob_gap": float(masked_mean(gap, learn)),
-        "rollout/logprob_gap_max": float(gap.max()),
+        **mismatch_metrics(old, experience.rollout_logprobs, learn),
         "critic/value_mean": float(masked_mean(values, learn)),
         "critic/return_mean": float(masked_mean(returns, learn)),
         "critic/explained_variance": float(1 - error / spread) if spread > 0 else 0.0,
-        "ppo/advantage_std": float(masked_mean(advantages**2, learn) ** 0.5),
+        "ppo/advantage_std": float(masked_mean(raw_advantages**2, learn) ** 0.5),
     }
 
 

@@ -27,6 +27,10 @@ class Generator(Protocol):
         self, prompts: Sequence[Prompt], *, step: int, num_samples: int = 1, greedy: bool = False
     ) -> Pending[list[Rollout]]: ...
 
+    def metrics(self) -> Metrics:
+        """What to log about the calls since it was asked last."""
+        ...
+
 
 class Scorer(Protocol):
     """Numbers for answers, in the order given."""

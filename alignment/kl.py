@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from alignment.kl_controller import AdaptiveKLController as AdaptiveKLController
 from alignment.masked import as_float, masked_mean, masked_sum, zero_masked
 
 KlEstimator = Literal["k1", "k2", "k3"]
 LOG_RATIO_LIMIT = 20.0
-CONTROLLER_CLIP = 0.2
 
 
 def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: str, *, mask: Tensor | None = None) -> Tensor:
@@ -102,45 +101,6 @@ def shaped_rewards(
     steps = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
     last = torch.where(mask, steps, -1).amax(1, keepdim=True)
     return torch.where(steps == last, rewards + scores.to(rewards.dtype).unsqueeze(1), rewards)
-
-
-class AdaptiveKLController:
-    """Steers the KL per sequence to a target by the weight of its penalty (Ziegler 2019, section 2.2).
-
-    Attributes:
-        value: the present kl_coef.
-    """
-
-    def __init__(self, kl_coef: float, target: float, horizon: float) -> None:
-        for name, number in (("kl_coef", kl_coef), ("target", target), ("horizon", horizon)):
-            if not (number > 0 or (name == "kl_coef" and number == 0)):
-                raise ValueError(f"kl.{name}: got {number}, expected a positive number; correct it")
-        self.value, self.target, self.horizon = float(kl_coef), float(target), float(horizon)
-
-    def update(self, kl: float, num_sequences: int) -> float:
-        """Move the weight after one batch, and return it.
-
-        Args:
-            kl: mean over the global batch of the sum over tokens of logprobs - ref_logprobs.
-            num_sequences: sequences of that global batch.
-        """
-        kl = float(kl)
-        if not math.isfinite(kl):
-            raise ValueError(f"kl: got {kl}, expected a finite number; look for NaN log-probabilities in this batch")
-        if CONTROLLER_CLIP * num_sequences >= self.horizon:
-            raise ValueError(
-                f"kl.horizon: got {self.horizon} for a batch of {num_sequences} sequences, expected more than "
-                f"{CONTROLLER_CLIP * num_sequences}, or one update could turn the weight negative; raise it"
-            )
-        error = min(max(kl / self.target - 1, -CONTROLLER_CLIP), CONTROLLER_CLIP)
-        self.value *= 1 + error * num_sequences / self.horizon
-        return self.value
-
-    def state_dict(self) -> dict[str, float]:
-        return {"value": self.value}
-
-    def load_state_dict(self, state: dict[str, float]) -> None:
-        self.value = float(state["value"])
 
 
 def _same_shape(**tensors: Tensor) -> None:

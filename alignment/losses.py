@@ -60,6 +60,7 @@ def ppo_policy_loss(
     clip_ratio: float,
     clip_ratio_high: float | None = None,
     dual_clip: float | None = None,
+    weights: Tensor | None = None,
     denominator: float | Tensor | None = None,
 ) -> tuple[Tensor, Metrics]:
     """Clipped surrogate (Schulman 2017, arXiv 1707.06347, eq. 7), with the dual clip of Ye 2020 (1912.09729, eq. 5).
@@ -69,12 +70,15 @@ def ppo_policy_loss(
         response_mask: (B, T) bool.
         clip_ratio: the ratio is clipped to [1 - clip_ratio, 1 + clip_ratio_high]; the latter defaults to the former.
         dual_clip: bounds the loss of a negative advantage by -advantage * dual_clip; above 1, None switches it off.
+        weights: (B, T) factors of each token's loss, without gradient; None is 1. They change neither the metrics nor
+            the denominator: a token of weight 0 still counts as one.
         denominator: global number of response tokens, when this is a micro-batch.
 
     Returns:
         The loss, and `clip_fraction`, `approx_kl` (k3 of KL(old || new)), `ratio_mean`, `ratio_max`.
     """
-    _check_shapes(response_mask, logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages)
+    shaped = {} if weights is None else {"weights": weights}
+    _check_shapes(response_mask, logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages, **shaped)
     if dual_clip is not None and not dual_clip > 1:
         raise ValueError(f"dual_clip: got {dual_clip}, expected above 1; 3.0 is customary, None switches it off")
     log_ratio = zero_masked(logprobs, response_mask) - zero_masked(old_logprobs.detach(), response_mask)
@@ -88,6 +92,8 @@ def ppo_policy_loss(
     per_token = torch.maximum(unclipped, clipped)
     if dual_clip is not None:
         per_token = torch.where(advantages < 0, torch.minimum(per_token, -advantages * dual_clip), per_token)
+    if weights is not None:
+        per_token = per_token * zero_masked(weights.detach(), response_mask)
 
     def mean(x: Tensor) -> Tensor:
         return aggregate(x, response_mask, mode="token_mean", denominator=denominator)

@@ -118,16 +118,32 @@ def sequence_scores(model: CausalModel, input_ids: Tensor, attention_mask: Tenso
 
 
 def choose_attention(attention: str, *, dtype: torch.dtype, device: torch.device) -> tuple[str, str]:
-    """The attention implementation that will run, and why. `auto` prefers flash-attn where it can run."""
-    if attention != "auto":
-        return attention, "as configured"
+    """The attention implementation that will run, and why. `auto` prefers flash-attn where it can run.
+
+    Raises:
+        ValueError: flash-attn is asked for by name where it cannot run.
+    """
+    obstacle = None
     if device.type != "cuda":
-        return "sdpa", f"flash-attn needs a GPU, this is {device.type}"
-    if dtype == torch.float32:
-        return "sdpa", "flash-attn needs bfloat16 or float16"
-    if importlib.util.find_spec("flash_attn") is None:
-        return "sdpa", "flash-attn is not installed"
-    return "flash_attention_2", "flash-attn is installed"
+        obstacle = f"flash-attn needs a GPU, this is {device.type}"
+    elif dtype == torch.float32:
+        obstacle = "flash-attn needs bfloat16 or float16"
+    elif importlib.util.find_spec("flash_attn") is None:
+        obstacle = "flash-attn is not installed"
+    if attention == "auto":
+        return ("flash_attention_2", "flash-attn is installed") if obstacle is None else ("sdpa", obstacle)
+    if attention == "flash_attention_2" and obstacle is not None:
+        raise ValueError(
+            f"model.attention: got flash_attention_2 ({obstacle}), expected auto, sdpa or eager there; "
+            "set it to auto, which takes flash-attn where it can run"
+        )
+    return attention, "as configured"
+
+
+def num_positions(config: Any) -> int | None:
+    """Tokens of the longest sequence that a model was built for; None where its config sets no limit."""
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 0 else None
 
 
 def load_causal_lm(

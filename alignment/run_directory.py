@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import math
 import os
 import shutil
 import socket
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import IO, Any
 
 INNER = (
-    *("config.yaml", "metrics.jsonl", "rollouts.jsonl", "summary.json", ".lock"),
+    *("config.yaml", "inputs.json", "metrics.jsonl", "rollouts.jsonl", "summary.json", ".lock"),
     *("tensorboard", "checkpoints", "final"),
 )
 
@@ -110,9 +111,35 @@ class RunDirectory:
         """The whole text or, after a kill, what was there before."""
         write_text_atomic(path, text)
 
+    def keep_inputs(self, inputs: Mapping[str, str]) -> None:
+        """Remember the fingerprints of what the run reads, by name; a later start must see the same.
+
+        Raises:
+            ValueError: one of them is another now.
+        """
+        path = self.path / "inputs.json"
+        if not path.exists():
+            write_text_atomic(path, json.dumps(dict(inputs), indent=1) + "\n")
+            return
+        kept = json.loads(path.read_text())
+        changed = sorted(name for name in {*kept, *inputs} if kept.get(name) != inputs.get(name))
+        if changed:
+            raise ValueError(
+                f"--resume: got another {' and '.join(changed)} than the run in {self.path} began with, expected the "
+                "same contents; put them back, or choose another --output-dir"
+            )
+
     def append_rollouts(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
         """One line per sample in rollouts.jsonl, the step first."""
         append_lines(self.rollouts, (json.dumps({"step": step, **row}, ensure_ascii=False) for row in rows))
+
+    def seconds_of_steps(self, *, before: int) -> float:
+        """What the completed steps below `before` took, in all starts of the run."""
+        if not self.metrics.exists():
+            return 0.0
+        with open(self.metrics, encoding="utf-8", errors="backslashreplace") as lines:
+            rows = [json.loads(line) for line in lines if line.endswith("\n")]
+        return math.fsum(row["timing/step"] for row in rows if row["step"] < before)
 
     def truncate_after(self, step: int) -> int:
         """Cut metric and rollout lines later than `step`, and a line that a kill cut short. Returns how many."""
@@ -129,8 +156,12 @@ def check_run_directory(path: Path) -> None:
     nearest = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
     if not nearest.is_dir():
         raise _not_writable(path, f"the file {nearest} in its path")
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise _not_writable(path, f"no permission to write in {nearest}")
+    try:
+        # Without a name where the system can: to root every folder looks writable, those of /proc too.
+        with tempfile.TemporaryFile(dir=nearest):
+            pass
+    except OSError as error:
+        raise _not_writable(path, f"{nearest}, which takes no new file ({error.strerror})") from None
     try:
         descriptor = os.open(path / ".lock", os.O_RDONLY | os.O_NOFOLLOW)
     except FileNotFoundError:
@@ -220,9 +251,20 @@ def _replacing(path: Path) -> Iterator[IO[str]]:
 def _keep_until(path: Path, step: int) -> int:
     num_cut = 0
     with open(path, encoding="utf-8", errors="backslashreplace") as old, _replacing(path) as new:
-        for line in old:
-            if line.endswith("\n") and json.loads(line)["step"] <= step:
+        for number, line in enumerate(old, start=1):
+            if line.endswith("\n") and _step_of(line, path, number) <= step:
                 new.write(line)
             else:
                 num_cut += 1
     return num_cut
+
+
+def _step_of(line: str, path: Path, number: int) -> int:
+    try:
+        step: int = json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(
+            f"{path}:{number}: got a line that is no JSON object with a step, expected one per line as the run wrote "
+            "them; remove the line, or restore the file"
+        ) from None
+    return step

@@ -89,6 +89,8 @@ class Experience:
     """(B, T) bool, sampled tokens that may be learnt from; all False in an excluded row."""
     old_logprobs: Tensor
     """(B, T) float32, the trainer's, before this update."""
+    rollout_logprobs: Tensor
+    """(B, T) float32, the sampler's."""
     ref_logprobs: Tensor
     """(B, T) float32."""
     rewards: Tensor

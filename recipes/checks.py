@@ -5,14 +5,19 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from alignment.config import AdapterConfig, ClusterConfig, ModelConfig, PpoRunConfig
+from alignment.config import ClusterConfig, ModelConfig, PpoRunConfig, RewardConfig
 from alignment.config_io import diff_configs, read_yaml
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from alignment.checkpoint import CheckpointStore
+    from alignment.types import Prompt
+    from recipes.common import ConfigT, Job
 
 
 def refuse_intruders() -> None:
@@ -47,84 +52,86 @@ def resolve_paths(config: PpoRunConfig) -> PpoRunConfig:
     )
 
 
-def check_models(config: PpoRunConfig, tokenizer: Any) -> int:
+def check_models(config: PpoRunConfig, tokenizer: PreTrainedTokenizerBase) -> int:
     """Policy, critic and reward model of resolved paths, on no memory. Returns the policy's number of parameters."""
-    from alignment.data.chat import encode_conversation, eos_ids_of_model, load_tokenizer, single_token
-    from alignment.data.model_assets import model_file
-    from alignment.models import check_scalar_head
+    from alignment.data.chat import single_token
+    from alignment.model_checks import check_model
 
     for stop in config.rollout.stop:
         single_token(tokenizer, stop)
-    num_parameters = check_model("policy", config.model, tokenizer, config.policy.adapter)
+    lengths = answer_lengths(config)
+    num_parameters = check_model("policy", config.model, tokenizer, config.policy.adapter, lengths=lengths)
     critic = config.model.at(config.critic.path or config.model.path, config.critic.revision)
-    check_model("critic", critic, tokenizer, config.critic.adapter, scalar=True)
+    check_model("critic", critic, tokenizer, config.critic.adapter, head="zeros", lengths=lengths)
     if config.reward.model is not None and not is_own_reward_model(config.reward.model):
-        reward = config.model.at(config.reward.model, config.reward.revision)
-        check_scalar_head(str(model_file(reward.path, "config.json", reward.revision).parent))
-        own_tokenizer = load_tokenizer(reward.path, reward.revision)
-        check_model("reward", reward, own_tokenizer, scalar=True)
-        # Its template must be able to render what it will score.
-        sample = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Good day."}]
-        ends = eos_ids_of_model(own_tokenizer, reward.path, reward.revision)
-        encode_conversation(own_tokenizer, sample, eos_ids=ends)
+        check_reward_model(config)
     return num_parameters
 
 
-def check_model(
-    key: str, model: ModelConfig, tokenizer: Any, adapter: AdapterConfig | None = None, *, scalar: bool = False
-) -> int:
-    """Build a model without memory; refuse ids without embeddings and adapters without layers.
+def check_reward_model(config: PpoRunConfig) -> None:
+    """The folder that scores: its weights, its head, its template, and the scale of its scores."""
+    from actors.reward import load_statistics
+    from alignment.data.chat import encode_conversation, eos_ids_of_model, load_tokenizer
+    from alignment.model_checks import check_model
 
-    `key`: its section of the config. Returns the number of parameters.
-    """
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+    assert config.reward.model is not None
+    reward = config.model.at(config.reward.model, config.reward.revision)
+    tokenizer = load_tokenizer(reward.path, reward.revision)
+    # It reads every answer as a finished turn: one that the limit cut off gets an end token there.
+    check_model("reward", reward, tokenizer, head="require", lengths={**answer_lengths(config), "its end token": 1})
+    sample = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Good day."}]
+    encode_conversation(tokenizer, sample, eos_ids=eos_ids_of_model(tokenizer, reward.path, reward.revision))
+    if config.reward.standardize_model:
+        load_statistics(Path(reward.path))
 
-    from alignment.adapters import target_names
-    from alignment.data.chat import check_vocabulary
 
-    kind: Any = AutoModelForSequenceClassification if scalar else AutoModelForCausalLM
-    try:
-        config = AutoConfig.from_pretrained(model.path, revision=model.revision)
-        if scalar:
-            config.num_labels = 1
-        with torch.device("meta"):
-            built = kind.from_config(config)
-    except (OSError, ValueError) as error:
-        purpose = "a scalar head" if scalar else "a language-model head"
-        raise ValueError(
-            f"{key}: got {model.path!r}, which cannot be built with {purpose} ({str(error).strip().splitlines()[0]}), "
-            "expected an architecture that transformers has built in; choose such a model"
-        ) from error
-    try:
-        check_vocabulary(tokenizer, config.get_text_config().vocab_size)
-        if adapter is not None and adapter.r:
-            target_names(built, adapter.target_modules, adapter.last_layers)
-    except ValueError as error:
-        raise ValueError(f"{key}: {error}") from error
-    return sum(p.numel() for p in {id(p): p for p in built.parameters()}.values())
+def answer_lengths(config: PpoRunConfig) -> dict[str, int]:
+    """What the longest sequence of a PPO run is made of, in tokens."""
+    return {
+        "data.max_prompt_tokens": config.data.max_prompt_tokens,
+        "rollout.max_new_tokens": config.rollout.max_new_tokens,
+    }
 
 
 def check_machines(cluster: ClusterConfig, roles: tuple[str, ...], *, local: bool) -> None:
     """Refuse what is asked for and not on this machine. A cluster's machines only Ray knows: asked at the start."""
+    import torch
+
+    from actors.launch import check_address
     from actors.plan import check_cpus, check_gpus, check_learners, plan_processes
 
     check_learners(cluster)
     plans = plan_processes(cluster, roles)
-    if local or "RAY_ADDRESS" not in os.environ:
-        import torch
-
-        check_gpus(plans, torch.cuda.device_count() if torch.cuda.is_available() else 0)
-    if not local and "RAY_ADDRESS" not in os.environ:
+    if address := "" if local else os.environ.get("RAY_ADDRESS", ""):
+        check_address(address)
+        return
+    check_gpus(plans, torch.cuda.device_count() if torch.cuda.is_available() else 0)
+    if not local:
         check_cpus(plans, os.cpu_count() or 1)
 
 
-def check_reward_functions(reward: Any) -> None:
-    """Every rule reward exists."""
-    from rewards.base import load_function
+def check_attention(model: ModelConfig, cluster: ClusterConfig, roles: Iterable[str]) -> None:
+    """Refuse an attention implementation that cannot run where the roles are placed."""
+    import torch
 
+    from actors.worker import choose_device
+    from alignment.models import DTYPES, choose_attention
+
+    for role in roles:
+        device = torch.device(choose_device(getattr(cluster, role).gpus_per_worker))
+        try:
+            choose_attention(model.attention, dtype=DTYPES[model.dtype], device=device)
+        except ValueError as error:
+            raise ValueError(f"{role}: {error}") from None
+
+
+def check_reward_functions(reward: RewardConfig, prompts: Iterable[Prompt]) -> None:
+    """Every rule reward exists, and the columns of the prompts are what it can be called with."""
+    from rewards.base import check_columns, load_function
+
+    columns = {name for prompt in prompts for name in prompt.columns}
     for function in reward.functions:
-        load_function(function.name)
+        check_columns(function.name, load_function(function.name), columns)
 
 
 def is_own_reward_model(path: str) -> bool:
@@ -136,7 +143,13 @@ def is_own_reward_model(path: str) -> bool:
     )
 
 
-def check_start(job: Any) -> None:
+def untrained_reward_model(config: PpoRunConfig) -> Path | None:
+    """The run directory of the reward model that has to be trained first; None when none has to."""
+    path = config.reward.model
+    return Path(path).parent if path is not None and is_own_reward_model(path) else None
+
+
+def check_start(job: Job[ConfigT]) -> None:
     """What `open_run_directory` refuses, for a dry run: nothing on disk is created or changed."""
     from alignment.run_directory import check_run_directory
 
@@ -144,7 +157,7 @@ def check_start(job: Any) -> None:
     checkpoint_to_resume(job)
 
 
-def checkpoint_to_resume(job: Any) -> tuple[Path | None, list[str]]:
+def checkpoint_to_resume(job: Job[ConfigT]) -> tuple[Path | None, list[str]]:
     """The verified checkpoint that the run starts from, None for a fresh start; and what to tell of those passed over.
 
     Raises:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import json
 import signal
 import sys
@@ -15,16 +16,31 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Protocol, Self, TypeVar
 
-from alignment.config import ClusterConfig, Config
+from alignment.config import ClusterConfig, Config, RunConfig
 from alignment.config_io import describe, dump_config, load_config
 from alignment.memory import MemoryMeter
 from alignment.run_directory import RunDirectory
 from recipes import checks
 
+if TYPE_CHECKING:
+    from alignment.interfaces import Saves
+    from alignment.loops.run import Run
+
 ROOT = Path(__file__).resolve().parent.parent
 ConfigT = TypeVar("ConfigT", bound=Config)
+
+
+class Record(Protocol):
+    """What a run writes once and reads again when it is started again."""
+
+    def save(self, path: Path) -> None: ...
+    @classmethod
+    def load(cls, path: Path) -> Self: ...
+
+
+RecordT = TypeVar("RecordT", bound=Record)
 
 
 @dataclass
@@ -41,6 +57,8 @@ class Job(Generic[ConfigT]):
     dry_run: bool
     began: float
     memory: MemoryMeter
+    earlier_seconds: float = 0.0
+    """What the steps took that earlier starts of the run completed."""
     started: bool = False
     """True once actors may exist: from then on an error is a failure (1), before it a refusal (2)."""
 
@@ -75,11 +93,7 @@ def run_recipe(
             body(job)
         return 0
     except KeyboardInterrupt:
-        _say(f"{name}: interrupted; the last completed step is on disk, continue with --resume auto")
-        return 130
-    except Terminated:
-        _say(f"{name}: terminated; the last completed step is on disk, continue with --resume auto")
-        return 143
+        return _end_interrupted(name, job)
     except Exception as error:
         return end_with(name, job, error)
     finally:
@@ -88,10 +102,8 @@ def run_recipe(
 
 def end_with(name: str, job: Job[Any] | None, error: Exception) -> int:
     """The exit code of an error, after a line that a person can act on. The one broad catch of a recipe."""
-    if Terminated.asked:
-        # Raised inside Ray's own code, the signal comes out as another error.
-        _say(f"{name}: terminated; the last completed step is on disk, continue with --resume auto")
-        return 143
+    if Terminated.asked:  # raised inside a library, the signal may come out as another error
+        return _end_interrupted(name, job)
     if isinstance(error, ValueError) and not (job is not None and job.started):
         _say(f"{name}: refused: {error}")
         return 2
@@ -100,10 +112,28 @@ def end_with(name: str, job: Job[Any] | None, error: Exception) -> int:
     return 1
 
 
-class Terminated(BaseException):
-    """SIGTERM, as an exception, so that actors are stopped on the way out."""
+def _where_to_go_on(job: Job[Any] | None) -> str:
+    """What an interrupted run has on disk."""
+    from alignment.checkpoint import CheckpointStore
+
+    steps = CheckpointStore(job.output_dir / "checkpoints", keep=1).complete() if job is not None else []
+    if not steps:
+        return "no step is on disk yet: the same command starts again"
+    return f"step {steps[-1]} is on disk, continue with --resume auto"
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, as an exception, so that actors are stopped on the way out.
+
+    A KeyboardInterrupt, because that is what Ray lets end a wait; it swallows other exceptions of signal handlers.
+    """
 
     asked = False
+
+
+def _end_interrupted(name: str, job: Job[Any] | None) -> int:
+    _say(f"{name}: {'terminated' if Terminated.asked else 'interrupted'}; {_where_to_go_on(job)}")
+    return 143 if Terminated.asked else 130
 
 
 def _terminate(*_: Any) -> None:
@@ -146,8 +176,11 @@ def parse(name: str, config_class: type[ConfigT], argv: list[str] | None) -> Job
     )
 
 
-def open_run_directory(job: Job[Any]) -> tuple[RunDirectory, Path | None]:
-    """Create and lock the run directory; the verified checkpoint to resume from, or None for a fresh start."""
+def open_run_directory(job: Job[Any], *, num_bytes: int = 0) -> tuple[RunDirectory, Path | None]:
+    """Create and lock the run directory; the verified checkpoint to resume from, or None for a fresh start.
+
+    `num_bytes`: what a fresh start will need on disk.
+    """
     directory = RunDirectory(job.output_dir)
     directory.lock()
     chosen, passed_over = checks.checkpoint_to_resume(job)
@@ -155,19 +188,28 @@ def open_run_directory(job: Job[Any]) -> tuple[RunDirectory, Path | None]:
         _say(line)
     if not directory.config.exists():
         directory.write_text_atomic(directory.config, dump_config(job.config))
-    if chosen is None:
+    if chosen is not None:
+        job.earlier_seconds = directory.seconds_of_steps(before=int(chosen.name.removeprefix("step_")))
+    else:
+        directory.require_space(num_bytes)
         # What an attempt without a usable checkpoint logged would stand there twice.
         directory.truncate_after(-1)
     return directory, chosen
 
 
-def restore(job: Job[Any], run: Any, chosen: Path, parts: Mapping[str, Any]) -> dict[str, Any]:
+def restore(job: Job[Any], run: Run, chosen: Path, parts: Mapping[str, Saves]) -> dict[str, Any]:
     """Load a checkpoint, and only then let go of what was trained after the one that `--resume PATH` names."""
     state: dict[str, Any] = run.restore(chosen, parts)
     if job.resume != "auto":
         # It belongs to another future: a later --resume auto must not jump back there.
         run.store.discard_after(state["step"])
     return state
+
+
+def check_first(job: Job[Any], recipe: Callable[[list[str]], int], output_dir: Path) -> None:
+    """Let an upstream recipe refuse what it would refuse, while nothing of this run is on disk."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        _pass_on(recipe([*_upstream_flags(job, output_dir), "--dry-run"]), output_dir)
 
 
 def train_first(job: Job[Any], recipe: Callable[[list[str]], int], output_dir: Path) -> None:
@@ -178,24 +220,31 @@ def train_first(job: Job[Any], recipe: Callable[[list[str]], int], output_dir: P
             from actors.launch import session
 
             stack.enter_context(session())
-        flags = ["--cluster", str(job.cluster_file), "--output-dir", str(output_dir)] + ["--local"] * job.local
-        code = recipe(flags)
-        if code == 130:
-            raise KeyboardInterrupt
-        if code == 2:
-            raise ValueError(f"{output_dir}: got a refusal of the upstream recipe, expected it to run; see above")
-        if code:
-            raise RuntimeError(f"{output_dir}: the upstream recipe ended with exit code {code}; see above")
+        _pass_on(recipe(_upstream_flags(job, output_dir)), output_dir)
 
 
-def make_run(
-    run_class: Any, directory: RunDirectory, run: Any, *, model_path: str, eos_is_trained: bool = True
-) -> Any:
+def _upstream_flags(job: Job[Any], output_dir: Path) -> list[str]:
+    return ["--cluster", str(job.cluster_file), "--output-dir", str(output_dir)] + ["--local"] * job.local
+
+
+def _pass_on(code: int, output_dir: Path) -> None:
+    """End this run as the upstream one ended, unless that went well."""
+    if code == 130:
+        raise KeyboardInterrupt
+    if code == 2:
+        raise ValueError(f"{output_dir}: got a refusal of the upstream recipe, expected it to run; see above")
+    if code:
+        raise RuntimeError(f"{output_dir}: the upstream recipe ended with exit code {code}; see above")
+
+
+def make_run(directory: RunDirectory, run: RunConfig, *, model_path: str, eos_is_trained: bool = True) -> Run:
     """Unpack a RunConfig."""
     import torch
     import transformers
 
-    return run_class(
+    from alignment.loops.run import Run
+
+    return Run(
         directory,
         num_steps=run.num_steps,
         checkpoint_every=run.checkpoint_every,
@@ -206,10 +255,20 @@ def make_run(
     )
 
 
-def once(path: Path, record: Any, make: Callable[[], Any]) -> Any:
-    """The saved record of an earlier start of this run, or a new one, saved."""
+def once(path: Path, record: type[RecordT], make: Callable[[], RecordT]) -> RecordT:
+    """The saved record of an earlier start of this run, or a new one, saved.
+
+    Raises:
+        ValueError: the file is damaged. It cannot be made again: the policy has moved since.
+    """
     if path.exists():
-        return record.load(path)
+        try:
+            return record.load(path)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path}: got a damaged record ({type(error).__name__}), expected what the run wrote before its first "
+                "step; restore the file, or choose another --output-dir"
+            ) from error
     made = make()
     made.save(path)
     return made
@@ -220,7 +279,7 @@ def write_summary(job: Job[Any], directory: RunDirectory, held_out: Mapping[str,
     summary = {
         "recipe": job.name,
         "seed": job.config.run.seed,
-        "seconds": round(time.monotonic() - job.began, 1),
+        "seconds": round(job.earlier_seconds + time.monotonic() - job.began, 1),
         "peak_memory_mb": round(job.memory.peak_mb),
         "held_out": dict(held_out),
         **extra,
@@ -259,7 +318,7 @@ def batch_arithmetic(config: Any, cluster: ClusterConfig) -> str:
     return "\n".join(lines)
 
 
-def ppo_plan(job: Job[Any], num_parameters: int, num_train: int, num_held_out: int) -> str:
+def ppo_plan(job: Job[Any], num_parameters: int, data: str) -> str:
     """What `--dry-run` prints."""
     from actors.plan import describe_plan, estimate_memory, plan_processes
 
@@ -267,7 +326,7 @@ def ppo_plan(job: Job[Any], num_parameters: int, num_train: int, num_held_out: i
     untrained = reward is not None and checks.is_own_reward_model(reward)
     return "\n".join(
         [
-            f"{num_train} training prompts, {num_held_out} held out; {num_parameters / 1e6:.1f} M parameters",
+            f"prompts: {data}; {num_parameters / 1e6:.1f} M parameters",
             *([f"{reward} is not there yet: it would be trained first"] if reward and untrained else []),
             batch_arithmetic(job.config, job.cluster),
             describe_plan(plan_processes(job.cluster)),
@@ -277,14 +336,14 @@ def ppo_plan(job: Job[Any], num_parameters: int, num_train: int, num_held_out: i
     )
 
 
-def reward_model_plan(job: Job[Any], num_parameters: int, num_train: int, num_held_out: int) -> str:
+def reward_model_plan(job: Job[Any], num_parameters: int, data: str) -> str:
     """What `--dry-run` prints."""
     from actors.plan import describe_plan, plan_processes
 
     training = job.config.training
     return "\n".join(
         [
-            f"{num_train} training pairs, {num_held_out} held out; {num_parameters / 1e6:.1f} M parameters",
+            f"pairs: {data}; {num_parameters / 1e6:.1f} M parameters",
             f"{training.batch_size} pairs a step = up to {-(-training.batch_size // training.micro_batch_size)} "
             f"accumulated micro-batches x {training.micro_batch_size} pairs x 1 worker",
             describe_plan(plan_processes(job.cluster, ("reward_model",))),

@@ -8,88 +8,145 @@ penalty. `--local` runs the same in one process.
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from actors.build import ppo_actors, ppo_roles
+from actors.build import PpoRoles, ppo_actors, ppo_roles
+from actors.engines import choose_engine
+from actors.plan import checkpoint_bytes
 from alignment.config import ROLES, PpoRunConfig
 from alignment.data.chat import eos_ids_of_model, eos_is_trained, load_tokenizer
-from alignment.data.prompts import load_prompts, prompts_for_step
+from alignment.data.prompts import PromptSet, load_prompts, prompts_for_step
+from alignment.fingerprint import model_fingerprint, records_fingerprint
 from alignment.loops.evaluation import HeldOut, answer_table, compare, evaluate
-from alignment.loops.ppo import PpoState, train_ppo, train_ppo_one_pass
+from alignment.loops.ppo import PpoState, stop_on_blow_up, train_ppo, train_ppo_one_pass
 from alignment.loops.run import Run
 from alignment.metrics import check_trackers
 from recipes import checks, common, reward_model_medical
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
-def run_ppo(job: common.Job[PpoRunConfig]) -> None:
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Start:
+    """What the run begins with, all of it checked."""
+
+    config: PpoRunConfig
+    """With the path of every model as transformers takes it."""
+    tokenizer: PreTrainedTokenizerBase
+    prompts: PromptSet
+    num_parameters: int
+    upstream: Path | None
+    """The run directory of a reward model that has yet to be trained."""
+
+
+def check(job: common.Job[PpoRunConfig]) -> Start:
+    """Refuse whatever would fail later; nothing on disk is changed, no actor is started."""
+    hosts = [role for role in ROLES if role != "reward_model" or job.config.reward.model is not None]
+    checks.check_machines(job.cluster, ROLES, local=job.local)
+    checks.check_attention(job.config.model, job.cluster, hosts)
+    check_trackers(job.config.run.trackers)
+    choose_engine(job.config.rollout.engine, job.cluster.rollout.engine)
     config = checks.resolve_paths(job.config)
-    model_path = config.model.path
-    tokenizer = load_tokenizer(model_path, config.model.revision)
+    tokenizer = load_tokenizer(config.model.path, config.model.revision)
     num_parameters = checks.check_models(config, tokenizer)
     prompts = load_prompts(config.data, tokenizer)
     # Dealing out the first step refuses a batch larger than the data.
     prompts_for_step(prompts.train, 0, batch_size=config.ppo.rollout_batch_size, seed=config.run.seed)
-    checks.check_machines(job.cluster, ROLES, local=job.local)
-    checks.check_reward_functions(config.reward)
-    check_trackers(config.run.trackers)
+    checks.check_reward_functions(config.reward, [*prompts.train, *prompts.held_out])
+    upstream = checks.untrained_reward_model(config)
+    if upstream is not None:
+        common.check_first(job, reward_model_medical.main, upstream)
+    return Start(config=config, tokenizer=tokenizer, prompts=prompts, num_parameters=num_parameters, upstream=upstream)
+
+
+def inputs(config: PpoRunConfig, prompts: PromptSet) -> dict[str, str]:
+    """A short name for the contents of all that the run reads."""
+    models = {"model": config.model.path, "critic": config.critic.path, "reward model": config.reward.model}
+    return {
+        **{name: model_fingerprint(path, config.model.revision) for name, path in models.items() if path is not None},
+        "prompts": records_fingerprint([*prompts.train, *prompts.held_out]),
+    }
+
+
+def run_ppo(job: common.Job[PpoRunConfig]) -> None:
+    start = check(job)
+    config, model = start.config, start.config.model
     if job.dry_run:
         checks.check_start(job)
-        print(common.ppo_plan(job, num_parameters, len(prompts.train), len(prompts.held_out)))
+        print(common.ppo_plan(job, start.num_parameters, start.prompts.summary()))
         return
-    directory, resume_from = common.open_run_directory(job)
-    if config.reward.model is not None and checks.is_own_reward_model(config.reward.model):
-        common.train_first(job, reward_model_medical.main, Path(config.reward.model).parent)
+    print(f"prompts: {start.prompts.summary()}", flush=True)
+    space = checkpoint_bytes(config, start.num_parameters)
+    directory, resume_from = common.open_run_directory(job, num_bytes=space)
+    if start.upstream is not None:
+        common.train_first(job, reward_model_medical.main, start.upstream)
+        checks.check_reward_model(config)
+    directory.keep_inputs(inputs(config, start.prompts))
 
-    actors = ppo_actors(config, job.cluster, model_path=model_path, critic_path=config.critic.path or model_path)
+    actors = ppo_actors(config, job.cluster, model_path=model.path, critic_path=config.critic.path or model.path)
     with job.groups(actors) as groups:
-        roles = ppo_roles(groups)
-        trained = eos_is_trained(tokenizer, eos_ids=eos_ids_of_model(tokenizer, model_path, config.model.revision))
-        run = common.make_run(Run, directory, config.run, model_path=model_path, eos_is_trained=trained)
+        roles = ppo_roles(groups, weight_route=job.cluster.rollout.weight_route)
+        ends = eos_ids_of_model(start.tokenizer, model.path, model.revision)
+        trained = eos_is_trained(start.tokenizer, eos_ids=ends)
+        run = common.make_run(directory, config.run, model_path=model.path, eos_is_trained=trained)
         state = PpoState.start(config)
         if resume_from:
             parts = {"policy": roles.policy, "critic": roles.critic}
             state.load_state_dict(common.restore(job, run, resume_from, parts))
             roles.policy.send_weights(roles.rollout, version=state.step).result()
+        improve(job, config, start.prompts, roles, run, state)
+        run.close()
 
-        def answer_held_out() -> HeldOut:
-            run.progress.message(f"answering {len(prompts.held_out)} held-out prompts with policy {state.step}")
-            return evaluate(
-                prompts.held_out,
-                policy=roles.policy,
-                reference=roles.reference,
-                reward=roles.reward,
-                rollout=roles.rollout,
-                greedy=config.evaluation.greedy,
-                moved=state.step > 0,
-            )
 
-        before = common.once(directory.path / "held_out_before.json", HeldOut, answer_held_out)
-        train = train_ppo_one_pass if config.ppo.one_pass else train_ppo
-        train(
-            config,
-            prompts.train,
+def improve(
+    job: common.Job[PpoRunConfig],
+    config: PpoRunConfig,
+    prompts: PromptSet,
+    roles: PpoRoles,
+    run: Run,
+    state: PpoState,
+) -> None:
+    """Answer the held-out prompts, train, answer them again, and write down what came of it."""
+
+    def answer_held_out() -> HeldOut:
+        run.progress.message(f"answering {len(prompts.held_out)} held-out prompts with policy {state.step}")
+        return evaluate(
+            prompts.held_out,
             policy=roles.policy,
-            critic=roles.critic,
             reference=roles.reference,
             reward=roles.reward,
             rollout=roles.rollout,
-            run=run,
-            state=state,
+            greedy=config.evaluation.greedy,
+            moved=state.step > 0,
         )
-        after = answer_held_out()
-        after.save(directory.path / "held_out_after.json")
-        roles.policy.export(directory.final).result()
-        common.write_summary(
-            job,
-            directory,
-            compare(before, after, seed=config.run.seed),
-            kl={"value": after.kl, "limit": config.kl.limit},
-        )
-        if config.run.show_text:
-            print(answer_table(before, after, num_shown=config.evaluation.num_shown))
-        run.close()
+
+    directory = run.directory
+    before = common.once(directory.path / "held_out_before.json", HeldOut, answer_held_out)
+    train = train_ppo_one_pass if config.ppo.one_pass else train_ppo
+    train(
+        config,
+        prompts.train,
+        policy=roles.policy,
+        critic=roles.critic,
+        reference=roles.reference,
+        reward=roles.reward,
+        rollout=roles.rollout,
+        run=run,
+        state=state,
+    )
+    after = answer_held_out()
+    after.save(directory.path / "held_out_after.json")
+    roles.policy.export(directory.final).result()
+    gains = compare(before, after, seed=config.run.seed)
+    common.write_summary(job, directory, gains, kl={"value": after.kl, "limit": config.kl.limit})
+    if config.run.show_text:
+        print(answer_table(before, after, num_shown=config.evaluation.num_shown))
+    stop_on_blow_up(after.kl, config.kl.limit, state.step)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -19,9 +19,10 @@ from alignment.config import RewardModelRunConfig
 from alignment.data.chat import eos_ids_of_model, load_tokenizer
 from alignment.data.model_assets import resolve_model
 from alignment.data.preferences import load_preference_pairs
+from alignment.fingerprint import model_fingerprint, records_fingerprint
 from alignment.loops.offline import pair_report, train_reward_model
-from alignment.loops.run import Run
 from alignment.metrics import check_trackers
+from alignment.model_checks import check_model
 from alignment.types import PreferencePair
 from recipes import checks, common
 
@@ -32,30 +33,42 @@ NUM_STANDARD = 64
 
 def train(job: common.Job[RewardModelRunConfig]) -> None:
     config = job.config
-    model_path = resolve_model(config.model.path, config.model.revision)
-    tokenizer = load_tokenizer(model_path, config.model.revision)
-    model = config.model.at(model_path, config.model.revision)
-    num_parameters = checks.check_model("training", model, tokenizer, config.training.adapter, scalar=True)
-    pairs = load_preference_pairs(
-        config.data, tokenizer, eos_ids=eos_ids_of_model(tokenizer, model_path, config.model.revision)
-    )
     checks.check_machines(job.cluster, ("reward_model",), local=job.local)
+    checks.check_attention(config.model, job.cluster, ("reward_model",))
     check_trackers(config.run.trackers)
     if job.cluster.reward_model.num_workers != 1:
         raise ValueError(
             f"cluster: reward_model.num_workers: got {job.cluster.reward_model.num_workers}, expected 1 while it is "
             "trained; train it with --cluster cluster/local.yaml first"
         )
+    model_path = resolve_model(config.model.path, config.model.revision)
+    tokenizer = load_tokenizer(model_path, config.model.revision)
+    model = config.model.at(model_path, config.model.revision)
+    num_parameters = check_model(
+        "training",
+        model,
+        tokenizer,
+        config.training.adapter,
+        head="random",
+        lengths={"data.max_tokens": config.data.max_tokens},
+    )
+    pairs = load_preference_pairs(
+        config.data, tokenizer, eos_ids=eos_ids_of_model(tokenizer, model_path, config.model.revision)
+    )
     if job.dry_run:
         checks.check_start(job)
-        print(common.reward_model_plan(job, num_parameters, len(pairs.train), len(pairs.held_out)))
+        print(common.reward_model_plan(job, num_parameters, pairs.summary()))
         return
+    print(f"pairs: {pairs.summary()}", flush=True)
     directory, resume_from = common.open_run_directory(job)
+    directory.keep_inputs(
+        {"model": model_fingerprint(model_path), "pairs": records_fingerprint([*pairs.train, *pairs.held_out])}
+    )
 
     actors = reward_training_actors(config, job.cluster, model_path=model_path)
     with job.groups(actors) as groups:
         role = reward_training_role(groups)
-        run = common.make_run(Run, directory, config.run, model_path=model_path)
+        run = common.make_run(directory, config.run, model_path=model_path)
         first_step = common.restore(job, run, resume_from, {"reward_model": role})["step"] if resume_from else 0
 
         def score(some: Sequence[PreferencePair]) -> Scores:

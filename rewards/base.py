@@ -3,6 +3,9 @@
 A reward function takes all prompts and responses of a batch, and every other column of the rows by name, and
 returns one number per response. None means "could not score": that response is left out and counted. A number is
 never made up.
+
+A parameter of its own without a default takes the column of that name, as does one whose default is None; any other
+default is a setting, which no column may replace.
 """
 
 from __future__ import annotations
@@ -12,10 +15,15 @@ import importlib
 import inspect
 import math
 import pkgutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from numbers import Real
 from pathlib import Path
 from typing import Any, Protocol
+
+SAMPLED = ("finish_reasons", "lengths")
+"""Columns that every function is given beside those of the data: how each answer ended, and its number of tokens."""
+RESERVED = ("prompts", "responses", *SAMPLED)
+FLOAT32_MAX = 3.4028234663852886e38
 
 
 class RewardFunction(Protocol):
@@ -28,7 +36,8 @@ def load_function(name: str) -> RewardFunction:
     """The function that `module:function` names below the rewards package, and nothing outside it.
 
     Raises:
-        ValueError: another form, an unknown module, or no public function of that name defined there.
+        ValueError: another form, an unknown module, no public function of that name defined there, or one that does
+            not take columns it has no use for.
     """
     module_name, colon, function_name = name.partition(":")
     modules = sorted(m.name for m in pkgutil.iter_modules([str(Path(__file__).parent)]) if m.name != "base")
@@ -46,7 +55,44 @@ def load_function(name: str) -> RewardFunction:
         raise ValueError(
             f"reward function: got {function_name!r} in rewards.{module_name}, {_choice(function_name, functions)}"
         )
-    return functions[function_name]
+    function = functions[function_name]
+    if not any(p.kind is p.VAR_KEYWORD for p in inspect.signature(function).parameters.values()):
+        raise ValueError(
+            f"reward function: got {name!r} without **columns, expected f(prompts, responses, **columns); "
+            "add it: every function is given every column"
+        )
+    return function
+
+
+def check_columns(name: str, function: Callable[..., Any], columns: Collection[str]) -> None:
+    """Refuse columns of the data that the function `name` cannot be called with.
+
+    Raises:
+        ValueError: a column that it needs is missing, replaces one of its settings, or has a reserved name.
+    """
+    refuse_reserved(columns)
+    for parameter in list(inspect.signature(function).parameters.values())[2:]:
+        if parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
+            continue
+        if parameter.default is parameter.empty and parameter.name not in {*columns, *SAMPLED}:
+            raise ValueError(
+                f"reward.functions: got {name} for data with the columns {sorted(columns)}, expected column "
+                f"{parameter.name!r}, which it compares answers with; add that column, or choose another function"
+            )
+        if parameter.default not in (parameter.empty, None) and parameter.name in columns:
+            raise ValueError(
+                f"reward.functions: got a column {parameter.name!r} in the data, expected none of that name: it is a "
+                f"setting of {name}, {parameter.default!r} by default; rename the column"
+            )
+
+
+def refuse_reserved(columns: Collection[str]) -> None:
+    """Refuse a column by whose name reward functions are given something else."""
+    if taken := sorted(set(columns) & set(RESERVED)):
+        raise ValueError(
+            f"reward.functions: got a column {taken[0]!r} in the data, expected none of {', '.join(RESERVED)}: "
+            "reward functions are given their own; rename the column"
+        )
 
 
 def combine(
@@ -63,7 +109,8 @@ def combine(
         The total of each response, None where a part is None; and its unweighted parts by name.
 
     Raises:
-        ValueError: names that differ, no parts, a wrong length, or something that is no finite number.
+        ValueError: names that differ, no parts, a wrong length, something that is no finite number, or a total that
+            float32, in which the learners compute, cannot hold.
     """
     if not parts or set(parts) != set(weights):
         raise ValueError(
@@ -84,7 +131,14 @@ def combine(
         {name: None if numbers[i] is None else float(numbers[i]) for name, numbers in parts.items()}  # type: ignore[arg-type]
         for i in range(expected)
     ]
-    return [_total(one, weights) for one in breakdown], breakdown
+    totals = [_total(one, weights) for one in breakdown]
+    for index, total in enumerate(totals):
+        if total is not None and not abs(total) <= FLOAT32_MAX:
+            raise ValueError(
+                f"rewards, response {index}: got a total of {total!r} from {breakdown[index]}, expected one that "
+                "float32 can hold; lower the weights"
+            )
+    return totals, breakdown
 
 
 def _takes_texts(function: Callable[..., Any]) -> bool:

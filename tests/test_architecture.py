@@ -19,13 +19,14 @@ FOLDERS = ("alignment", "actors", "rewards", "recipes", "benchmarks")
 # A name covers the module and everything below it; the longest one that fits decides. Imports go down or sideways.
 LAYERS = {
     **dict.fromkeys(["alignment.types", "alignment.config", "alignment.masked", "alignment.distributed"], 0),
-    **dict.fromkeys(["alignment.run_directory", "alignment.metrics", "rewards"], 0),
+    **dict.fromkeys(["alignment.run_directory", "alignment.metrics", "alignment.kl_controller", "rewards"], 0),
     **dict.fromkeys(["alignment.interfaces", "alignment.config_io", "alignment.logprobs", "alignment.kl"], 1),
+    "alignment.rollout_correction": 1,
     **dict.fromkeys(["alignment.advantages", "alignment.losses", "alignment.batching", "alignment.adapters"], 1),
     **dict.fromkeys(["alignment.schedules", "alignment.bootstrap", "alignment.scores", "alignment.data"], 1),
-    "alignment.memory": 1,
+    **dict.fromkeys(["alignment.memory", "alignment.fingerprint"], 1),
     **dict.fromkeys(["alignment.experience", "alignment.models", "alignment.engines", "alignment.checkpoint"], 2),
-    **dict.fromkeys(["alignment.learners", "alignment.generation"], 2),
+    **dict.fromkeys(["alignment.learners", "alignment.generation", "alignment.model_checks"], 2),
     "alignment.loops": 3,
     "actors": 4,
     **dict.fromkeys(["recipes", "benchmarks"], 5),

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+from actors.weight_routes import Rendezvous
 from actors.weight_sync import AdapterUpdate, SyncKind, WeightBucket
 from alignment.generation import Sample
 
@@ -44,6 +45,10 @@ class RolloutEngine(Protocol):
         self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], settings: Sequence[SamplingSettings]
     ) -> list[Sample]:
         """One sample per prompt, in the order given; its tokens depend on its own prompt and seed."""
+        ...
+
+    def join(self, rendezvous: Rendezvous, *, first_rank: int) -> None:
+        """Take part in the broadcasts of a group, as `first_rank` and, with more workers, the ranks after it."""
         ...
 
     def begin_sync(self, *, version: int, buckets: int) -> None: ...

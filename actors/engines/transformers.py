@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 
 from actors.engines.base import SamplingSettings
+from actors.weight_routes import BroadcastGroup, Rendezvous
 from actors.weight_sync import AdapterUpdate, SyncKind, SyncState, WeightBucket, unpack_bucket
 from alignment.generation import Sample, generate
 from alignment.logprobs import token_logprobs
@@ -23,6 +24,7 @@ class TransformersEngine:
         self.model, self.max_batch = model, max_batch
         self.max_model_len: int | None = getattr(model.model.config, "max_position_embeddings", None)
         self._sync = SyncState()
+        self._group: BroadcastGroup | None = None
 
     @property
     def weight_version(self) -> int:
@@ -50,13 +52,16 @@ class TransformersEngine:
             samples.update(zip(rows, made, strict=True))
         return [samples[i] for i in range(len(prompts))]
 
+    def join(self, rendezvous: Rendezvous, *, first_rank: int) -> None:
+        self._group = BroadcastGroup(rendezvous, rank=first_rank)
+
     def begin_sync(self, *, version: int, buckets: int) -> None:
         self._sync.begin(version, buckets)
 
     @torch.no_grad()
     def receive(self, bucket: WeightBucket) -> None:
         parameters = dict(self.model.model.named_parameters())
-        for name, tensor in unpack_bucket(bucket):
+        for name, tensor in unpack_bucket(bucket, self._group):
             parameters[name].copy_(tensor)
         self._sync.received(bucket)
 

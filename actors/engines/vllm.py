@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import tempfile
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from actors.engines import vllm_compat as compat
 from actors.engines.base import SamplingSettings
+from actors.weight_routes import Rendezvous
 from actors.weight_sync import AdapterUpdate, SyncKind, SyncState, WeightBucket, unpack_adapter
 from alignment.generation import Sample
 
@@ -53,6 +55,8 @@ class VllmEngine:
             "max_num_seqs": max_batch,
             "enforce_eager": on_cpu if eager is None else eager,
             "tensor_parallel_size": tensor_parallel_size,
+            # Left to itself, vLLM would look for the other GPUs in the placement group, where this process has them.
+            "distributed_executor_backend": "mp" if tensor_parallel_size > 1 else None,
             # The sampling defaults that some model folders bring would cut the support.
             "generation_config": "vllm",
             # After temperature: what the importance ratio is taken against.
@@ -118,21 +122,15 @@ class VllmEngine:
         self._syncing = True
         compat.start_weight_update(self.llm)
 
-    def receive(self, bucket: WeightBucket) -> None:
-        from actors.engines.vllm_transfer import shared_segment
+    def join(self, rendezvous: Rendezvous, *, first_rank: int) -> None:
+        """Take part in the broadcasts of a group; worker i has rank `first_rank` + i."""
+        info = {"rendezvous": asdict(rendezvous), "first_rank": first_rank}
+        self.llm.init_weight_transfer_engine({"init_info": info})
 
-        with shared_segment(bucket.payload) as path:
-            info = {
-                "path": path,
-                "nbytes": bucket.payload.nbytes,
-                "version": bucket.version,
-                "index": bucket.index,
-                "names": list(bucket.names),
-                "shapes": [list(shape) for shape in bucket.shapes],
-                "dtypes": list(bucket.dtypes),
-                "offsets": list(bucket.offsets),
-                "digest": bucket.digest,
-            }
+    def receive(self, bucket: WeightBucket) -> None:
+        from actors.engines.vllm_transfer import described
+
+        with described(bucket) as info:
             self.llm.update_weights({"update_info": info})
         self._sync.received(bucket)
 

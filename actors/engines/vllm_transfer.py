@@ -1,8 +1,10 @@
-"""vLLM's side of a weight sync through shared memory; imported by every vLLM worker through `worker_extension_cls`.
+"""vLLM's side of a weight sync; imported by every vLLM worker through `worker_extension_cls`.
 
-One bucket lies in an anonymous memory file of the sender. Only its address and a description of what is inside go
-through vLLM's control channel; nothing is pickled. The worker maps the file, hashes it, and hands views of it to the
-model's own weight loaders.
+A description of each bucket goes through vLLM's control channel, and where its bytes are: in an anonymous memory file
+of the engine's process, in GPU memory that the worker may map, next in a broadcast that the worker takes part in, or
+in this very process.
+Nothing that could be called is pickled. The worker hashes the bytes and hands views of them to the model's own weight
+loaders.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import contextlib
 import mmap
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -25,23 +27,25 @@ from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
+from actors.weight_routes import Announced, BroadcastGroup, CudaShare, Payload, Rendezvous
 from actors.weight_sync import WeightBucket, unpack_bucket
 
-BACKEND = "raylign_shared_memory"
+BACKEND = "raylign_buckets"
 EXTENSION = "actors.engines.vllm_transfer.WorkerExtension"
 
 
 @dataclass
-class SharedMemoryInitInfo(WeightTransferInitInfo):
-    """Nothing to agree on beforehand."""
+class BucketInitInfo(WeightTransferInitInfo):
+    """The broadcast group to join, if there is one: a `Rendezvous` as a dict, and the rank of worker 0."""
+
+    rendezvous: dict[str, Any] | None = None
+    first_rank: int = 1
 
 
 @dataclass
-class SharedMemoryUpdateInfo(WeightTransferUpdateInfo):
-    """A `WeightBucket` whose payload lies in the file `path`."""
+class BucketUpdateInfo(WeightTransferUpdateInfo):
+    """A `WeightBucket`; its payload as a dict: a file to map, a `CudaShare`, an `Announced` or the block."""
 
-    path: str
-    nbytes: int
     version: int
     index: int
     names: list[str]
@@ -49,20 +53,26 @@ class SharedMemoryUpdateInfo(WeightTransferUpdateInfo):
     dtypes: list[str]
     offsets: list[int]
     digest: str
+    payload: dict[str, Any]
 
 
-class SharedMemoryTransfer(WeightTransferEngine[SharedMemoryInitInfo, SharedMemoryUpdateInfo]):
+class BucketTransfer(WeightTransferEngine[BucketInitInfo, BucketUpdateInfo]):
     """Loads buckets in checkpoint format, layer by layer.
 
     Up to 0.24 the worker itself opens and closes the layerwise reload and hands `load_weights` in; later releases call
     the two methods here. Either way a layer's weights are repacked for the device once the last of them has come.
     """
 
-    init_info_cls = SharedMemoryInitInfo
-    update_info_cls = SharedMemoryUpdateInfo
+    init_info_cls = BucketInitInfo
+    update_info_cls = BucketUpdateInfo
+    group: BroadcastGroup | None = None
 
-    def init_transfer_engine(self, init_info: SharedMemoryInitInfo) -> None:
-        return
+    def init_transfer_engine(self, init_info: BucketInitInfo) -> None:
+        """Called again whenever the group is formed anew."""
+        self.group = None
+        if init_info.rendezvous is not None:
+            rank = init_info.first_rank + self.parallel_config.rank
+            self.group = BroadcastGroup(Rendezvous(**init_info.rendezvous), rank=rank)
 
     def start_weight_update(self) -> None:
         initialize_layerwise_reload(self.model)
@@ -72,12 +82,10 @@ class SharedMemoryTransfer(WeightTransferEngine[SharedMemoryInitInfo, SharedMemo
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
         self.receive_weights(self.parse_update_info(update_info))
-        if torch.accelerator.is_available():  # copies from the host finish before the mapping goes
+        if torch.accelerator.is_available():  # copies finish before the memory they read goes
             torch.accelerator.synchronize()
 
-    def receive_weights(
-        self, update_info: SharedMemoryUpdateInfo, load_weights: Callable[..., Any] | None = None
-    ) -> None:
+    def receive_weights(self, update_info: BucketUpdateInfo, load_weights: Callable[..., Any] | None = None) -> None:
         bucket = WeightBucket(
             version=update_info.version,
             index=update_info.index,
@@ -85,14 +93,14 @@ class SharedMemoryTransfer(WeightTransferEngine[SharedMemoryInitInfo, SharedMemo
             shapes=tuple(tuple(shape) for shape in update_info.shapes),
             dtypes=tuple(update_info.dtypes),
             offsets=tuple(update_info.offsets),
-            payload=map_segment(update_info.path, update_info.nbytes),
+            payload=payload_of(update_info.payload),
             digest=update_info.digest,
         )
         model: Any = self.model
-        (load_weights or model.load_weights)(unpack_bucket(bucket))
+        (load_weights or model.load_weights)(unpack_bucket(bucket, self.group))
 
     def shutdown(self) -> None:
-        return
+        self.group = None
 
     @staticmethod
     def trainer_send_weights(iterator: Any, trainer_args: Any) -> None:
@@ -115,7 +123,37 @@ class WorkerExtension:
 
 
 @contextlib.contextmanager
-def shared_segment(payload: np.ndarray) -> Iterator[str]:
+def described(bucket: WeightBucket) -> Iterator[dict[str, Any]]:
+    """`bucket` as a `BucketUpdateInfo` for the workers, valid within the block."""
+    info = {
+        "version": bucket.version,
+        "index": bucket.index,
+        "names": list(bucket.names),
+        "shapes": [list(shape) for shape in bucket.shapes],
+        "dtypes": list(bucket.dtypes),
+        "offsets": list(bucket.offsets),
+        "digest": bucket.digest,
+    }
+    payload = bucket.payload
+    if isinstance(payload, np.ndarray):
+        with memory_file(payload) as path:
+            yield {**info, "payload": {"path": path, "nbytes": payload.nbytes}}
+    else:
+        yield {**info, "payload": {"block": payload} if isinstance(payload, torch.Tensor) else asdict(payload)}
+
+
+def payload_of(fields: dict[str, Any]) -> Payload:
+    """What `described` made a dict of."""
+    if "block" in fields:
+        block: torch.Tensor = fields["block"]
+        return block
+    if "path" in fields:
+        return map_file(**fields)
+    return CudaShare(**fields) if "handle" in fields else Announced(**fields)
+
+
+@contextlib.contextmanager
+def memory_file(payload: np.ndarray) -> Iterator[str]:
     """A path under which processes of this user can map `payload` (uint8) for the time of the block.
 
     An anonymous file needs no room in /dev/shm, which containers keep small, and leaves nothing behind when a process
@@ -131,10 +169,10 @@ def shared_segment(payload: np.ndarray) -> Iterator[str]:
         os.close(file)
 
 
-def map_segment(path: str, nbytes: int) -> np.ndarray:
+def map_file(path: str, nbytes: int) -> np.ndarray:
     """(nbytes,) uint8 view; the memory lives as long as any array or tensor that looks into it."""
     with open(path, "rb") as file:
         return np.frombuffer(mmap.mmap(file.fileno(), nbytes, access=mmap.ACCESS_READ), dtype=np.uint8)
 
 
-WeightTransferEngineFactory.register_engine(BACKEND, SharedMemoryTransfer)
+WeightTransferEngineFactory.register_engine(BACKEND, BucketTransfer)

@@ -13,7 +13,7 @@ from alignment.config.model import AdapterConfig, ModelConfig, OptimizerConfig
 from alignment.config.ppo import CriticConfig, KlConfig, PolicyConfig, PpoConfig, PpoRunConfig
 from alignment.config.reward import RewardConfig, RewardFunctionConfig
 from alignment.config.reward_model import RewardModelRunConfig, RewardModelTrainingConfig
-from alignment.config.rollout import RolloutConfig, VllmConfig
+from alignment.config.rollout import CorrectionConfig, RolloutConfig, VllmConfig
 from alignment.config.run import EvaluationConfig, RunConfig
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "AdapterConfig",
     "ClusterConfig",
     "Config",
+    "CorrectionConfig",
     "CriticConfig",
     "EvaluationConfig",
     "KlConfig",

@@ -30,15 +30,35 @@ class RolloutRoleConfig(Config):
     engine: Literal["auto", "transformers", "vllm"] = "auto"
     """Generation engine, unless the recipe names one; `auto` is vLLM where it is installed."""
     num_engines: Positive = 1
-    """Engines, each with a copy of the weights."""
+    """Engines, each a process with a copy of the weights. They share out the sequences of a step, and one that dies is
+    started again; beside other roles in one process there is one engine. On a CPU also set `threads_per_worker` to
+    the cores of each: engines that use every core take turns."""
     tensor_parallel_size: Positive = 1
-    """GPUs of one engine."""
+    """GPUs that one engine is split over."""
     cpus_per_worker: PositiveFloat = 0.2
     """CPUs that each engine reserves."""
     gpus_per_worker: NonNegativeFloat = 0.0
-    """GPUs that each engine reserves."""
+    """GPUs that each part of an engine reserves: an engine reserves this times `tensor_parallel_size`."""
     threads_per_worker: Positive | None = None
     """Threads of each engine."""
+
+    weight_route: Literal["auto", "object_store", "cuda_ipc", "broadcast"] = "auto"
+    """How weights come from the policy: `cuda_ipc` on one GPU, `broadcast` (NCCL; gloo on CPUs) to GPUs of their own,
+    `object_store` everywhere; `auto` takes the shortest that all engines can. Beside the policy nothing travels."""
+
+    @model_validator(mode="after")
+    def _route_exists(self) -> RolloutRoleConfig:
+        if self.weight_route == "cuda_ipc" and not self.gpus_per_worker:
+            raise ValueError(
+                "weight_route: got cuda_ipc with gpus_per_worker=0, expected a GPU that policy and engines share; "
+                "set gpus_per_worker, or weight_route: auto"
+            )
+        if self.weight_route == "broadcast" and not self.gpus_per_worker and self.threads_per_worker is None:
+            raise ValueError(
+                "weight_route: got broadcast between CPUs without threads_per_worker, expected it set: processes "
+                "that use every core take turns, and a broadcast needs all at once; set it, or weight_route: auto"
+            )
+        return self
 
     @model_validator(mode="after")
     def _engine_can_split(self) -> RolloutRoleConfig:
@@ -46,6 +66,12 @@ class RolloutRoleConfig(Config):
             raise ValueError(
                 f"got tensor_parallel_size={self.tensor_parallel_size}, expected 1: the transformers engine runs on "
                 "one GPU; raise num_engines instead"
+            )
+        if self.tensor_parallel_size != 1 and self.gpus_per_worker != 1:
+            raise ValueError(
+                f"got tensor_parallel_size={self.tensor_parallel_size}, expected 1 with "
+                f"gpus_per_worker={self.gpus_per_worker:g}: an engine is split over whole GPUs; set "
+                "gpus_per_worker: 1, or raise num_engines instead"
             )
         return self
 
@@ -85,6 +111,12 @@ class ClusterConfig(Config):
                 f"colocate: got {self.colocate}, expected each of {ROLES} at most once; correct the groups"
             )
         for group in self.colocate:
+            if "rollout" in group and len(group) > 1 and self.rollout.num_engines > 1:
+                raise ValueError(
+                    f"rollout.num_engines: got {self.rollout.num_engines} with rollout in the group {group} of "
+                    "colocate, expected 1: an engine that shares a process with other roles is one; take rollout out "
+                    "of the group, or set num_engines: 1"
+                )
             if len({getattr(self, role).num_workers for role in group}) > 1:
                 raise ValueError(
                     f"colocate: got different numbers of workers in {group}, expected one number; align them"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator
 
 from alignment.config.base import Config, Fraction, NonNegative, NonNegativeFloat, Positive, PositiveFloat
 
@@ -40,12 +42,15 @@ class AdapterConfig(Config):
     """Adapt only this many layers, counted from the top: the backward pass stops below them."""
 
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
 class OptimizerConfig(Config):
     """AdamW, warm-up and decay; counts optimiser steps."""
 
     lr: PositiveFloat = 1e-5
     """Peak learning rate."""
-    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     """AdamW's."""
     eps: PositiveFloat = 1e-8
     """AdamW's."""
@@ -66,6 +71,14 @@ class OptimizerConfig(Config):
     It reads the KL of a batch's last minibatch, after the earlier steps, so it needs several steps per batch."""
     adaptive_bounds: tuple[PositiveFloat, PositiveFloat] = (0.1, 4.0)
     """Limits of the KL-adaptive factor on the rate."""
+
+    @field_validator("adaptive_bounds")
+    @classmethod
+    def _bounds_are_in_order(cls, bounds: tuple[float, float]) -> tuple[float, float]:
+        low, high = bounds
+        if low > high:
+            raise ValueError(f"got [{low:g}, {high:g}], expected the lower one first; swap them")
+        return bounds
 
 
 def refuse_float16_training(model: ModelConfig) -> None:

@@ -18,6 +18,7 @@ from alignment.config.model import (
 from alignment.config.reward import RewardConfig
 from alignment.config.rollout import RolloutConfig
 from alignment.config.run import EvaluationConfig, RunConfig
+from alignment.kl_controller import check_horizon
 
 
 class PolicyConfig(Config):
@@ -63,7 +64,7 @@ class KlConfig(Config):
     target: PositiveFloat | None = None
     """KL per sequence for the adaptive controller; None keeps `coef` fixed."""
     horizon: PositiveFloat = 10_000.0
-    """Sequences over which the controller acts."""
+    """Sequences over which the controller acts: more than 0.2 of a step's."""
     limit: PositiveFloat | None = None
     """KL per sequence over which the run stops, naming it; None never stops."""
 
@@ -171,13 +172,20 @@ class PpoRunConfig(Config):
         return self
 
     @model_validator(mode="after")
+    def _penalty_has_a_start(self) -> PpoRunConfig:
+        buffer, limit = self.reward.overlong_buffer, self.rollout.max_new_tokens
+        if buffer > limit:
+            raise ValueError(
+                f"reward.overlong_buffer: got {buffer}, expected at most the {limit} of rollout.max_new_tokens, or "
+                "every answer pays; lower it"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _controllers_fit_a_step(self) -> PpoRunConfig:
         sequences = self.ppo.rollout_batch_size * self.ppo.num_samples_per_prompt
-        if self.kl.target is not None and self.kl.horizon < sequences:
-            raise ValueError(
-                f"kl.horizon: got {self.kl.horizon:g}, expected at least the {sequences} sequences of a step, or one "
-                "step could turn the weight of the penalty around; raise it, or set kl.target to null"
-            )
+        if self.kl.target is not None:
+            check_horizon(self.kl.horizon, sequences)
         adaptive = self.policy.optimizer.adaptive_kl_target
         if adaptive is not None and sequences // self.ppo.minibatch_size * self.ppo.ppo_epochs == 1:
             raise ValueError(

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from pydantic import model_validator
+from pydantic import field_validator, model_validator
 
-from alignment.config.base import Config, Fraction, NonNegative, NonNegativeFloat, Positive, PositiveFloat
+from alignment.config.base import Config, FiniteFloat, Fraction, NonNegative, NonNegativeFloat, Positive, PositiveFloat
 
 
 class RewardFunctionConfig(Config):
@@ -12,7 +12,7 @@ class RewardFunctionConfig(Config):
 
     name: str
     """`module:function` below the rewards package, e.g. `text:finished_sentence`."""
-    weight: float = 1.0
+    weight: FiniteFloat = 1.0
     """Factor in the total."""
 
 
@@ -23,7 +23,7 @@ class RewardConfig(Config):
     """Folder or hub name of a sequence-classification model with one label; None uses functions alone."""
     revision: str | None = None
     """Commit hash of a hub model; None takes model.revision where this is the same repository."""
-    model_weight: float = 1.0
+    model_weight: FiniteFloat = 1.0
     """Factor of the reward model's score."""
     standardize_model: bool = True
     """Subtract the mean and divide by the standard deviation saved with the reward model, where it has them."""
@@ -38,11 +38,19 @@ class RewardConfig(Config):
     missing_eos_penalty: NonNegativeFloat = 0.0
     """Subtracted from answers that the limit cut off."""
     overlong_buffer: NonNegative = 0
-    """Last tokens before the limit over which a penalty grows from 0 to overlong_penalty; 0 switches it off."""
+    """Last tokens before rollout.max_new_tokens over which a penalty grows from 0 to overlong_penalty; 0 is off."""
     overlong_penalty: NonNegativeFloat = 1.0
     """Full overlong penalty."""
     max_unscorable: Fraction = 0.0
     """Share of a batch that may come back unscored before the run stops."""
+
+    @field_validator("functions")
+    @classmethod
+    def _each_function_once(cls, functions: tuple[RewardFunctionConfig, ...]) -> tuple[RewardFunctionConfig, ...]:
+        names = [function.name for function in functions]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"got {', '.join(twice)} more than once, expected each function once; add the weights up")
+        return functions
 
     @model_validator(mode="after")
     def _something_scores(self) -> RewardConfig:

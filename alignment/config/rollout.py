@@ -22,6 +22,21 @@ class VllmConfig(Config):
     """Run without compiled graphs; None is yes on a CPU and no on a GPU."""
 
 
+class CorrectionConfig(Config):
+    """Weights for tokens that the engine samples with other probabilities than the trainer computes."""
+
+    kind: Literal["none", "token_tis", "sequence_tis", "icepop"] = "none"
+    """What a token's loss is multiplied by, from the ratio of the trainer's probability to the sampler's: `none` 1,
+    `token_tis` its ratio up to `cap`, `sequence_tis` the product of its response's ratios up to `cap`, `icepop` its
+    ratio from `low` to `high` and 0 outside. Tokens of weight 0 still count in the mean."""
+    cap: Annotated[float, Field(ge=1)] = 2.0
+    """Largest weight of token_tis and sequence_tis (truncated importance sampling, Yao et al. 2025)."""
+    low: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """Ratio below which icepop drops a token (arXiv 2510.18855)."""
+    high: Annotated[float, Field(ge=1)] = 5.0
+    """Ratio above which icepop drops a token."""
+
+
 class RolloutConfig(Config):
     """Sampling. While training, top-p and top-k are refused: see docs/sampling.md."""
 
@@ -50,7 +65,10 @@ class RolloutConfig(Config):
     """Port of an OpenAI-compatible endpoint on 127.0.0.1, where the first engine runs, to talk to the policy while it
     trains; None is no endpoint. Needs the extra `serve`; see docs/rollout_engines.md."""
     logprob_gap_limit: PositiveFloat = 0.05
-    """Largest mean |rollout - trainer| log-probability accepted before the first update."""
+    """Largest mean |rollout - trainer| log-probability over a step's tokens; above it the run stops before the step's
+    update."""
+    correction: CorrectionConfig = CorrectionConfig()
+    """What to do about a gap below the limit."""
     probe_gap_limit: PositiveFloat | None = None
     """Largest mean |engine - trainer| log-probability of the probe prompt accepted after a weight sync; None is 0.001
     in float32, 0.05 in bfloat16 and 0.02 in float16."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from alignment.config.base import Config, NonNegative, Positive
 
@@ -10,7 +12,7 @@ from alignment.config.base import Config, NonNegative, Positive
 class RunConfig(Config):
     """One run."""
 
-    seed: NonNegative = 1
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 1
     """Decides data order, sampling, and initialisation."""
     num_steps: Positive = 10
     """Steps of the loop."""

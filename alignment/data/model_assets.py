@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +66,8 @@ def check_folder(folder: Path) -> None:
     """Refuse a model folder that is not whole, or would run code of its own or unpickle its weights.
 
     Raises:
-        ValueError: no config.json; JSON that is broken; `auto_map` in a config file; weights that are missing or only
-            there in pickle form.
+        ValueError: no config.json; JSON that is broken; `auto_map` in a config file; weights that are missing, cut
+            short, or only there in pickle form.
     """
     if not (folder / "config.json").is_file():
         raise ValueError(f"model folder: got {folder} without config.json, expected a Hugging Face folder; correct it")
@@ -89,6 +90,51 @@ def check_folder(folder: Path) -> None:
             f"model folder: got {folder} without {', '.join(missing[:3])}, expected the weights of the model there; "
             "copy them too, or correct the path"
         )
+    weight_shapes(folder)
+
+
+def weight_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor that transformers loads from a folder, from the files' headers: reads no weight.
+
+    {} for a folder whose weights are still on the hub.
+
+    Raises:
+        ValueError: a file that is cut short, or no safetensors file at all.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    files = [whole] if whole.is_file() else []
+    if not files and index.is_file():
+        files = sorted({folder / name for name in _read_object(index).get("weight_map", {}).values()})
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in files if all(file.is_file() for file in files) else []:
+        try:
+            with safe_open(file, framework="np") as tensors:
+                names = tensors.keys()
+                shapes.update({name: tuple(tensors.get_slice(name).get_shape()) for name in names})
+        except (SafetensorError, OSError) as error:
+            raise ValueError(
+                f"model folder: got {file}, which is no whole safetensors file ({error}), expected the model's "
+                "weights; copy or download it again (git lfs pull, where it is only a pointer to the file)"
+            ) from error
+    return shapes
+
+
+@contextlib.contextmanager
+def quiet_loading() -> Iterator[None]:
+    """transformers without progress bars and load reports for the time of the block."""
+    from transformers.utils import logging
+
+    bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def _read_object(file: Path) -> dict[str, Any]:
@@ -124,12 +170,8 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
     """De-quantise to float32 safetensors, with tokenizer and generation config."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
-    from transformers.utils import logging
 
-    bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    try:
+    with quiet_loading():
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         # The de-quantiser's progress bar has no switch.
         with contextlib.redirect_stderr(io.StringIO()):
@@ -149,7 +191,3 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
         )
         fresh.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()

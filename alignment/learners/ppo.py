@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,9 +13,9 @@ from alignment.advantages import gae
 from alignment.batching import micro_batches, minibatches, rollout_batch, rollout_lengths
 from alignment.engines.torch import TorchEngine
 from alignment.learners.base import Tally, per_response
-from alignment.losses import aggregate, ppo_policy_loss, ppo_value_loss
-from alignment.masked import zero_masked
+from alignment.losses import Metrics, aggregate, ppo_policy_loss, ppo_value_loss
 from alignment.models import CausalModel, response_logprobs, response_values
+from alignment.rollout_correction import correction_weights, mismatch_metrics, require_match
 from alignment.schedules import KlAdaptiveRate
 from alignment.types import Experience, Rollout
 
@@ -40,13 +41,21 @@ class PolicyLearner:
         entropy_coef: float = 0.0,
         kl_stop: float | None = None,
         adaptive_rate: KlAdaptiveRate | None = None,
+        correction: Mapping[str, Any] | None = None,
+        logprob_gap_limit: float = math.inf,
         seed: int = 0,
         device: torch.device | str = "cpu",
     ) -> None:
+        """
+        Args:
+            correction: the settings of `correction_weights`; None weights every token alike.
+            logprob_gap_limit: largest mean gap to the sampler that `update_on_policy` accepts.
+        """
         self.model, self.engine, self.temperature = model, engine, temperature
         self.minibatch_size, self.micro_batch_size, self.ppo_epochs = minibatch_size, micro_batch_size, ppo_epochs
         self.clip = {"clip_ratio": clip_ratio, "clip_ratio_high": clip_ratio_high, "dual_clip": dual_clip}
         self.entropy_coef, self.kl_stop, self.adaptive_rate = entropy_coef, kl_stop, adaptive_rate
+        self.correction, self.logprob_gap_limit = correction, logprob_gap_limit
         self.seed, self.device = seed, device
 
     def logprobs(self, rollouts: Sequence[Rollout]) -> list[Tensor]:
@@ -63,24 +72,26 @@ class PolicyLearner:
     def update_on_policy(self, experience: Experience, *, step: int) -> dict[str, float]:
         """One update in which the policy's own forward is the old policy: the ratio is 1 whatever was sampled.
 
-        Also returns `rollout/logprob_gap` (mean) and `rollout/logprob_gap_max`: how far the `old_logprobs` given, the
-        sampler's, are from it.
+        Also returns the `mismatch_metrics` of the sampler to it.
+
+        Raises:
+            RuntimeError: their mean gap is above `logprob_gap_limit`; no optimiser step was made.
         """
         tally = Tally()
         if not experience.response_mask.any():
             return {"ppo/updates_count": 0.0}
         tally.begin_minibatch()
         index, lengths = torch.arange(len(experience)), experience.attention_mask.sum(1)
+        count, old = self._token_count(experience, index), torch.zeros_like(experience.rollout_logprobs)
         for rows in micro_batches(index, lengths, self.micro_batch_size):
-            loss, metrics = self._loss(
-                experience.rows(rows), self._token_count(experience, index), own_forward_is_old=True
-            )
+            loss, metrics, logprobs = self._loss(experience.rows(rows), count, own_forward_is_old=True)
             self.engine.backward(loss)
             tally.add(metrics)
+            old[rows, : logprobs.shape[1]] = logprobs.cpu()
+        mismatch = mismatch_metrics(old, experience.rollout_logprobs, experience.response_mask)
+        require_match(mismatch, self.logprob_gap_limit, step=step)
         tally.add(self.engine.step())
-        metrics = tally.result("ppo")
-        gaps = {f"rollout/{name}": metrics.pop(f"ppo/{name}") for name in ("logprob_gap", "logprob_gap_max")}
-        return {**metrics, **gaps, "ppo/updates_count": 1.0}
+        return {**tally.result("ppo"), **mismatch, "ppo/updates_count": 1.0}
 
     def update(self, experience: Experience, *, step: int) -> dict[str, float]:
         """Improve the policy on one batch. Stops early once a minibatch's KL to the old policy exceeds `kl_stop`.
@@ -98,7 +109,7 @@ class PolicyLearner:
                 continue
             tally.begin_minibatch()
             for rows in micro_batches(index, lengths, self.micro_batch_size):
-                loss, metrics = self._loss(experience.rows(rows), self._token_count(experience, index))
+                loss, metrics, _ = self._loss(experience.rows(rows), self._token_count(experience, index))
                 self.engine.backward(loss)
                 tally.add(metrics)
             kl = tally.current("approx_kl")
@@ -130,7 +141,7 @@ class PolicyLearner:
             )
         lengths = experience.attention_mask.sum(1)
         for rows in micro_batches(index, lengths, self.micro_batch_size):
-            _, metrics = self._loss(experience.rows(rows), self._token_count(experience, index))
+            _, metrics, _ = self._loss(experience.rows(rows), self._token_count(experience, index))
             tally.add(metrics)
         return tally.result("ppo")
 
@@ -139,7 +150,8 @@ class PolicyLearner:
 
     def _loss(
         self, rows: Experience, denominator: float, *, own_forward_is_old: bool = False
-    ) -> tuple[Tensor, dict[str, Any]]:
+    ) -> tuple[Tensor, Metrics, Tensor]:
+        """Loss and metrics of a micro-batch, and its (b, T) log-probabilities under the policy, without gradient."""
         batch = _to(rows, self.device)
         logprobs, entropy = response_logprobs(
             self.model,
@@ -149,24 +161,31 @@ class PolicyLearner:
             temperature=self.temperature,
             with_entropy=self.entropy_coef > 0,
         )
+        own = logprobs.detach()
+        old = own if own_forward_is_old else batch.old_logprobs
+        weights, corrected = self._weights(old, batch, denominator)
         loss, metrics = ppo_policy_loss(
             logprobs,
-            logprobs.detach() if own_forward_is_old else batch.old_logprobs,
+            old,
             batch.advantages,
             batch.response_mask,
             **self.clip,  # type: ignore[arg-type]
+            weights=weights,
             denominator=denominator,
         )
-        metrics = {"policy_loss": loss.detach(), **metrics}
-        if own_forward_is_old:
-            gap = (logprobs.detach() - batch.old_logprobs).abs()
-            metrics["logprob_gap"] = aggregate(gap, batch.response_mask, mode="token_mean", denominator=denominator)
-            metrics["logprob_gap_max"] = zero_masked(gap, batch.response_mask).max()
+        metrics = {"policy_loss": loss.detach(), **metrics, **corrected}
         if entropy is not None:
             bonus = aggregate(entropy, batch.response_mask, mode="token_mean", denominator=denominator)
             loss = loss - self.entropy_coef * bonus
             metrics["entropy"] = bonus.detach()
-        return loss, metrics
+        return loss, metrics, own
+
+    def _weights(self, old: Tensor, batch: Experience, denominator: float) -> tuple[Tensor | None, Metrics]:
+        if self.correction is None:
+            return None, {}
+        return correction_weights(
+            old, batch.rollout_logprobs, batch.response_mask, **self.correction, denominator=denominator
+        )
 
     def state_dict(self) -> dict[str, Any]:
         rate = None if self.adaptive_rate is None else self.adaptive_rate.state_dict()

@@ -70,6 +70,8 @@ def score_sequences(
     device: torch.device | str = "cpu",
 ) -> list[float]:
     """Scores at the last token of each sequence, in the order given."""
+    if not sequences:
+        return []
     scores = torch.zeros(len(sequences))
     lengths = torch.tensor([len(s) for s in sequences])
     for index in micro_batches(torch.arange(len(sequences)), lengths, micro_batch_size):

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from alignment.config import PpoRunConfig
+from alignment.rollout_correction import GAP, MISMATCH_CAUSES
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,9 +61,9 @@ def check_first_step(
         ),
         Invariant(
             name="rollout - trainer log-probability gap",
-            got=metrics["rollout/logprob_gap"],
+            got=metrics[GAP],
             limit=config.rollout.logprob_gap_limit,
-            look_at="stale engine weights, a cut support (top-p, top-k), or another temperature",
+            look_at=MISMATCH_CAUSES,
         ),
         Invariant(
             name="template leaves EOS untrained",

@@ -16,11 +16,9 @@ from alignment.interfaces import Generator, LogprobWorker, Metrics, PolicyWorker
 from alignment.kl import AdaptiveKLController
 from alignment.loops.invariants import check_first_step
 from alignment.loops.run import Run, StepLog
+from alignment.rollout_correction import MISMATCH_METRICS, require_match
 from alignment.scores import ScoreNormalizer, shape_scores
 from alignment.types import Experience, Prompt, Rollout, Score
-
-GAP = "rollout/logprob_gap"
-"""Metrics of this prefix compare the sampler's log-probabilities with the trainer's."""
 
 
 @dataclass(slots=True)
@@ -78,6 +76,7 @@ def train_ppo(
             log.metrics.update({**score_metrics(scores), **described})
         if step == 0:
             require_first_step(config, policy, experience, log.metrics, run)
+        require_match(log.metrics, config.rollout.logprob_gap_limit, step=step)
 
         with log.phase("update"):
             updates = [critic.update(experience, step=step)]
@@ -104,6 +103,7 @@ def train_ppo_one_pass(
     """`train_ppo` for one update per step: the forward of each update is also the one that would have come before it.
 
     The KL in the rewards reads the sampler's log-probabilities; the ratio's old policy is the trainer's own forward.
+    It also measures the gap to the sampler: after the critic's step, and before the policy's.
     """
     for step in range(state.step, config.run.num_steps):
         log, rollouts = sample_step(config, prompts, step, rollout=rollout, run=run)
@@ -125,12 +125,15 @@ def train_ppo_one_pass(
             values, fitted = critic.fit(
                 rollouts, rows, step=step, gamma=config.ppo.gamma, gae_lambda=config.ppo.gae_lambda
             ).result()
-            experience, described = experience_of(config, state, rollouts, shaped, sampled, ref, values)
-            # Of the sampler to itself; the real one comes with the policy's forward.
-            gap_free = {name: value for name, value in described.items() if not name.startswith(GAP)}
-            log.metrics.update({**score_metrics(scores), **gap_free, **fitted})
-            if step >= config.critic.warmup_steps:
-                log.metrics.update(policy.update_on_policy(experience, step=step).result())
+            policy_learns = step >= config.critic.warmup_steps
+            old = sampled if policy_learns else policy.logprobs(rollouts).result()
+            experience, described = experience_of(config, state, rollouts, shaped, old, ref, values)
+            if policy_learns:  # its own forward measures the mismatch: here the sampler meets itself
+                known = {name: value for name, value in described.items() if name not in MISMATCH_METRICS}
+                described = {**known, **policy.update_on_policy(experience, step=step).result()}
+            else:
+                require_match(described, config.rollout.logprob_gap_limit, step=step)
+            log.metrics.update({**score_metrics(scores), **described, **fitted})
 
         finish_step(config, state, log, rollouts, scores, policy=policy, critic=critic, rollout=rollout, run=run)
 
@@ -167,12 +170,13 @@ def finish_step(
     """Send the new weights, move the KL weight, write the step down, and commit it."""
     with log.phase("sync"):
         policy.send_weights(rollout, version=log.step + 1).result()
+    log.metrics.update(rollout.metrics())
     state.step = log.step + 1
     kl = log.metrics.get("kl/per_sequence")  # missing when no answer of the step has a score
     if config.kl.target is not None and kl is not None:
         state.kl_coef.update(kl, len(rollouts))
     run.finish_step(log, rollouts, scores)
-    # Before the commit: a run that is started again must not go on from the step that went too far.
+    # The KL is that of the weights before this step's update; the update, which goes on from there, is not committed.
     if kl is not None:
         stop_on_blow_up(kl, config.kl.limit, log.step)
     run.checkpoint(state.step, {"policy": policy, "critic": critic}, state.state_dict())
@@ -253,5 +257,5 @@ def stop_on_blow_up(kl: float, limit: float | None, step: int) -> None:
     if limit is not None and not kl <= limit:  # NaN counts as too far
         raise RuntimeError(
             f"step {step}: got a KL of {kl:.2f} per sequence to the reference, expected at most kl.limit={limit:g}; "
-            "raise kl.coef, lower policy.optimizer.lr, or resume an earlier step"
+            "with a new --output-dir raise kl.coef or lower policy.optimizer.lr, or --resume from an earlier step"
         )

@@ -80,7 +80,8 @@ def test_else_it_is_trained_and_a_refusal_of_that_is_a_refusal(tiny, tmp_path, f
         (folder / "score_statistics.json").unlink()
     assert ppo_medical.main(flags) == 2
     said = capsys.readouterr().err
-    assert "training it first" in said
+    assert "training it first" not in said
+    assert not (tmp_path / "run").exists(), "refused before anything of this run is on disk"
     assert "reward_model_medical: refused: asset" in said
     assert "ppo_medical: refused" in said
     assert "Traceback" not in said
@@ -105,6 +106,27 @@ def test_a_reward_model_is_trained_by_one_worker(tmp_path, reward_config, capsys
     flags = ["--dry-run", "--config", str(reward_config), "--cluster", str(cluster)]
     assert reward_model_medical.main([*flags, "--output-dir", str(tmp_path / "run")]) == code
     assert ("reward_model.num_workers: got 2, expected 1" in capsys.readouterr().err) == (code == 2)
+
+
+@pytest.mark.parametrize("more", [[], ["--dry-run"]])
+def test_what_the_upstream_recipe_refuses_is_refused_at_the_door(tmp_path, flags, capsys, more):
+    """Two workers may score, one alone may train: no run directory, no plan, no actor."""
+    cluster = tmp_path / "cluster.yaml"
+    cluster.write_text("reward_model: {num_workers: 2}\ncolocate: []\n")
+    assert ppo_medical.main([*flags, "--cluster", str(cluster), *more]) == 2
+    said = capsys.readouterr()
+    assert "reward_model_medical: refused: cluster: reward_model.num_workers: got 2, expected 1" in said.err
+    assert "ppo_medical: refused" in said.err
+    assert said.out == ""
+    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "reward_model_medical").exists()
+
+
+def test_a_reward_model_that_gives_every_answer_one_score_is_not_trained_against(tiny, tmp_path, flags, capsys):
+    folder = saved_reward_model(tiny, tmp_path)
+    (folder / "score_statistics.json").write_text('{"mean": 0.5, "std": 0.0, "count": 8}')
+    assert ppo_medical.main(flags) == 2
+    assert "score_statistics.json: got mean 0.5 and std 0, expected" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("batch_size", "code"), [("4", 0), ("0", 2)])

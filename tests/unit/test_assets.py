@@ -11,6 +11,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from safetensors.numpy import save_file
 
 from alignment.data import assets, model_assets
 from alignment.data.assets import ASSETS, fetch, fetch_asset
@@ -150,7 +151,7 @@ def test_models_by_folder_hub_name_and_asset(tmp_path):
     (folder / "config.json").write_text("{}")
     with pytest.raises(ValueError, match=r"without model\.safetensors, expected the weights"):
         model_assets.resolve_model(str(folder))
-    (folder / "model.safetensors").write_text("")
+    save_file({}, folder / "model.safetensors")
     assert model_assets.resolve_model(str(folder)) == str(folder)
     with pytest.raises(ValueError, match=r"no config\.json from the hub \(not in its cache.*HF_HUB_OFFLINE=0"):
         model_assets.resolve_model("owner/name")
@@ -194,7 +195,7 @@ def test_pickled_weights_are_refused(tmp_path):
 )
 def test_a_folder_that_is_not_whole_is_refused(tmp_path, name, text, part):
     (tmp_path / "config.json").write_text("{}")
-    (tmp_path / "model.safetensors").write_text("")
+    save_file({}, tmp_path / "model.safetensors")
     assert model_assets.resolve_model(str(tmp_path)) == str(tmp_path)
     (tmp_path / name).write_text(text, encoding="latin-1")
     with pytest.raises(ValueError, match=part):

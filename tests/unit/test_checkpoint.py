@@ -18,10 +18,8 @@ from alignment.checkpoint import (
     CheckpointStore,
     load_json,
     load_state,
-    load_tensors,
     save_json,
     save_state,
-    save_tensors,
 )
 
 PARTS = ("policy/model.bin", "policy/config.json", "critic/learner.bin", "loop.json")
@@ -268,31 +266,6 @@ def test_a_full_disk_leaves_the_previous_step(store, monkeypatch, operation):
     assert store.latest_valid() == (store.step_folder(1), [])
     save_step(store, 2)
     assert store.latest_valid() == (store.step_folder(2), [])
-
-
-def test_tensors_come_back_bitwise(tmp_path):
-    torch.manual_seed(0)
-    base = torch.randn(4, 6)
-    tensors = {
-        "float32": base,
-        "bfloat16": torch.randn(3).bfloat16(),
-        "int64": torch.arange(5),
-        "bool": torch.tensor([True, False]),
-        "scalar": torch.tensor(2.5),
-        "empty": torch.empty(0, 3),
-        "nan": torch.tensor([float("nan"), float("inf")]),
-        "transposed": base.T,
-        "tied": base,
-        "slice": base[1:3],
-        "trained": torch.nn.Parameter(torch.ones(2)),
-    }
-    save_tensors(tmp_path / "x.safetensors", tensors, {"base": "tiny"})
-    loaded = load_tensors(tmp_path / "x.safetensors")
-    assert set(loaded) == set(tensors)
-    for name, tensor in tensors.items():
-        assert loaded[name].dtype == tensor.dtype
-        assert torch.equal(loaded[name].nan_to_num(7), tensor.nan_to_num(7)), name
-        assert loaded[name].shape == tensor.shape
 
 
 def test_optimiser_state_comes_back_and_goes_on_bitwise(tmp_path):

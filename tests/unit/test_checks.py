@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-import json
+import importlib.util
 import os
-import shutil
+import socket
 from pathlib import Path
 
 import pytest
-from tiny import write_tiny_model, write_tiny_reward_model
 
 from actors.build import ppo_actors
-from actors.plan import check_cpus, plan_processes
+from actors.plan import check_cpus, check_gpus, plan_processes
 from alignment.checkpoint import CheckpointStore
-from alignment.config import ROLES, AdapterConfig, ClusterConfig, ModelConfig, PpoRunConfig
-from alignment.config_io import dump_config, load_config
-from alignment.data.chat import load_tokenizer
+from alignment.config import ROLES, ClusterConfig, ModelConfig, PpoRunConfig, RewardConfig
+from alignment.config_io import dump_config
 from alignment.run_directory import RunDirectory
-from recipes.checks import check_machines, check_model, check_models, check_start, resolve_paths
+from alignment.types import Prompt
+from recipes.checks import (
+    check_attention,
+    check_machines,
+    check_reward_functions,
+    check_start,
+)
 from recipes.common import parse, restore
 
 
@@ -26,114 +30,6 @@ def _same_umask_afterwards():
     before = os.umask(0o022)
     yield
     os.umask(before)
-
-
-def config_of(tiny: Path, *words: str) -> PpoRunConfig:
-    given = ["--model.path", str(tiny / "policy"), "--reward.model", str(tiny / "reward")]
-    return load_config(PpoRunConfig, overrides=[*given, *words])
-
-
-def checked(config: PpoRunConfig) -> int:
-    config = resolve_paths(config)
-    return check_models(config, load_tokenizer(config.model.path))
-
-
-def refusal(config: PpoRunConfig) -> str:
-    with pytest.raises(ValueError, match=r"(?s)got .*expected .*; ") as error:
-        checked(config)
-    return str(error.value)
-
-
-def edited(source: Path, target: Path, **values: object) -> Path:
-    """A copy of a model folder with other values in its config.json."""
-    shutil.copytree(source, target)
-    config = json.loads((target / "config.json").read_text())
-    (target / "config.json").write_text(json.dumps(config | values))
-    return target
-
-
-def test_models_that_fit_are_counted(tiny):
-    # Untied: 259 x 32 twice, two layers of 32 x (32 + 16 + 16 + 32) + 3 x 32 x 64 + 2 x 32, and a norm of 32.
-    assert checked(config_of(tiny)) == 2 * 259 * 32 + 2 * (32 * 96 + 3 * 32 * 64 + 64) + 32
-    lora = ["--policy.adapter.r", "4", "--policy.adapter.target_modules", "[q_proj, down_proj]"]
-    assert checked(config_of(tiny, *lora, "--rollout.stop", "[a, <|endoftext|>]")) > 0
-
-
-@pytest.mark.parametrize("stop", ["ab", "\\n\\n", ""])
-def test_a_stop_of_other_than_one_token(tiny, stop):
-    assert "rollout.stop: got" in refusal(config_of(tiny, "--rollout.stop", json.dumps([stop])))
-
-
-@pytest.mark.parametrize("role", ["policy", "critic"])
-@pytest.mark.parametrize("names", ["[query]", "[q_proj, v_porj]", "[score]", "[]"])
-def test_adapter_names_without_a_layer(tiny, role, names):
-    words = [f"--{role}.adapter.r", "4", f"--{role}.adapter.target_modules", names]
-    text = refusal(config_of(tiny, *words))
-    assert text.startswith(f"{role}: adapter.target_modules: got ")
-    assert "'v_proj'" in text
-    assert checked(config_of(tiny, *words[2:])) > 0, "full fine-tuning reads no names"
-
-
-def test_a_critic_is_resolved_and_its_vocabulary_checked(tiny, tmp_path):
-    small = edited(tiny / "policy", tmp_path / "small", vocab_size=100)
-    assert refusal(config_of(tiny, "--critic.path", str(small))).startswith(
-        "critic: tokenizer: got token ids up to 258"
-    )
-    assert "missing" in refusal(config_of(tiny, "--critic.path", str(tmp_path / "missing")))
-    assert "asset:nothing" in refusal(config_of(tiny, "--critic.path", "asset:nothing"))
-
-
-def test_an_architecture_without_a_scalar_head(tiny, tmp_path):
-    other = edited(tiny / "policy", tmp_path / "mamba", model_type="mamba", architectures=["MambaForCausalLM"])
-    text = refusal(config_of(tiny, "--critic.path", str(other)))
-    assert "critic: got" in text
-    assert "cannot be built with a scalar head" in text
-
-
-def test_reward_models_that_cannot_score(tiny, tmp_path):
-    assert "SequenceClassification" in json.loads((tiny / "reward" / "config.json").read_text())["architectures"][0]
-    no_weights = edited(tiny / "reward", tmp_path / "no_weights")
-    (no_weights / "model.safetensors").unlink()
-    assert "without model.safetensors" in refusal(config_of(tiny, "--reward.model", str(no_weights)))
-    broken = edited(tiny / "reward", tmp_path / "broken")
-    (broken / "config.json").write_text("{")
-    assert f"{broken}/config.json: got JSON that is broken" in refusal(config_of(tiny, "--reward.model", str(broken)))
-    small = edited(tiny / "reward", tmp_path / "small", vocab_size=100)
-    assert "reward: tokenizer: got token ids" in refusal(config_of(tiny, "--reward.model", str(small)))
-    mute = edited(tiny / "reward", tmp_path / "mute")
-    (mute / "tokenizer.json").unlink()
-    (mute / "tokenizer_config.json").unlink()
-    assert "mute': got none that could be loaded" in refusal(config_of(tiny, "--reward.model", str(mute)))
-
-
-def test_every_actor_gets_resolved_paths_and_its_own_revision(tiny, tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    write_tiny_model(tmp_path / "critic")
-    write_tiny_reward_model(tmp_path / "judge")
-    words = ["--model.revision", "abc", "--critic.path", "~/critic", "--reward.model", "~/judge"]
-    config = resolve_paths(config_of(tiny, *words, "--reward.revision", "def"))
-    critic_path = config.critic.path
-    assert critic_path == str(tmp_path / "critic")
-    actors = ppo_actors(config, ClusterConfig(), model_path=config.model.path, critic_path=critic_path)
-    assert actors["critic"].model_config.revision is None
-    assert (actors["reward_model"].config.model, actors["reward_model"].config.revision) == (
-        str(tmp_path / "judge"),
-        "def",
-    )
-    assert {actors[role].model_config.revision for role in ("policy", "reference", "rollout")} == {"abc"}
-    follower = resolve_paths(config_of(tiny, "--model.revision", "abc"))
-    actors = ppo_actors(follower, ClusterConfig(), model_path=follower.model.path, critic_path=follower.model.path)
-    assert actors["critic"].model_config.revision == "abc"
-
-
-def test_a_scalar_model_is_checked_for_reward_training_too(tiny):
-    model = ModelConfig(path=str(tiny / "policy"))
-    tokenizer = load_tokenizer(model.path)
-    # The head of 32 weights takes the place of the 259 x 32 of the language model's.
-    scalar = check_model("policy", model, tokenizer) - 259 * 32 + 32
-    assert check_model("training", model, tokenizer, AdapterConfig(r=2), scalar=True) == scalar
-    with pytest.raises(ValueError, match=r"training: adapter\.target_modules"):
-        check_model("training", model, tokenizer, AdapterConfig(r=2, target_modules=("nope",)), scalar=True)
 
 
 def test_cpus_that_the_machine_lacks(monkeypatch):
@@ -148,8 +44,68 @@ def test_cpus_that_the_machine_lacks(monkeypatch):
     with pytest.raises(ValueError, match="asked 4096"):
         check_machines(huge, ROLES, local=False)
     check_machines(huge, ROLES, local=True)
-    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
-    check_machines(huge, ROLES, local=False)
+    with socket.create_server(("127.0.0.1", 0)) as cluster:
+        monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{cluster.getsockname()[1]}")
+        check_machines(huge, ROLES, local=False)
+    with pytest.raises(ValueError, match=r"RAY_ADDRESS: got .* expected host:port of a running cluster"):
+        check_machines(huge, ROLES, local=False)
+    check_machines(huge, ROLES, local=True)
+    monkeypatch.setenv("RAY_ADDRESS", "")
+    with pytest.raises(ValueError, match="asked 4096"):
+        check_machines(huge, ROLES, local=False)
+
+
+GPU = {"gpus_per_worker": 0.2}
+
+
+def test_flash_attention_by_name_only_where_it_runs():
+    flash = ModelConfig(attention="flash_attention_2", dtype="bfloat16")
+    on_gpu = ClusterConfig.model_validate(dict.fromkeys(ROLES, GPU))
+    mixed = ClusterConfig.model_validate({**dict.fromkeys(ROLES, GPU), "reward_model": {}})
+    with pytest.raises(ValueError, match=r"policy: model\.attention: got flash_attention_2 \(.* needs a GPU, this is"):
+        check_attention(flash, ClusterConfig(), ROLES)
+    with pytest.raises(ValueError, match=r"reward_model: model\.attention: got flash_attention_2 \(.* needs a GPU"):
+        check_attention(flash, mixed, ("reward_model",))
+    with pytest.raises(ValueError, match=r"needs bfloat16 or float16\), expected auto, sdpa or eager"):
+        check_attention(flash.model_copy(update={"dtype": "float32"}), on_gpu, ROLES)
+    if importlib.util.find_spec("flash_attn") is None:
+        with pytest.raises(ValueError, match=r"flash-attn is not installed\), expected auto"):
+            check_attention(flash, on_gpu, ROLES)
+    for attention in ("auto", "sdpa", "eager"):
+        check_attention(flash.model_copy(update={"attention": attention}), ClusterConfig(), ROLES)
+
+
+def test_reward_functions_are_compared_with_the_columns_of_every_prompt(tiny):
+    def check(*names: str, **columns: object) -> None:
+        rows: list[tuple[str, dict[str, object]]] = [("0", {}), ("1", columns)]
+        prompts = [Prompt(id=name, messages=(), prompt_ids=(), columns=some) for name, some in rows]
+        functions = [{"name": name} for name in names]
+        check_reward_functions(RewardConfig.model_validate({"model": "m", "functions": functions}), prompts)
+
+    check("exact_match:multiple_choice", "text:length_between", answer="A", topic=1)
+    check(lengths=1)
+    with pytest.raises(ValueError, match=r"for data with the columns \['topic'\], expected column 'answer'"):
+        check("exact_match:multiple_choice", topic=1)
+    with pytest.raises(ValueError, match="got a column 'lengths' in the data, expected none of prompts, responses"):
+        check("text:no_refusal", lengths=1)
+
+
+def test_engines_and_their_parts_are_counted_as_gpus():
+    settings = {"num_engines": 3, "tensor_parallel_size": 2, "gpus_per_worker": 1, "cpus_per_worker": 0.5}
+    cluster = ClusterConfig.model_validate({"rollout": settings, "policy": {"gpus_per_worker": 1.0}})
+    engines = next(plan for plan in plan_processes(cluster) if plan.roles == ("rollout",))
+    # One process holds both GPUs of its engine.
+    assert (engines.num_workers, engines.gpus, engines.cpus) == (3, 2.0, 0.5)
+    check_gpus(plan_processes(cluster), 7)
+    with pytest.raises(ValueError, match="asks for 7 GPUs, expected at most the 6"):
+        check_gpus(plan_processes(cluster), 6)
+
+
+def test_the_transformers_engine_is_not_split():
+    config = PpoRunConfig.model_validate({"rollout": {"engine": "transformers"}, "reward": {"model": "m"}})
+    cluster = ClusterConfig.model_validate({"rollout": {"tensor_parallel_size": 2, "gpus_per_worker": 1}})
+    with pytest.raises(ValueError, match=r"tensor_parallel_size: got 2 for the transformers engine, expected 1; set"):
+        ppo_actors(config, cluster, model_path=config.model.path, critic_path=config.model.path)
 
 
 def snapshot(folder: Path) -> dict[str, tuple[float, bytes | None]]:
@@ -187,6 +143,8 @@ def test_a_dry_run_refuses_what_a_run_would_and_touches_nothing(tmp_path):
     check_start(job_of(tmp_path / "fresh" / "deep"))
     check_start(job_of(tmp_path / "run"))
     check_start(job_of(tmp_path / "run", "--resume", str(first)))
+    with pytest.raises(ValueError, match=r"got /proc, which takes no new file .*expected a writable directory"):
+        check_start(job_of(Path("/proc/run")))
     for output, flags, part in [
         ("held", [], f"in use by pid {os.getpid()}"),
         ("file", [], "got a file, expected a directory"),

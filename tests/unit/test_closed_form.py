@@ -7,53 +7,18 @@ gate has to see each of them.
 
 from __future__ import annotations
 
-import itertools
-
+import pytest
 import torch
-from torch import nn
+from toy import ANSWERS, LENGTH, NUM_PROMPTS, NUM_STATES, VOCAB, TabularPolicy, replace, rollout_of
 
 from alignment import experience as experience_module
 from alignment.engines.torch import TorchEngine
 from alignment.experience import make_experience
 from alignment.learners import ppo as ppo_module
 from alignment.learners.ppo import PolicyLearner
-from alignment.types import Prompt, Rollout
 
-VOCAB, LENGTH, BETA, NUM_PROMPTS = 4, 3, 0.5, 2
-ANSWERS = torch.tensor(list(itertools.product(range(VOCAB), repeat=LENGTH)))
-NUM_STATES = 1 + VOCAB + VOCAB**2
+BETA = 0.5
 PER_PROMPT, STEPS = 48, 120
-
-
-class TabularPolicy(nn.Module):
-    """A row of logits per (prompt, prefix). The prompt is its number written twice; both positions share the root row,
-    and so does whatever stands behind the answer: training on either shows in the distribution."""
-
-    def __init__(self, logits: torch.Tensor) -> None:
-        super().__init__()
-        self.table = nn.Parameter(logits.clone())
-
-    def hidden(self, input_ids, attention_mask):
-        prompt = input_ids[:, 0]
-        state = torch.zeros_like(input_ids)
-        state[:, 2] = 1 + input_ids[:, 2]
-        if input_ids.shape[1] > 3:
-            state[:, 3] = 1 + VOCAB + VOCAB * input_ids[:, 2] + input_ids[:, 3]
-        return self.table[prompt.unsqueeze(1) * NUM_STATES + state.clamp(max=NUM_STATES - 1)]
-
-    def head(self, hidden):
-        return hidden
-
-    def token_logps(self):
-        """(prompts, 64, 3) log-probabilities of the tokens of every answer, in float64."""
-        logits = self.table.detach().double().view(NUM_PROMPTS, NUM_STATES, VOCAB).log_softmax(-1)
-        first, second = ANSWERS[:, 0], ANSWERS[:, 1]
-        states = torch.stack([torch.zeros_like(first), 1 + first, 1 + VOCAB + VOCAB * first + second], 1)
-        return logits[:, states, ANSWERS]
-
-    def answer_logps(self):
-        """(prompts, 64)."""
-        return self.token_logps().sum(-1)
 
 
 def problem():
@@ -65,10 +30,10 @@ def problem():
     return start, reward, reference, log_target.softmax(-1)
 
 
-def exact_values(policy, reference, reward, kl_coef):
+def exact_values(policy, reference, reward):
     """(prompts, 64, 3): what a perfect critic says before each token. With it the advantages of pi* are all 0."""
     own = policy.token_logps()
-    left = reward.double().unsqueeze(-1) - kl_coef * (own - reference.token_logps()).flip(-1).cumsum(-1).flip(-1)
+    left = reward.double().unsqueeze(-1) - BETA * (own - reference.token_logps()).flip(-1).cumsum(-1).flip(-1)
     values = torch.empty_like(left)
     weights = own.sum(-1).exp()
     for t in range(LENGTH):
@@ -80,7 +45,7 @@ def exact_values(policy, reference, reward, kl_coef):
     return values.float()
 
 
-def distance_after_training(*, kl_coef=BETA, steps=STEPS, mutate_experience=None) -> float:
+def distance_after_training(*, steps=STEPS, mutate_experience=None) -> float:
     """Train with PPO from the reference; the larger total variation to pi* of the two prompts."""
     start, reward, reference, target = problem()
     policy = TabularPolicy(start)
@@ -99,7 +64,7 @@ def distance_after_training(*, kl_coef=BETA, steps=STEPS, mutate_experience=None
     generator = torch.Generator().manual_seed(1)
     for step in range(steps):
         drawn = torch.multinomial(policy.answer_logps().exp(), PER_PROMPT, replacement=True, generator=generator)
-        critic = exact_values(policy, reference, reward, kl_coef)
+        critic = exact_values(policy, reference, reward)
         rollouts, scores, values = [], [], []
         for prompt in range(NUM_PROMPTS):
             for answer in drawn[prompt].tolist():
@@ -109,27 +74,10 @@ def distance_after_training(*, kl_coef=BETA, steps=STEPS, mutate_experience=None
                 values.append(critic[prompt, answer])
         old, ref = learner.logprobs(rollouts), frozen.logprobs(rollouts)
         experience, _ = make_experience(
-            rollouts, scores, old, ref, values, kl_coef=kl_coef, gae_lambda=0.95, whiten_advantages=False
+            rollouts, scores, old, ref, values, kl_coef=BETA, gae_lambda=0.95, whiten_advantages=False
         )
         learner.update(experience if mutate_experience is None else mutate_experience(experience), step=step)
     return float((policy.answer_logps().exp() - target).abs().sum(-1).max() / 2)
-
-
-def rollout_of(prompt: int, ids: tuple[int, ...]) -> Rollout:
-    return Rollout(
-        prompt=Prompt(id=str(prompt), messages=(), prompt_ids=(prompt, prompt)),
-        sample_index=0,
-        response_ids=ids,
-        rollout_logprobs=(0.0,) * len(ids),
-        finish_reason="stop",
-        response="",
-        weight_version=0,
-    )
-
-
-def replace(experience, **changes):
-    fields = {name: getattr(experience, name) for name in type(experience).__slots__}
-    return type(experience)(**{**fields, **changes})
 
 
 GATE = 0.01
@@ -142,17 +90,30 @@ def test_ppo_reaches_the_closed_form():
     assert distance_after_training() < GATE
 
 
-def test_kl_dropped_is_seen():
-    assert distance_after_training(kl_coef=0.0, steps=60) > GATE
+SHORT = 60
+"""Steps that are enough to see a policy go elsewhere."""
+FAR = 0.1
+"""After so few steps the right learner is nearer than this, see `test_a_short_training_comes_near`."""
 
 
-def test_kl_sign_is_seen():
-    assert distance_after_training(kl_coef=-BETA, steps=60) > GATE
+def test_a_short_training_comes_near():
+    assert distance_after_training(steps=SHORT) < FAR / 5
+
+
+@pytest.mark.parametrize("factor", [0.0, -1.0], ids=["dropped", "sign"])
+def test_kl_is_seen(monkeypatch, factor):
+    original = experience_module.shaped_rewards
+
+    def mutated(scores, logprobs, ref_logprobs, mask, *, kl_coef, **settings):
+        return original(scores, logprobs, ref_logprobs, mask, kl_coef=factor * kl_coef, **settings)
+
+    monkeypatch.setattr(experience_module, "shaped_rewards", mutated)
+    assert distance_after_training(steps=SHORT) > FAR
 
 
 def test_advantage_sign_is_seen():
     flipped = lambda e: replace(e, advantages=-e.advantages)  # noqa: E731
-    assert distance_after_training(steps=60, mutate_experience=flipped) > GATE
+    assert distance_after_training(steps=SHORT, mutate_experience=flipped) > FAR
 
 
 def test_reward_one_token_early_is_seen(monkeypatch):
@@ -185,7 +146,7 @@ def pad_and_learn(experience, columns=2):
         advantages=wider(experience.advantages, 0.5 * ones),
         **{
             name: wider(getattr(experience, name), 0 * ones)
-            for name in ("ref_logprobs", "rewards", "old_values", "returns")
+            for name in ("rollout_logprobs", "ref_logprobs", "rewards", "old_values", "returns")
         },
     )
 

@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from pydantic import ValidationError
 
 from alignment.config import (
@@ -19,9 +20,11 @@ from alignment.config import (
     RewardFunctionConfig,
     RewardModelRunConfig,
     RolloutConfig,
+    RunConfig,
     SourceConfig,
 )
 from alignment.config_io import load_config
+from alignment.kl import AdaptiveKLController
 
 REWARD = RewardConfig(functions=(RewardFunctionConfig(name="text:finished_sentence"),))
 
@@ -60,6 +63,13 @@ def test_configs_are_frozen():
         (OptimizerConfig, {"lr": float("inf")}),
         (OptimizerConfig, {"lr": 0.0}),
         (OptimizerConfig, {"betas": (0.9,)}),
+        (OptimizerConfig, {"betas": (0.9, 1.0)}),
+        (OptimizerConfig, {"adaptive_bounds": (4.0, 0.1)}),
+        (RunConfig, {"seed": -1}),
+        (RunConfig, {"seed": 2**63}),
+        (RewardFunctionConfig, {"name": "text:no_refusal", "weight": float("nan")}),
+        (RewardConfig, {"model": "m", "model_weight": float("inf")}),
+        (RewardConfig, {"functions": REWARD.functions * 2}),
         (RolloutConfig, {"temperature": 0.0}),
         (RewardConfig, {"model": "m", "max_unscorable": 1.5}),
     ],
@@ -103,6 +113,11 @@ def test_minibatches_divide_a_step(minibatch_size, fits):
         ({"colocate": (("policy", "judge"),)}, "at most once"),
         ({"colocate": (("policy", "critic"), ("policy", "reference"))}, "at most once"),
         ({"policy": {"num_workers": 2}, "colocate": (("policy", "reference"),)}, "different numbers of workers"),
+        (
+            {"rollout": {"num_engines": 2}, "colocate": (("policy", "rollout"),)},
+            r"rollout\.num_engines: got 2 with roll",
+        ),
+        ({"rollout": {"num_engines": 2}, "colocate": (("reference", "rollout"),)}, "take rollout out of the group"),
     ],
 )
 def test_colocation_that_cannot_be_is_refused(values, reason):
@@ -111,10 +126,24 @@ def test_colocation_that_cannot_be_is_refused(values, reason):
 
 
 @pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        ({}, "got tensor_parallel_size=2, expected 1 with gpus_per_worker=0: .*; set gpus_per_worker: 1"),
+        ({"gpus_per_worker": 0.5}, "expected 1 with gpus_per_worker=0.5"),
+        ({"gpus_per_worker": 1, "engine": "transformers"}, "got tensor_parallel_size=2, expected 1: the transformers"),
+    ],
+)
+def test_an_engine_that_cannot_be_split_is_refused(values, reason):
+    with pytest.raises(ValidationError, match=reason):
+        ClusterConfig.model_validate({"rollout": {"tensor_parallel_size": 2, **values}})
+
+
+@pytest.mark.parametrize(
     ("words", "part"),
     [
         (["--kl.target", "6", "--kl.coef", "0"], "kl.coef: got 0 with kl.target=6, expected more than 0"),
-        (["--kl.target", "6", "--kl.horizon", "15"], "kl.horizon: got 15, expected at least the 16 sequences"),
+        (["--kl.target", "6", "--kl.horizon", "3.2"], "kl.horizon: got 3.2 for steps of 16 sequences, expected more"),
+        (["--reward.overlong_buffer", "65"], "reward.overlong_buffer: got 65, expected at most the 64 of rollout."),
         (["--critic.optimizer.adaptive_kl_target", "0.01"], "critic.optimizer.adaptive_kl_target: got 0.01"),
         (["--policy.optimizer.adaptive_kl_target", "0.01"], "policy.optimizer.adaptive_kl_target: got 0.01 with one"),
         (["--critic.warmup_steps", "10"], "critic.warmup_steps: got 10, expected less than the 10"),
@@ -126,6 +155,42 @@ def test_a_controller_that_cannot_steer_is_refused(words, part):
         load_config(PpoRunConfig, overrides=[*rules, *words])
     assert part in str(refusal.value)
     assert str(refusal.value).splitlines()[1].startswith(part.split(":")[0])
+
+
+@pytest.mark.parametrize("num_prompts", [1, 7, 16, 50])
+@pytest.mark.parametrize(("share", "fits"), [(0.1, False), (0.2, False), (0.201, True), (1.0, True)])
+def test_a_config_takes_the_horizons_that_the_controller_takes(num_prompts, share, fits):
+    """Golden border: a share of 0.2 of the sequences. The strongest move then takes the weight to just 0."""
+    horizon = share * num_prompts
+    kl = KlConfig(target=6.0, coef=0.1, horizon=horizon)
+    ppo = PpoConfig(rollout_batch_size=num_prompts, minibatch_size=num_prompts)
+    controller = AdaptiveKLController(0.1, 6.0, horizon)
+    if fits:
+        assert PpoRunConfig(reward=REWARD, kl=kl, ppo=ppo).kl.horizon == horizon
+        assert controller.update(0.0, num_prompts) == pytest.approx(0.1 * (1 - 0.2 / share))
+        assert controller.value > 0
+        return
+    with pytest.raises(ValueError, match=r"kl\.horizon: got .* could take the weight of the penalty to 0 or below"):
+        PpoRunConfig(reward=REWARD, kl=kl, ppo=ppo)
+    with pytest.raises(ValueError, match=r"kl\.horizon: got .* could take the weight of the penalty to 0 or below"):
+        controller.update(0.0, num_prompts)
+
+
+def test_values_at_their_borders_are_accepted():
+    assert OptimizerConfig(betas=(0.0, 0.999), adaptive_bounds=(2.0, 2.0)).betas == (0.0, 0.999)
+    assert RunConfig(seed=2**63 - 1).seed == 2**63 - 1
+    rules = RewardConfig(functions=REWARD.functions, model_weight=-2.0, overlong_buffer=64)
+    assert PpoRunConfig(reward=rules).reward.overlong_buffer == 64
+
+
+def test_the_highest_seed_seeds_everything():
+    from alignment.bootstrap import paired_bootstrap
+    from alignment.generation import sampling_seed
+
+    highest = RunConfig(seed=2**63 - 1).seed
+    torch.manual_seed(highest)
+    assert 0 <= sampling_seed(highest, "p", 0, 0) < 2**63
+    assert paired_bootstrap([0.0, 1.0], [1.0, 1.0], num_resamples=10, seed=highest)[0] == 0.5
 
 
 def test_controllers_at_their_borders_are_accepted():

@@ -64,6 +64,9 @@ def test_metrics():
     _, metrics = make()
     assert metrics["kl/per_sequence"] == pytest.approx(((0.5 + 0 - 1) + 0.5) / 2)
     assert metrics["rollout/logprob_gap"] == pytest.approx((0.5 + 1.5 + 2.5 + 0) / 4)
+    # Log-ratios -0.5, -1.5, -2.5 and 0: ratios 0.60653, 0.22313, 0.08208 and 1; their squares add up to 1.42440.
+    assert metrics["rollout/ratio_mean"] == pytest.approx(1.91174582 / 4)
+    assert metrics["rollout/effective_sample_size"] == pytest.approx(1.91174582**2 / (4 * 1.42440446))
     assert metrics["rollout/tokens_count"] == 4
 
 

@@ -4,55 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tiny_learners import critic_learner, gradients, policy_learner, rollouts_of, sampled_at, state
 
 from alignment import adapters, models
 from alignment.checkpoint import load_state, save_state
 from alignment.engines.torch import TorchEngine
 from alignment.experience import make_experience, reward_rows
-from alignment.learners.ppo import CriticLearner, PolicyLearner
 from alignment.learners.reward_model import RewardModelLearner
 from alignment.loops.offline import pair_report, pairs_for_step
 from alignment.schedules import KlAdaptiveRate
-from alignment.types import PreferencePair, Prompt, Rollout
-
-
-def rollouts_of(count, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-
-    def ids(low, high):
-        length = int(torch.randint(low, high, (1,), generator=generator))
-        return tuple(torch.randint(3, 200, (length,), generator=generator).tolist())
-
-    made = []
-    for i in range(count):
-        response = ids(1, 9)
-        made.append(
-            Rollout(
-                prompt=Prompt(id=str(i), messages=({"role": "user", "content": "q"},), prompt_ids=ids(2, 7)),
-                sample_index=0,
-                response_ids=response,
-                rollout_logprobs=(-1.0,) * len(response),
-                finish_reason="stop",
-                response="r",
-                weight_version=0,
-            )
-        )
-    return made
-
-
-def policy_learner(folder, *, micro_batch_size=4, lora=False, **settings):
-    model = models.load_causal_lm(str(folder))
-    if lora:
-        adapters.attach_lora(model.model, r=4, alpha=8, seed=1)
-    engine = TorchEngine(model.named_parameters(), lr=1e-3, total_updates=20, max_grad_norm=1e9)
-    defaults = {"minibatch_size": 8, "ppo_epochs": 1, "temperature": 0.8}
-    return PolicyLearner(model, engine, micro_batch_size=micro_batch_size, **{**defaults, **settings})
-
-
-def critic_learner(folder, *, micro_batch_size=4):
-    model = models.load_scalar_model(str(folder), head="random", seed=3)
-    engine = TorchEngine(model.named_parameters(), lr=1e-3, total_updates=20, max_grad_norm=1e9)
-    return CriticLearner(model, engine, minibatch_size=8, micro_batch_size=micro_batch_size)
+from alignment.types import PreferencePair
 
 
 def experience_for(policy, critic, *, scores=None, count=8):
@@ -61,10 +22,6 @@ def experience_for(policy, critic, *, scores=None, count=8):
     shifted = [row - 0.1 for row in old]
     scores = [float(i) - 3 for i in range(count)] if scores is None else scores
     return make_experience(rollouts, scores, old, shifted, values, kl_coef=0.05)
-
-
-def state(learner):
-    return {name: p.detach().clone() for name, p in learner.model.named_parameters()}
 
 
 @pytest.mark.parametrize("lora", [False, True])
@@ -80,12 +37,6 @@ def test_policy_update_does_not_depend_on_the_micro_batch_size(tiny, lora):
         for name, tensor in weights.items():
             # Adam divides by the gradient's own size: where that is near 0, rounding decides the sign of a whole step.
             torch.testing.assert_close(tensor, results[0][1][name], rtol=1e-3, atol=2e-4)
-
-
-def gradients(learner, loss_of):
-    learner.engine.step = lambda: {"skipped_count": 0.0}
-    loss_of()
-    return [p.grad.clone() for p in learner.engine.parameters]
 
 
 def test_policy_gradient_is_that_of_the_whole_batch(tiny):
@@ -186,7 +137,7 @@ def test_padding_may_hold_anything(tiny):
     experience, _ = experience_for(learner, critic_learner(tiny / "policy"))
     expected = gradients(learner, lambda: learner.update(experience, step=0))
     dirty = {name: getattr(experience, name).clone() for name in type(experience).__slots__}
-    for name in ("old_logprobs", "ref_logprobs", "rewards", "old_values", "advantages", "returns"):
+    for name in ("old_logprobs", "rollout_logprobs", "ref_logprobs", "rewards", "old_values", "advantages", "returns"):
         dirty[name][~experience.response_mask] = float("nan")
     dirty["input_ids"][~experience.attention_mask] = 10**6
     other = policy_learner(tiny / "policy")
@@ -310,7 +261,7 @@ def test_one_pass_updates_are_the_ordinary_ones(tiny):
     policy, critic = policy_learner(tiny / "policy"), critic_learner(tiny / "policy", micro_batch_size=3)
     old, values = policy.logprobs(rollouts), critic.values(rollouts)
     ref = [row - 0.1 for row in old]
-    experience, _ = make_experience(rollouts, scores, old, ref, values, **settings)
+    experience, _ = make_experience(sampled_at(rollouts, old), scores, old, ref, values, **settings)
     expected_policy = gradients(policy, lambda: policy.update(experience, step=0))
     expected_critic = gradients(critic, lambda: critic.update(experience, step=0))
 
@@ -339,9 +290,13 @@ def test_the_gap_to_the_sampler_is_measured_where_it_counts(tiny):
     sampled = [row - shift for row, shift in zip(learner.logprobs(rollouts), shifts, strict=True)]
     scores = [None if i == 5 else float(i) for i in range(8)]
     zeros = [torch.zeros_like(row) for row in sampled]
-    experience, _ = make_experience(rollouts, scores, sampled, sampled, zeros, kl_coef=0.0)
+    experience, _ = make_experience(sampled_at(rollouts, sampled), scores, sampled, sampled, zeros, kl_coef=0.0)
     metrics = learner.update_on_policy(experience, step=0)
     counts = torch.tensor([len(row) if i != 5 else 0 for i, row in enumerate(sampled)])
     assert metrics["rollout/logprob_gap"] == pytest.approx(float((counts * torch.tensor(shifts)).sum() / counts.sum()))
     assert metrics["rollout/logprob_gap_max"] == pytest.approx(0.5, rel=1e-4)
+    ratios = torch.tensor(shifts).exp()
+    assert metrics["rollout/ratio_mean"] == pytest.approx(float((counts * ratios).sum() / counts.sum()), rel=1e-5)
+    share = float((counts * ratios).sum() ** 2 / (counts.sum() * (counts * ratios**2).sum()))
+    assert metrics["rollout/effective_sample_size"] == pytest.approx(share, rel=1e-5)
     assert not any(name.startswith("ppo/logprob_gap") for name in metrics)

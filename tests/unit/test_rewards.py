@@ -7,7 +7,8 @@ import math
 import numpy
 import pytest
 
-from rewards.base import combine, load_function
+from rewards import text
+from rewards.base import check_columns, combine, load_function
 from rewards.exact_match import multiple_choice, stated_letter
 from rewards.medical import advises_care, unsafe_advice
 from rewards.text import finished_sentence, length_between, no_refusal, no_repetition, words
@@ -223,3 +224,77 @@ def test_wrong_lengths_and_names_are_refused():
         combine({"a": [1.0]}, {"b": 1.0})
     with pytest.raises(ValueError, match="expected the same"):
         combine({}, {})
+
+
+@pytest.mark.parametrize(
+    ("parts", "weights"),
+    [
+        ({"a": [1.0, 1e308]}, {"a": 10.0}),
+        ({"a": [0.0, 1e308], "b": [0.0, 1e308]}, {"a": 1e10, "b": -1e10}),
+        ({"a": [0.0, -1e39]}, {"a": 1.0}),
+    ],
+)
+def test_a_total_that_float32_cannot_hold_is_refused(parts, weights):
+    """Every part is finite; the sum is infinite, is no number (inf - inf), or becomes infinite in the learner."""
+    with pytest.raises(ValueError, match=r"rewards, response 1: got a total of .* expected one that float32 can hold"):
+        combine(parts, weights)
+
+
+def test_a_large_total_that_float32_holds_is_kept():
+    assert combine({"a": [3e38, None]}, {"a": -1.0})[0] == [-3e38, None]
+
+
+def with_optional_column(prompts, responses, *, answer=None, depth=3, **columns):
+    return [0.0] * len(responses)
+
+
+def needing_lengths(prompts, responses, *, lengths, finish_reasons, **columns):
+    return [float(length) for length in lengths]
+
+
+@pytest.mark.parametrize(
+    ("function", "columns"),
+    [
+        (finished_sentence, {"topic", "anything"}),
+        (multiple_choice, {"answer", "topic"}),
+        (with_optional_column, set()),
+        (with_optional_column, {"answer"}),
+        (needing_lengths, set()),
+        (length_between, {"minimum"}),
+    ],
+)
+def test_columns_that_a_function_can_be_called_with(function, columns):
+    check_columns("a:b", function, columns)
+    given = {name: ["A"] for name in columns} | {"lengths": [3], "finish_reasons": ["stop"]}
+    assert len(function(["p"], ["r"], **given)) == 1
+
+
+@pytest.mark.parametrize(
+    ("function", "columns", "part"),
+    [
+        (multiple_choice, {"topic"}, r"got a:b for data with the columns \['topic'\], expected column 'answer'"),
+        (length_between, {"min_words"}, r"got a column 'min_words' .* it is a setting of a:b, 15 by default; rename"),
+        (with_optional_column, {"depth"}, "got a column 'depth'"),
+        (
+            finished_sentence,
+            {"responses"},
+            "got a column 'responses' in the data, expected none of prompts, responses",
+        ),
+        (finished_sentence, {"prompts"}, "got a column 'prompts'"),
+        (finished_sentence, {"lengths"}, "got a column 'lengths'"),
+        (needing_lengths, {"finish_reasons"}, "got a column 'finish_reasons'"),
+    ],
+)
+def test_columns_that_a_function_cannot_be_called_with(function, columns, part):
+    with pytest.raises(ValueError, match=part):
+        check_columns("a:b", function, columns)
+
+
+def test_a_function_must_take_every_column(monkeypatch):
+    def narrow(prompts, responses):
+        return [0.0 for _ in responses]
+
+    narrow.__module__ = text.__name__
+    monkeypatch.setattr(text, "narrow", narrow, raising=False)
+    with pytest.raises(ValueError, match=r"got 'text:narrow' without \*\*columns, expected f\(prompts, responses"):
+        load_function("text:narrow")

@@ -181,3 +181,19 @@ def test_truncate_that_fails_leaves_the_file(tmp_path, monkeypatch):
         run.truncate_after(0)
     assert steps(run.metrics) == [0, 1, 2]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["metrics.jsonl"]
+
+
+@pytest.mark.parametrize("line", ["{broken", '{"no_step": 1}', "3"])
+def test_a_damaged_line_is_named(tmp_path, line):
+    run = RunDirectory(tmp_path / "run")
+    append_lines(run.metrics, ['{"step": 0}', line])
+    with pytest.raises(ValueError, match=r"metrics\.jsonl:2: got a line that is no JSON object"):
+        run.truncate_after(0)
+    assert run.metrics.read_text() == '{"step": 0}\n' + line + "\n"
+
+
+def test_seconds_are_those_of_completed_steps(tmp_path):
+    run = RunDirectory(tmp_path / "run")
+    assert run.seconds_of_steps(before=5) == 0
+    append_lines(run.metrics, [f'{{"step": {step}, "timing/step": {2.0**step}}}' for step in range(4)])
+    assert run.seconds_of_steps(before=3) == 7

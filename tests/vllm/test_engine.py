@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from tiny import write_tiny_model
 
 from actors.engines import SamplingSettings
 from actors.engines.transformers import TransformersEngine, probe_logprobs
-from actors.weight_sync import check_gap, pack_bucket, plan_buckets, probe_ids
+from actors.weight_routes import BroadcastGroup, open_rendezvous
+from actors.weight_sync import check_gap, pack_block, pack_bucket, plan_buckets, probe_ids
 from alignment import adapters
 from alignment.models import HfModel, load_causal_lm
 
@@ -179,6 +181,37 @@ def test_new_weights_arrive_and_no_stale_cache_serves_them(engine, folder):
     check_gap(after.rollout_logprobs, trainer_logprobs(model, prompt, after), limit=1e-4, what="after the sync")
     ids = probe_ids(259)
     check_gap(engine.probe_logprobs(ids), probe_logprobs(model, ids), limit=1e-4, what="probe")
+
+
+def test_a_broadcast_arrives(engine, folder):
+    """Over gloo; NCCL is the same group with another backend."""
+    model = trainer(folder)
+    change(model, 0.02, seed=11)
+    rendezvous, store = open_rendezvous("127.0.0.1", world_size=2, backend="gloo")
+    with ThreadPoolExecutor(1) as pool:
+        meeting = pool.submit(BroadcastGroup, rendezvous, rank=0, store=store)
+        engine.join(rendezvous, first_rank=1)
+        sender = meeting.result()
+        weights = adapters.merged_weights(model.model, whole=True)
+        bucket, block = pack_block(weights, version=21, index=0, device="cpu", route="broadcast")
+        sending = pool.submit(sender.send, block)
+        engine.begin_sync(version=21, buckets=1)
+        engine.receive(bucket)
+        sending.result()
+    engine.finish_sync(version=21)
+    ids = probe_ids(model.model.config.vocab_size)
+    check_gap(engine.probe_logprobs(ids), probe_logprobs(model, ids), limit=1e-4, what="broadcast")
+
+
+def test_a_block_of_this_process_arrives(engine, folder):
+    model = trainer(folder)
+    change(model, 0.02, seed=12)
+    weights = adapters.merged_weights(model.model, whole=True)
+    engine.begin_sync(version=22, buckets=1)
+    engine.receive(pack_bucket(weights, version=22, index=0, route="same_process"))
+    engine.finish_sync(version=22)
+    ids = probe_ids(model.model.config.vocab_size)
+    check_gap(engine.probe_logprobs(ids), probe_logprobs(model, ids), limit=1e-4, what="same process")
 
 
 def test_old_weights_do_not_pass_the_probe(engine, folder):

@@ -17,7 +17,11 @@ ROOT = Path(__file__).resolve().parents[2]
 STEPS = 3
 
 
-@pytest.mark.parametrize("flags", [(), ("--local",)], ids=["ray", "local"])
+BESIDE = ("--local", "--cluster", str(ROOT / "cluster" / "one_process.yaml"))
+"""Engine and policy in one process: the engine sleeps during the update."""
+
+
+@pytest.mark.parametrize("flags", [(), BESIDE], ids=["ray", "one_process"])
 @pytest.mark.parametrize("rank", [0, 4], ids=["full", "lora"])
 def test_every_step_samples_from_the_weights_of_the_step_before(flags, rank, tmp_path):
     write_tiny_model(tmp_path / "policy", hidden_size=64, num_attention_heads=2)
