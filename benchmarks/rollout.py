@@ -33,7 +33,8 @@ from actors.handles import Group, PolicyHandle, RolloutHandle
 from actors.launch import local_groups, ray_groups
 from actors.policy import PolicyActor
 from actors.rollout import RolloutActor
-from actors.weight_sync import digest
+from actors.weight_routes import fetch
+from actors.weight_sync import WeightBucket, fingerprint
 from actors.worker import Host
 from alignment.config import ClusterConfig, ModelConfig, PolicyConfig, PpoConfig, RolloutConfig
 from alignment.data.model_assets import resolve_model
@@ -196,9 +197,9 @@ def one_sync(groups: dict[str, Group], version: int) -> dict[str, float]:
         received += call("rollout", "receive_bucket", bucket)[1]
         size += bucket.payload.nbytes
         start = time.perf_counter()
-        digest(bucket)
+        fingerprint(fetch(bucket.payload))
         hashing += time.perf_counter() - start
-        transfer += shared_memory_seconds(bucket.payload) if whole else 0.0
+        transfer += shared_memory_seconds(bucket) if whole else 0.0
     probe, probing = call("policy", "probe", version=version)
     _, finish = call("rollout", "finish_sync", probe, version=version)
     return {
@@ -211,12 +212,12 @@ def one_sync(groups: dict[str, Group], version: int) -> dict[str, float]:
     }
 
 
-def shared_memory_seconds(payload: Any) -> float:
+def shared_memory_seconds(bucket: WeightBucket) -> float:
     """What handing one bucket to a vLLM worker costs before the worker reads it."""
-    from actors.engines.vllm_transfer import shared_segment
+    from actors.engines.vllm_transfer import described
 
     start = time.perf_counter()
-    with shared_segment(payload):
+    with described(bucket):
         return time.perf_counter() - start
 
 
