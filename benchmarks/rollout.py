@@ -33,7 +33,8 @@ from actors.handles import Group, PolicyHandle, RolloutHandle
 from actors.launch import local_groups, ray_groups
 from actors.policy import PolicyActor
 from actors.rollout import RolloutActor
-from actors.weight_sync import digest
+from actors.weight_routes import fetch
+from actors.weight_sync import WeightBucket, fingerprint
 from actors.worker import Host
 from alignment.config import ClusterConfig, ModelConfig, PolicyConfig, PpoConfig, RolloutConfig
 from alignment.data.model_assets import resolve_model
@@ -80,7 +81,7 @@ def policy_actor(model: str, device: str) -> PolicyActor:
 
 
 def engine_process(kind: EngineKind, model: str, device: str, connection: Connection) -> None:
-    """Answer (requests, repetition) with (tokens, seconds), until None comes."""
+    """Answer (requests, repetition) with (tokens, seconds, seconds of CPU time), until None comes."""
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # the report is alone on stdout
     actor = rollout_actor(kind, model, device)
     started = time.perf_counter()
@@ -88,13 +89,13 @@ def engine_process(kind: EngineKind, model: str, device: str, connection: Connec
     connection.send({"setup_seconds": time.perf_counter() - started, "where": where})
     while (call := connection.recv()) is not None:
         prompts, settings = work(*call)
-        start = time.perf_counter()
+        start, computing = time.perf_counter(), time.process_time()
         samples = actor.engine.generate(prompts, list(range(len(prompts))), settings)
-        seconds = time.perf_counter() - start
+        seconds, computing = time.perf_counter() - start, time.process_time() - computing
         tokens = sum(len(sample.response_ids) for sample in samples)
         if tokens != sum(setting.max_new_tokens for setting in settings):
             raise RuntimeError(f"{kind}: got {tokens} tokens, expected every request to reach its limit")
-        connection.send((tokens, seconds))
+        connection.send((tokens, seconds, computing))
 
 
 @contextlib.contextmanager
@@ -115,23 +116,41 @@ def engine(kind: EngineKind, model: str, device: str) -> Iterator[Connection]:
         process.join()
 
 
+def block(connection: Connection, count: int, repetition: int) -> dict[str, float]:
+    """One measurement, and the share of the machine that other programs took meanwhile."""
+    busy = busy_seconds()
+    connection.send((count, repetition))
+    tokens, seconds, computing = connection.recv()
+    others = max(0.0, busy_seconds() - busy - computing) / (seconds * (os.cpu_count() or 1))
+    return {"tokens": tokens, "seconds": seconds, "others": others}
+
+
+def busy_seconds() -> float:
+    """CPU time that all cores of this machine have spent on anything but waiting."""
+    user, nice, system, _, _, interrupts, soft_interrupts, *_ = Path("/proc/stat").read_text().split()[1:9]
+    return sum(map(int, (user, nice, system, interrupts, soft_interrupts))) / os.sysconf("SC_CLK_TCK")
+
+
 def measure_decoding(kinds: tuple[EngineKind, ...], model: str, device: str, repetitions: int) -> dict[str, Any]:
-    """By number of requests and engine: tokens per second of every repetition, and their median."""
-    rates: dict[int, dict[EngineKind, list[float]]] = {count: {kind: [] for kind in kinds} for count in REQUESTS}
+    """By number of requests and engine: every measured block, and the median of their tokens per second."""
+    blocks: dict[int, dict[EngineKind, list[dict[str, float]]]] = {n: {kind: [] for kind in kinds} for n in REQUESTS}
     with contextlib.ExitStack() as stack:
         engines = {kind: stack.enter_context(engine(kind, model, device)) for kind in kinds}
         for repetition in range(1, repetitions + 1):
             for count in REQUESTS:
                 # Whoever is second finds warmer or colder cores: take turns in going first.
                 for kind in kinds if repetition % 2 else kinds[::-1]:
-                    engines[kind].send((count, repetition))
-                    tokens, seconds = engines[kind].recv()
-                    rates[count][kind].append(tokens / seconds)
+                    measured = block(engines[kind], count, repetition)
+                    print(f"{kind}, {count} requests: {measured}", file=sys.stderr, flush=True)
+                    blocks[count][kind].append(measured)
+    return {str(count): {kind: summary(rows[kind]) for kind in kinds} for count, rows in blocks.items()}
+
+
+def summary(blocks: list[dict[str, float]]) -> dict[str, Any]:
     return {
-        str(count): {
-            kind: {"tokens_per_second": statistics.median(rows[kind]), "repetitions": rows[kind]} for kind in kinds
-        }
-        for count, rows in rates.items()
+        "tokens_per_second": statistics.median(row["tokens"] / row["seconds"] for row in blocks),
+        "others": max(row["others"] for row in blocks),
+        "blocks": blocks,
     }
 
 
@@ -178,9 +197,9 @@ def one_sync(groups: dict[str, Group], version: int) -> dict[str, float]:
         received += call("rollout", "receive_bucket", bucket)[1]
         size += bucket.payload.nbytes
         start = time.perf_counter()
-        digest(bucket)
+        fingerprint(fetch(bucket.payload))
         hashing += time.perf_counter() - start
-        transfer += shared_memory_seconds(bucket.payload) if whole else 0.0
+        transfer += shared_memory_seconds(bucket) if whole else 0.0
     probe, probing = call("policy", "probe", version=version)
     _, finish = call("rollout", "finish_sync", probe, version=version)
     return {
@@ -193,12 +212,12 @@ def one_sync(groups: dict[str, Group], version: int) -> dict[str, float]:
     }
 
 
-def shared_memory_seconds(payload: Any) -> float:
+def shared_memory_seconds(bucket: WeightBucket) -> float:
     """What handing one bucket to a vLLM worker costs before the worker reads it."""
-    from actors.engines.vllm_transfer import shared_segment
+    from actors.engines.vllm_transfer import described
 
     start = time.perf_counter()
-    with shared_segment(payload):
+    with described(bucket):
         return time.perf_counter() - start
 
 
@@ -241,6 +260,8 @@ def report(figures: dict[str, Any]) -> str:
             rates = [row[kind]["tokens_per_second"] for kind in kinds]
             ratio = f"{rates[1] / rates[0]:>6.2f}x" if len(rates) > 1 else f"{'':>7}"
             lines.append(f"{count:>8} " + " ".join(f"{rate:>14.0f}" for rate in rates) + f" {ratio}")
+        others = max(row[kind]["others"] for row in decoding.values() for kind in kinds)
+        lines.append(f"other programs took up to {others:.0%} of the machine meanwhile")
     for kind, row in figures.get("sync", {}).items():
         size = row["bytes"] / 1e9
         parts = ", ".join(f"{name} {seconds:.2f}" for name, seconds in row["phases"].items())
