@@ -78,6 +78,10 @@ ray-up: setup ## start Ray on loopback, behind a token
 		echo "got Ray running on 127.0.0.1:6379 already, expected none; use it, or run make ray-down first" >&2; exit 2; fi
 	@$(RAY_ENV); umask 077; ray get-auth-token --generate >/dev/null
 	@$(RAY_ENV); ray start --head --node-ip-address 127.0.0.1 --dashboard-host 127.0.0.1 >/dev/null
+	@# Ray answers before it takes jobs: the first one that it takes says that it is ready.
+	@$(RAY_ENV); for try in 1 2 3 4 5 6 7 8 9 10; do \
+		if ray job submit --no-wait -- true >/dev/null 2>&1; then exit 0; fi; sleep 1; done; \
+		echo "got no job taken by Ray on 127.0.0.1 within ten tries, expected one; see /tmp/ray/session_latest/logs" >&2; exit 1
 	@echo "Ray is up on 127.0.0.1, dashboard at http://127.0.0.1:8265. Submit a job with:"
 	@echo '  export RAY_AUTH_MODE=token PATH="$(CURDIR)/$(BIN):$$PATH"'
 	@echo "  ray job submit -- python recipes/ppo_medical.py"
