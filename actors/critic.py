@@ -35,7 +35,13 @@ class CriticActor(Actor):
         self._once = UpdateOnce()
 
     def setup(self, peers: Mapping[str, Actor]) -> None:
-        self.model = scalar_model(self.model_path, self.model_config, self.device, head="zeros")
+        self.model = scalar_model(
+            self.model_path,
+            self.model_config,
+            self.device,
+            head="zeros",
+            quantization=self.config.adapter.quantization,
+        )
         engine = make_trainable(
             self.model, self.model_config, self.config, total_updates=self.total_updates, seed=self.seed
         )

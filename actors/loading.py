@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from alignment import adapters, checkpoint, models
 from alignment.config import CriticConfig, ModelConfig, PolicyConfig, RewardModelTrainingConfig
 from alignment.engines.torch import TorchEngine
+from alignment.quantization import Quantization
 
 LEARNER_FILE = "learner.pt"
 
@@ -19,7 +20,9 @@ class Learner(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
-def causal_model(path: str, config: ModelConfig, device: str, *, frozen: bool = False) -> models.HfModel:
+def causal_model(
+    path: str, config: ModelConfig, device: str, *, frozen: bool = False, quantization: Quantization = "none"
+) -> models.HfModel:
     """A language model as configured; `frozen` for those that never learn."""
     model = models.load_causal_lm(
         path,
@@ -27,12 +30,20 @@ def causal_model(path: str, config: ModelConfig, device: str, *, frozen: bool = 
         attention=config.attention,
         revision=config.revision,
         device=device,
+        quantization=quantization,
     )
     return model.requires_grad_(False) if frozen else model
 
 
 def scalar_model(
-    path: str, config: ModelConfig, device: str, *, head: models.HeadStart, seed: int = 0, frozen: bool = False
+    path: str,
+    config: ModelConfig,
+    device: str,
+    *,
+    head: models.HeadStart,
+    seed: int = 0,
+    frozen: bool = False,
+    quantization: Quantization = "none",
 ) -> models.HfModel:
     """A backbone with a scalar head as configured."""
     model = models.load_scalar_model(
@@ -43,6 +54,7 @@ def scalar_model(
         device=device,
         head=head,
         seed=seed,
+        quantization=quantization,
     )
     return model.requires_grad_(False) if frozen else model
 

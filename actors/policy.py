@@ -60,7 +60,9 @@ class PolicyActor(Actor):
         self._once = UpdateOnce()
 
     def setup(self, peers: Mapping[str, Actor]) -> None:
-        self.model = causal_model(self.model_path, self.model_config, self.device)
+        self.model = causal_model(
+            self.model_path, self.model_config, self.device, quantization=self.config.adapter.quantization
+        )
         engine = make_trainable(
             self.model, self.model_config, self.config, total_updates=self.total_updates, seed=self.seed
         )

@@ -13,6 +13,7 @@ from actors.worker import Actor
 from alignment import adapters, models
 from alignment.config import ModelConfig
 from alignment.learners.base import per_response
+from alignment.quantization import Quantization
 from alignment.types import Rollout
 
 
@@ -23,17 +24,27 @@ class ReferenceActor(Actor):
     peers_needed = ("policy",)
 
     def __init__(
-        self, *, model_path: str, model: ModelConfig, temperature: float, micro_batch_size: int, device: str = "cpu"
+        self,
+        *,
+        model_path: str,
+        model: ModelConfig,
+        temperature: float,
+        micro_batch_size: int,
+        quantization: Quantization = "none",
+        device: str = "cpu",
     ) -> None:
+        """`quantization`: the policy's, whose start this is."""
         self.model_path, self.model_config, self.temperature = model_path, model, temperature
-        self.micro_batch_size, self.device = micro_batch_size, device
+        self.micro_batch_size, self.quantization, self.device = micro_batch_size, quantization, device
 
     def setup(self, peers: Mapping[str, Actor]) -> None:
         policy = peers.get("policy")
         if isinstance(policy, PolicyActor) and policy.config.adapter.r:
             self.model, self.shared = policy.model, True
             return
-        self.model = causal_model(self.model_path, self.model_config, self.device, frozen=True)
+        self.model = causal_model(
+            self.model_path, self.model_config, self.device, frozen=True, quantization=self.quantization
+        )
         self.shared = False
 
     def logprobs(self, rollouts: Sequence[Rollout]) -> list[Tensor]:

@@ -37,7 +37,14 @@ class RewardTrainingActor(Actor):
         self._once = UpdateOnce()
 
     def setup(self, peers: Mapping[str, Actor]) -> None:
-        self.model = scalar_model(self.model_path, self.model_config, self.device, head="random", seed=self.seed)
+        self.model = scalar_model(
+            self.model_path,
+            self.model_config,
+            self.device,
+            head="random",
+            seed=self.seed,
+            quantization=self.training.adapter.quantization,
+        )
         engine = make_trainable(
             self.model, self.model_config, self.config, total_updates=self.total_updates, seed=self.seed
         )

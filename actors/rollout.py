@@ -15,7 +15,8 @@ from actors.turns import Turns
 from actors.weight_routes import Rendezvous, Whereabouts, whereabouts
 from actors.weight_sync import AdapterUpdate, Probe, SyncKind, WeightBucket, check_gap
 from actors.worker import Actor
-from alignment.config import ModelConfig, RolloutConfig
+from alignment.config import AdapterConfig, ModelConfig, RolloutConfig
+from alignment.config.rollout import refuse_adapter_on_other_base
 from alignment.data.chat import decode, eos_ids_of_model, load_tokenizer, single_token
 from alignment.generation import sampling_seed
 from alignment.types import Prompt, Rollout
@@ -46,9 +47,9 @@ class RolloutActor(Actor):
         device: str = "cpu",
         engine: EngineKind | None = None,
         tensor_parallel_size: int = 1,
-        adapter_rank: int = 0,
+        adapter: AdapterConfig | None = None,
     ) -> None:
-        """`engine`: None takes what `rollout.engine` names. `adapter_rank`: the policy's, 0 without an adapter."""
+        """`engine`: None takes what `rollout.engine` names. `adapter`: the policy's."""
         self.model_path, self.model_config, self.config = model_path, model, rollout
         self.seed, self.device, self.tensor_parallel_size = seed, device, tensor_parallel_size
         self.engine_kind = engine or choose_engine(rollout.engine)
@@ -57,7 +58,7 @@ class RolloutActor(Actor):
                 f"rollout.tensor_parallel_size: got {tensor_parallel_size} for the transformers engine, expected 1; "
                 "set rollout.engine: vllm, or raise num_engines in the cluster YAML instead"
             )
-        self.adapter_rank = 0 if rollout.lora_sync == "merged" else adapter_rank
+        self.adapter_rank = rank_of_sync(rollout, adapter or AdapterConfig(), device)
         self.endpoint: Endpoint | None = None
 
     def setup(self, peers: Mapping[str, Actor]) -> None:
@@ -284,3 +285,11 @@ class RolloutActor(Actor):
         self._asleep = False
         if not self._discarded:
             self.turns.let_in()
+
+
+def rank_of_sync(rollout: RolloutConfig, adapter: AdapterConfig, device: str) -> int:
+    """The rank of the adapters that vLLM is sent; 0 where it is sent merged weights."""
+    refuse_adapter_on_other_base(rollout, adapter)
+    if rollout.lora_sync == "auto":
+        return adapter.r if device != "cpu" and adapter.quantization == "none" else 0
+    return adapter.r if rollout.lora_sync == "adapter" else 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+from alignment.quantization import dequantized, dequantized_bytes, is_quantized
 
 
 def attach_lora(
@@ -144,7 +147,8 @@ def merged_weights(
     """(name, weight) of all that differs from the base, under the base model's own names.
 
     Full fine-tuning yields every parameter once (a tied head is its embedding); LoRA yields W + scale * B A, and with
-    `whole` the parameters without an adapter as well. `names` picks some; the others are not computed.
+    `whole` the parameters without an adapter as well. A four-bit W is yielded in the dtype it computes in, adapter or
+    not: rounding has moved it away from the base. `names` picks some; the others are not computed.
     """
     layers = {f"{name}.weight": layer for name, layer in _lora_layers(model)}
     for name, parameter in model.named_parameters():
@@ -152,25 +156,29 @@ def merged_weights(
         if "lora_" in name or (names is not None and plain not in names):
             continue
         if plain in layers:
-            yield plain, parameter + layers[plain].get_delta_weight("default")
-        elif whole or not layers:
-            yield plain, parameter.detach()
+            yield plain, dequantized(parameter) + layers[plain].get_delta_weight("default")
+        elif whole or not layers or is_quantized(parameter):
+            yield plain, dequantized(parameter)
 
 
 def merged_sizes(model: nn.Module, *, whole: bool = False) -> dict[str, int]:
     """Bytes of each weight that `merged_weights` yields, in its order, without computing any."""
     layers = {f"{name}.weight" for name, _ in _lora_layers(model)}
-    sizes = {
-        name.replace(".base_layer.", "."): parameter.nbytes
+    return {
+        plain: dequantized_bytes(parameter)
         for name, parameter in model.named_parameters()
         if "lora_" not in name
+        and (whole or not layers or is_quantized(parameter) or name.replace(".base_layer.", ".") in layers)
+        for plain in [name.replace(".base_layer.", ".")]
     }
-    return {name: size for name, size in sizes.items() if whole or not layers or name in layers}
 
 
 @torch.no_grad()
 def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The whole model's state dict with adapters merged, under the base model's names."""
+    if any(is_quantized(p) for p in model.parameters()):
+        # Its state dict has the quantisation constants as well, which mean nothing beside full weights.
+        return dict(merged_weights(model, whole=True))
     merged = dict(merged_weights(model))
     state = {}
     for name, tensor in model.state_dict().items():
@@ -182,7 +190,20 @@ def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 
 def export_merged(model: Any, folder: Path, tokenizer: Any | None = None) -> None:
-    """Write a Hugging Face folder with adapters merged into the weights; the trained model is left as it is."""
-    model.save_pretrained(folder, state_dict=merged_state_dict(model))
+    """Write a Hugging Face folder with adapters merged into the weights; the trained model is left as it is.
+
+    A four-bit base is merged in the dtype it computes in and not rounded again.
+    """
+    plain_shell(model).save_pretrained(folder, state_dict=merged_state_dict(model))
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
+
+
+def plain_shell(model: Any) -> Any:
+    """A model of the same architecture that saves full weights: `model` itself, or one without memory beside it."""
+    if not any(is_quantized(p) for p in model.parameters()):
+        return model
+    config = copy.deepcopy(model.config)
+    del config.quantization_config
+    with torch.device("meta"):
+        return type(model)(config)

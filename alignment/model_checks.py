@@ -14,6 +14,7 @@ from alignment.config import AdapterConfig, ModelConfig
 from alignment.data.chat import check_vocabulary
 from alignment.data.model_assets import model_file, quiet_loading, weight_shapes
 from alignment.models import HeadStart, check_scalar_head, num_positions
+from alignment.quantization import check_quantization
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -49,6 +50,8 @@ def check_model(
             check_scalar_head(str(folder))
         built = _without_memory(model, head)
         check_vocabulary(tokenizer, built.config.get_text_config().vocab_size)
+        if adapter is not None:
+            check_quantization(adapter.quantization)
         if adapter is not None and adapter.r:
             target_names(built, adapter.target_modules, adapter.last_layers)
         _check_positions(model.path, num_positions(built.config), lengths or {})

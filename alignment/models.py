@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 import math
 import os
 from pathlib import Path
@@ -18,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from alignment.logprobs import selected_logprobs
+from alignment.quantization import Quantization, keep_precision, loading_arguments
 
 HeadStart = Literal["require", "zeros", "random"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -32,10 +34,12 @@ class CausalModel(Protocol):
 
 def quiet_transformers() -> None:
     """No progress bars and load reports: in a worker's log they drown what matters. Errors still show."""
-    from transformers.utils import logging
+    from transformers.utils import logging as transformers_logging
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    # Where it is installed, peft imports it, and it asks for a kernel that nothing here uses.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def positions(attention_mask: Tensor) -> Tensor:
@@ -153,6 +157,7 @@ def load_causal_lm(
     attention: str = "auto",
     revision: str | None = None,
     device: torch.device | str = "cpu",
+    quantization: Quantization = "none",
 ) -> HfModel:
     """A causal language model from a Hugging Face folder or hub name, in evaluation mode."""
     from transformers import AutoModelForCausalLM
@@ -160,15 +165,20 @@ def load_causal_lm(
     device = torch.device(device)
     implementation, _ = choose_attention(attention, dtype=dtype, device=device)
     model: Any = AutoModelForCausalLM.from_pretrained(
-        path, dtype=dtype, attn_implementation=implementation, revision=revision
+        path,
+        dtype=dtype,
+        attn_implementation=implementation,
+        revision=revision,
+        **loading_arguments(quantization, dtype=dtype, device=device),
     )
+    keep_precision(model)
     _refuse_transformed_logits(model, path)
     return HfModel(model.to(device).eval(), model.get_output_embeddings())
 
 
 def _refuse_transformed_logits(model: Any, path: str) -> None:
     """`head(hidden)` must be the model's logits; compare on a few tokens, whatever the architecture's name says."""
-    ids = torch.arange(4).unsqueeze(0) % model.config.vocab_size
+    ids = torch.arange(4, device=model.device).unsqueeze(0) % model.config.vocab_size
     with torch.no_grad():
         split = model.get_output_embeddings()(model.base_model(input_ids=ids).last_hidden_state).float()
         whole = model(input_ids=ids).logits.float()
@@ -188,6 +198,7 @@ def load_scalar_model(
     device: torch.device | str = "cpu",
     head: HeadStart = "require",
     seed: int = 0,
+    quantization: Quantization = "none",
 ) -> HfModel:
     """A backbone with a scalar head (`score`, no bias), as transformers' sequence classification stores it.
 
@@ -207,7 +218,9 @@ def load_scalar_model(
         attn_implementation=implementation,
         revision=revision,
         output_loading_info=True,
+        **loading_arguments(quantization, dtype=dtype, device=device),
     )
+    keep_precision(model)
     missing = sorted(info["missing_keys"])
     if head == "require" and missing:
         raise ValueError(_no_head(path, f"no weights for {missing[:3]}"))

@@ -98,6 +98,8 @@ def run_ppo(job: common.Job[PpoRunConfig]) -> None:
         if resume_from:
             parts = {"policy": roles.policy, "critic": roles.critic}
             state.load_state_dict(common.restore(job, run, resume_from, parts))
+        if resume_from or config.policy.adapter.quantization != "none":
+            # The engines have loaded the base model: neither what was trained, nor what rounding made of it.
             roles.policy.send_weights(roles.rollout, version=state.step).result()
         improve(job, config, start.prompts, roles, run, state)
         run.close()

@@ -65,6 +65,7 @@ class VllmEngine:
             "worker_extension_cls": EXTENSION,
             "enable_sleep_mode": not on_cpu,
             "disable_log_stats": True,
+            "use_tqdm_on_load": False,
         }
         memory = compat.memory_arguments(device, kv_cache_gb, memory_share)
         self.llm: Any = LLM(**arguments, **memory, **compat.lora_arguments(adapter_rank))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 from typing import Any
 
 OLDEST, NEWEST = (0, 24), (0, 32)
@@ -34,6 +35,7 @@ def prepare_process() -> None:
     os.environ["VLLM_NO_USAGE_STATS"] = "1"
     os.environ["VLLM_DO_NOT_TRACK"] = "1"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
 
 
 def memory_arguments(device: str, kv_cache_gb: float | None, memory_share: float) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from alignment.config.base import Config, Fraction, NonNegative, NonNegativeFloat, Positive, PositiveFloat
 
@@ -40,6 +40,18 @@ class AdapterConfig(Config):
     """Module names that get an adapter."""
     last_layers: Positive | None = None
     """Adapt only this many layers, counted from the top: the backward pass stops below them."""
+    quantization: Literal["none", "nf4"] = "none"
+    """How the frozen weights below the adapter are stored; `nf4` in four bits with double quantization (QLoRA,
+    Dettmers 2023), a policy's reference likewise. Needs the extra `qlora`."""
+
+    @model_validator(mode="after")
+    def _something_is_frozen(self) -> AdapterConfig:
+        if self.quantization != "none" and not self.r:
+            raise ValueError(
+                f"adapter.quantization: got {self.quantization} with adapter.r=0, which trains the weights themselves, "
+                "expected an adapter; set adapter.r, or quantization to none"
+            )
+        return self
 
 
 Beta = Annotated[float, Field(ge=0, lt=1)]

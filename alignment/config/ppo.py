@@ -16,7 +16,7 @@ from alignment.config.model import (
     refuse_float16_training,
 )
 from alignment.config.reward import RewardConfig
-from alignment.config.rollout import RolloutConfig
+from alignment.config.rollout import RolloutConfig, refuse_adapter_on_other_base
 from alignment.config.run import EvaluationConfig, RunConfig
 from alignment.kl_controller import check_horizon
 
@@ -143,6 +143,11 @@ class PpoRunConfig(Config):
     @model_validator(mode="after")
     def _dtype_can_be_trained(self) -> PpoRunConfig:
         refuse_float16_training(self.model)
+        return self
+
+    @model_validator(mode="after")
+    def _adapter_fits_the_engine(self) -> PpoRunConfig:
+        refuse_adapter_on_other_base(self.rollout, self.policy.adapter)
         return self
 
     @model_validator(mode="after")

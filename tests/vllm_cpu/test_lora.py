@@ -11,7 +11,7 @@ from tiny import write_tiny_model
 from actors.handles import PolicyHandle, RolloutHandle
 from actors.local import LocalGroup
 from actors.policy import PolicyActor
-from actors.rollout import RolloutActor
+from actors.rollout import RolloutActor, rank_of_sync
 from alignment.config import AdapterConfig, ModelConfig, PolicyConfig, PpoConfig, RolloutConfig, VllmConfig
 from alignment.types import Prompt
 
@@ -32,11 +32,14 @@ def started(handle, actor):
     return handle(group)
 
 
-def make_policy(path: str, seed: int) -> PolicyHandle:
+ADAPTER = AdapterConfig(r=5, alpha=10)  # no kernel has this rank: room for 8 is made
+
+
+def make_policy(path: str, seed: int, adapter: AdapterConfig = ADAPTER) -> PolicyHandle:
     actor = PolicyActor(
         model_path=path,
         model=ModelConfig(path=path),
-        policy=PolicyConfig(adapter=AdapterConfig(r=5, alpha=10)),  # no kernel has this rank: room for 8 is made
+        policy=PolicyConfig(adapter=adapter),
         ppo=PpoConfig(rollout_batch_size=4, minibatch_size=4),
         temperature=1.0,
         total_updates=1,
@@ -56,25 +59,26 @@ def train(policy: PolicyHandle, seed: int, scale: float = 0.1) -> None:
             parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
 
 
+def rollout_actor(path: str, lora_sync: str, adapter: AdapterConfig) -> RolloutActor:
+    return RolloutActor(
+        model_path=path,
+        model=ModelConfig(path=path),
+        rollout=RolloutConfig(
+            engine="vllm",
+            lora_sync=lora_sync,
+            max_new_tokens=12,
+            ignore_eos=True,
+            vllm=VllmConfig(max_model_len=256, kv_cache_gb=0.1),
+        ),
+        seed=1,
+        adapter=adapter,
+    )
+
+
 @pytest.fixture(scope="module")
 def engines(path):
     """The same engine twice: one is sent adapters, one merged weights."""
-    handles = {}
-    for kind in ("adapter", "merged"):
-        actor = RolloutActor(
-            model_path=path,
-            model=ModelConfig(path=path),
-            rollout=RolloutConfig(
-                engine="vllm",
-                lora_sync=kind,
-                max_new_tokens=12,
-                ignore_eos=True,
-                vllm=VllmConfig(max_model_len=256, kv_cache_gb=0.1),
-            ),
-            seed=1,
-            adapter_rank=5,
-        )
-        handles[kind] = started(RolloutHandle, actor)
+    handles = {kind: started(RolloutHandle, rollout_actor(path, kind, ADAPTER)) for kind in ("adapter", "merged")}
     assert (handles["adapter"].sync_kind(), handles["merged"].sync_kind()) == ("adapter", "whole")
     yield handles
     for handle in handles.values():
@@ -139,3 +143,24 @@ def test_a_flipped_byte_in_the_adapter_is_refused(engines, policy):
 def test_an_engine_of_adapters_keeps_its_base(engines):
     with pytest.raises(ValueError, match="lora_sync: merged"):
         engines["adapter"].group.host.actors["rollout"].sleep(discard_weights=True)
+
+
+def test_a_four_bit_policy_arrives_merged(path):
+    pytest.importorskip("bitsandbytes")
+    adapter = AdapterConfig(r=4, alpha=8, quantization="nf4")
+    policy = make_policy(path, seed=3, adapter=adapter)
+    engine = started(RolloutHandle, rollout_actor(path, "auto", adapter))
+    assert engine.sync_kind() == "whole"
+    assert worst_gap(policy, engine.generate(PROMPTS, step=0).result()) > 0.1
+    assert policy.send_weights(engine, version=1).result() == 1
+    assert worst_gap(policy, engine.generate(PROMPTS, step=0).result()) < 1e-4
+    engine.group.host.actors["rollout"].engine.close()
+
+
+@pytest.mark.parametrize(
+    ("asked", "device", "quantization", "rank"),
+    [("auto", "cpu", "none", 0), ("auto", "cuda", "none", 5), ("auto", "cuda", "nf4", 0), ("adapter", "cpu", "none", 5)],
+)
+def test_what_is_sent_of_an_adapter(asked, device, quantization, rank):
+    adapter = AdapterConfig(r=5, quantization=quantization)
+    assert rank_of_sync(RolloutConfig(lora_sync=asked), adapter, device) == rank

@@ -1,0 +1,126 @@
+"""Four-bit base weights: the right levels, one precision everywhere, and merges that compute the same."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from tiny import write_tiny_model
+
+from alignment import adapters
+from alignment.config import AdapterConfig, ModelConfig, PpoRunConfig, RolloutConfig
+from alignment.models import HfModel, load_causal_lm, load_scalar_model
+from alignment.quantization import dequantized, is_quantized
+
+pytest.importorskip("bitsandbytes")
+
+# The 16 levels of NF4, from appendix E of the QLoRA paper (arXiv 2305.14314).
+LEVELS = torch.tensor(
+    [
+        *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
+        *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+        *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+        *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+    ]
+)
+BLOCK = 64
+IDS = torch.arange(3, 40).unsqueeze(0)
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory) -> str:
+    return str(write_tiny_model(tmp_path_factory.mktemp("four-bit") / "model", hidden_size=64, num_attention_heads=2))
+
+
+@pytest.fixture(scope="module")
+def model(path) -> HfModel:
+    """A four-bit model whose adapter, in the upper layer alone, has been moved."""
+    model = load_causal_lm(path, quantization="nf4")
+    adapters.attach_lora(model.model, r=4, alpha=8, last_layers=1, seed=1)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for name, parameter in model.model.named_parameters():
+            if "lora_" in name:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def logits(model: HfModel) -> torch.Tensor:
+    with torch.no_grad():
+        return model.head(model.hidden(IDS, torch.ones_like(IDS)))
+
+
+def test_every_weight_is_the_nearest_level_of_its_block(path):
+    plain, rounded = load_causal_lm(path).model, load_causal_lm(path, quantization="nf4").model
+    for name, parameter in rounded.named_parameters():
+        original = plain.get_parameter(name).detach()
+        if "_proj" not in name:  # embeddings, norms, head
+            assert torch.equal(parameter, original), name
+            continue
+        assert is_quantized(parameter)
+        blocks = original.reshape(-1, BLOCK)
+        scale = blocks.abs().amax(1, keepdim=True)
+        nearest = LEVELS[(blocks[..., None] / scale[..., None] - LEVELS).abs().argmin(-1)] * scale
+        # Double quantisation stores the scale of a block in 8 bits: 1 part in 100 of the largest.
+        error = (dequantized(parameter).reshape(-1, BLOCK) - nearest).abs().amax()
+        assert error < 0.01 * scale.amax(), name
+
+
+def test_scores_and_updates_see_the_same_weights(model):
+    """Not so with the bfloat16 repacking that bitsandbytes does on a CPU where no gradient is asked for."""
+    without = logits(model)
+    hidden = model.hidden(IDS, torch.ones_like(IDS))
+    assert hidden.requires_grad
+    assert torch.allclose(model.head(hidden), without, atol=1e-6)
+    assert all(dequantized(p).dtype == torch.float32 for p in model.model.parameters())
+
+
+def test_merged_weights_compute_what_adapter_and_rounded_base_do(model, path, tmp_path):
+    base = load_causal_lm(path)
+    assert (logits(base) - logits(model)).abs().max() > 1e-2
+    sent = dict(adapters.merged_weights(model.model))
+    # The lower layer has no adapter and differs from the base by rounding.
+    assert {name for name in sent if "_proj" in name} == {n for n, _ in base.model.named_parameters() if "_proj" in n}
+    assert {name: tensor.nbytes for name, tensor in sent.items()} == adapters.merged_sizes(model.model)
+    whole = dict(adapters.merged_weights(model.model, whole=True))
+    assert {name: tensor.nbytes for name, tensor in whole.items()} == adapters.merged_sizes(model.model, whole=True)
+    received = copy.deepcopy(base)
+    received.model.load_state_dict(sent, strict=False)
+    assert torch.allclose(logits(received), logits(model), atol=1e-5)
+
+    adapters.export_merged(model.model, tmp_path / "merged")
+    exported = load_causal_lm(str(tmp_path / "merged"))
+    assert getattr(exported.model.config, "quantization_config", None) is None
+    assert torch.allclose(logits(exported), logits(model), atol=1e-5)
+
+
+def test_an_adapter_that_was_saved_comes_back_on_the_same_base(model, path, tmp_path):
+    adapters.save_adapter(model.model, tmp_path / "adapter", base=path)
+    again = load_causal_lm(path, quantization="nf4")
+    adapters.attach_lora(again.model, r=4, alpha=8, last_layers=1, seed=9)
+    adapters.load_adapter(again.model, tmp_path / "adapter")
+    assert torch.equal(logits(again), logits(model))
+
+
+def test_the_head_of_a_critic_stays_as_it_is(path):
+    critic = load_scalar_model(path, head="zeros", quantization="nf4")
+    assert not is_quantized(critic.model.score.weight)
+    assert any(is_quantized(parameter) for parameter in critic.model.parameters())
+
+
+def test_four_bits_without_an_adapter_are_refused():
+    with pytest.raises(ValueError, match=r"adapter.quantization: got nf4 with adapter.r=0"):
+        AdapterConfig(quantization="nf4")
+
+
+def test_an_adapter_alone_is_not_sent_to_an_engine_with_another_base():
+    with pytest.raises(ValueError, match=r"rollout.lora_sync: got adapter with policy.adapter.quantization=nf4"):
+        PpoRunConfig.model_validate(
+            {
+                "model": ModelConfig(),
+                "reward": {"functions": [{"name": "text:finished_sentence"}]},
+                "policy": {"adapter": {"r": 4, "quantization": "nf4"}},
+                "rollout": RolloutConfig(lora_sync="adapter"),
+            }
+        )
