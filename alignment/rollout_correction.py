@@ -7,7 +7,7 @@ exp(old_logprobs - rollout_logprobs), tells how far apart they are: 1 at every t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal, get_args
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from alignment.losses import LOG_RATIO_LIMIT, Metrics, aggregate
 from alignment.masked import masked_mean, masked_sum, zero_masked
+from alignment.types import Rollout
 
 CorrectionKind = Literal["token_tis", "sequence_tis", "icepop"]
 GAP = "rollout/logprob_gap"
@@ -117,6 +118,20 @@ def require_match(metrics: Mapping[str, float], limit: float, *, step: int) -> N
             f"step {step}: got a mean gap of {gap:.3g} between the log-probabilities of sampler and trainer, expected "
             f"at most rollout.logprob_gap_limit={limit:g}; look for {MISMATCH_CAUSES}; if it is the engine's own "
             "arithmetic, choose a rollout.correction.kind and raise the limit"
+        )
+
+
+def require_current(rollouts: Sequence[Rollout], version: int) -> None:
+    """Refuse answers of other weights than those that are about to learn from them or to be judged by them.
+
+    Raises:
+        RuntimeError: a weight sync was skipped, or came too late.
+    """
+    others = sorted({rollout.weight_version for rollout in rollouts} - {version})
+    if others:
+        raise RuntimeError(
+            f"rollout: got answers sampled by weight versions {others}, expected {version} alone: a weight sync did "
+            "not arrive; resume the run from its last step"
         )
 
 

@@ -124,7 +124,7 @@ def improve(
             reward=roles.reward,
             rollout=roles.rollout,
             greedy=config.evaluation.greedy,
-            moved=state.step > 0,
+            version=state.step,
         )
 
     directory = run.directory

@@ -48,8 +48,8 @@ class AdapterConfig(Config):
     def _something_is_frozen(self) -> AdapterConfig:
         if self.quantization != "none" and not self.r:
             raise ValueError(
-                f"adapter.quantization: got {self.quantization} with adapter.r=0, which trains the weights themselves, "
-                "expected an adapter; set adapter.r, or quantization to none"
+                f"adapter.quantization: got {self.quantization} with adapter.r=0, which trains the weights "
+                "themselves, expected an adapter; set adapter.r, or quantization to none"
             )
         return self
 

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from alignment.config.base import Config, Positive, PositiveFloat
+from alignment.config.model import AdapterConfig
 
 
 class VllmConfig(Config):
@@ -88,6 +89,6 @@ def refuse_adapter_on_other_base(rollout: RolloutConfig, adapter: AdapterConfig)
     """A four-bit policy's adapter belongs to the rounded base, which no engine has."""
     if rollout.lora_sync == "adapter" and adapter.quantization != "none":
         raise ValueError(
-            f"rollout.lora_sync: got adapter with policy.adapter.quantization={adapter.quantization}, expected merged: "
-            "vLLM has the base as it was before rounding; set it to auto or merged"
+            f"rollout.lora_sync: got adapter with policy.adapter.quantization={adapter.quantization}, "
+            "expected merged: vLLM has the base as it was before rounding; set it to auto or merged"
         )

@@ -10,6 +10,7 @@ from typing import Any
 from alignment.bootstrap import paired_bootstrap
 from alignment.checkpoint import load_json, save_json
 from alignment.interfaces import Generator, LogprobWorker, Scorer
+from alignment.rollout_correction import require_current
 from alignment.types import Prompt
 
 HELD_OUT_STEP = -1
@@ -53,18 +54,19 @@ def evaluate(
     reward: Scorer,
     rollout: Generator,
     greedy: bool = False,
-    moved: bool = True,
+    version: int,
 ) -> HeldOut:
-    """One answer per prompt, scored, with the KL to the reference over these answers.
+    """One answer per prompt by policy `version`, scored, with the KL to the reference over these answers.
 
-    `moved`: False for a policy that is still the reference, whose KL is 0 and need not be computed.
+    Version 0 is the reference itself, whose KL is 0 and need not be computed.
     """
     if not prompts:
         return HeldOut(answers=[], kl=0.0)
     rollouts = rollout.generate(prompts, step=HELD_OUT_STEP, greedy=greedy).result()
+    require_current(rollouts, version)
     scoring = reward.score(rollouts)
     kl = 0.0
-    if moved:
+    if version > 0:
         own, ref = policy.logprobs(rollouts), reference.logprobs(rollouts)
         gaps = [float((a - b).sum()) for a, b in zip(own.result(), ref.result(), strict=True)]
         kl = sum(gaps) / len(gaps)

@@ -16,7 +16,7 @@ from alignment.interfaces import Generator, LogprobWorker, Metrics, PolicyWorker
 from alignment.kl import AdaptiveKLController
 from alignment.loops.invariants import check_first_step
 from alignment.loops.run import Run, StepLog
-from alignment.rollout_correction import MISMATCH_METRICS, require_match
+from alignment.rollout_correction import MISMATCH_METRICS, require_current, require_match
 from alignment.scores import ScoreNormalizer, shape_scores
 from alignment.types import Experience, Prompt, Rollout, Score
 
@@ -145,7 +145,9 @@ def sample_step(
     log = run.begin_step(step)
     batch = prompts_for_step(prompts, step, batch_size=config.ppo.rollout_batch_size, seed=config.run.seed)
     with log.phase("generate"):
-        return log, rollout.generate(batch, step=step, num_samples=config.ppo.num_samples_per_prompt).result()
+        rollouts = rollout.generate(batch, step=step, num_samples=config.ppo.num_samples_per_prompt).result()
+    require_current(rollouts, version=step)
+    return log, rollouts
 
 
 def require_first_step(

@@ -1,22 +1,15 @@
-"""The loop with all five roles in this process: a policy too far from its reference stops the run in time."""
+"""The loop with all five roles in this process: what must stop a run stops it in time."""
 
 from __future__ import annotations
 
-import json
 import math
 import os
 
 import pytest
 import torch
+from tiny_loop import Loop
 
-from actors.build import ppo_actors, ppo_roles
-from actors.launch import local_groups
-from alignment.config import ClusterConfig, PpoRunConfig
-from alignment.data.chat import load_tokenizer
-from alignment.data.prompts import load_prompts
-from alignment.loops.ppo import PpoState, train_ppo, train_ppo_one_pass
-from alignment.loops.run import Run
-from alignment.run_directory import RunDirectory
+from alignment.loops.ppo import train_ppo, train_ppo_one_pass
 
 
 @pytest.fixture(autouse=True)
@@ -24,67 +17,6 @@ def _same_umask_afterwards():
     before = os.umask(0o022)
     yield
     os.umask(before)
-
-
-def config_of(tiny, *, num_steps: int, limit: float | None, **rollout) -> PpoRunConfig:
-    return PpoRunConfig.model_validate(
-        {
-            "run": {"num_steps": num_steps, "trackers": []},
-            "data": {"source": {"path": f"{tiny}/prompts.jsonl"}, "held_out": 4},
-            "model": {"path": str(tiny / "policy")},
-            "reward": {"functions": [{"name": "text:finished_sentence"}]},
-            "rollout": {"engine": "transformers", "max_new_tokens": 8, **rollout},
-            "kl": {"limit": limit},
-            "ppo": {"rollout_batch_size": 4, "minibatch_size": 4},
-        }
-    )
-
-
-class Loop:
-    """A run of `train` with its five roles, one call after the other."""
-
-    def __init__(self, tiny, folder, train, *, limit: float | None = None, **rollout) -> None:
-        config = config_of(tiny, num_steps=1, limit=limit, **rollout)
-        path = config.model.path
-        self.tiny, self.train, self.limit, self.rollout = tiny, train, limit, rollout
-        self.prompts = load_prompts(config.data, load_tokenizer(path)).train
-        self.actors = ppo_actors(config, ClusterConfig(), model_path=path, critic_path=path)
-        with local_groups(self.actors, ClusterConfig()) as groups:
-            self.roles = ppo_roles(groups)
-        self.state = PpoState.start(config)
-        self.directory = RunDirectory(folder)
-        self.run = Run(self.directory, num_steps=2, checkpoint_every=1, keep_checkpoints=2, trackers=())
-
-    def up_to(self, num_steps: int) -> None:
-        self.train(
-            config_of(self.tiny, num_steps=num_steps, limit=self.limit, **self.rollout),
-            self.prompts,
-            policy=self.roles.policy,
-            critic=self.roles.critic,
-            reference=self.roles.reference,
-            reward=self.roles.reward,
-            rollout=self.roles.rollout,
-            run=self.run,
-            state=self.state,
-        )
-
-    def move_reference(self, noise: float) -> None:
-        """Does to the KL what a policy that runs off does."""
-        generator = torch.Generator().manual_seed(0)
-        with torch.no_grad():
-            for _, parameter in self.actors["reference"].model.named_parameters():
-                parameter += noise * torch.randn(parameter.shape, generator=generator)
-
-    def sample_at(self, temperature: float) -> None:
-        """The engine is told another temperature than the trainer."""
-        sampler = self.actors["rollout"]
-        sampler.config = sampler.config.model_copy(update={"temperature": temperature})
-
-    def weights(self, role: str) -> list[torch.Tensor]:
-        return [parameter.detach().clone() for _, parameter in self.actors[role].model.named_parameters()]
-
-    def metrics(self) -> list[dict]:
-        return [json.loads(line) for line in self.directory.metrics.read_text().splitlines()]
 
 
 @pytest.mark.parametrize("train", [train_ppo, train_ppo_one_pass])
@@ -171,3 +103,13 @@ def test_a_limit_that_lets_a_disagreeing_sampler_through_leaves_it_to_the_weight
     assert disagreeing["rollout/effective_sample_size"] < 0.99
     assert disagreeing[changed] > 0
     assert disagreeing["ppo/correction_weight_mean"] != pytest.approx(1, abs=1e-3)
+
+
+@pytest.mark.parametrize("train", [train_ppo, train_ppo_one_pass])
+def test_a_sync_that_was_skipped_stops_the_next_step(tiny, tmp_path, train, monkeypatch):
+    loop = Loop(tiny, tmp_path / "run", train)
+    nothing = loop.roles.rollout.group.call("rollout", "sync_kind")
+    monkeypatch.setattr(loop.roles.policy, "send_weights", lambda *_, **__: nothing)
+    with pytest.raises(RuntimeError, match=r"got answers sampled by weight versions \[0\], expected 1 alone"):
+        loop.up_to(2)
+    assert loop.run.store.complete() == [1]

@@ -159,7 +159,12 @@ def test_a_four_bit_policy_arrives_merged(path):
 
 @pytest.mark.parametrize(
     ("asked", "device", "quantization", "rank"),
-    [("auto", "cpu", "none", 0), ("auto", "cuda", "none", 5), ("auto", "cuda", "nf4", 0), ("adapter", "cpu", "none", 5)],
+    [
+        ("auto", "cpu", "none", 0),
+        ("auto", "cuda", "none", 5),
+        ("auto", "cuda", "nf4", 0),
+        ("adapter", "cpu", "none", 5),
+    ],
 )
 def test_what_is_sent_of_an_adapter(asked, device, quantization, rank):
     adapter = AdapterConfig(r=5, quantization=quantization)
