@@ -43,7 +43,7 @@ class RewardTrainingActor(Actor):
             self.device,
             head="random",
             seed=self.seed,
-            quantization=self.training.adapter.quantization,
+            quantization=self.config.adapter.quantization,
         )
         engine = make_trainable(
             self.model, self.model_config, self.config, total_updates=self.total_updates, seed=self.seed

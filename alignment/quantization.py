@@ -49,9 +49,10 @@ def keep_precision(model: nn.Module) -> None:
     On CPUs with bfloat16 instructions bitsandbytes repacks a layer for them at its first call without gradients:
     sampling and scoring would then see other weights than the update.
     """
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+    layers: list[Any] = list(model.modules())
+    for layer in layers:
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False
 
 
 def is_quantized(parameter: Tensor) -> bool:

@@ -22,7 +22,7 @@ def config_of(tiny, *, num_steps: int, limit: float | None, policy: dict | None 
             "run": {"num_steps": num_steps, "trackers": []},
             "data": {"source": {"path": f"{tiny}/prompts.jsonl"}, "held_out": 4},
             "model": {"path": str(tiny / "policy")},
-            "reward": {"functions": [{"name": "text:no_repetition"}], "missing_eos_penalty": 1.0},
+            "reward": {"functions": [{"name": "text:no_repetition"}], "missing_eos_penalty": 0.5},
             "rollout": {"engine": "transformers", "max_new_tokens": 8, **rollout},
             "kl": {"limit": limit},
             "policy": policy or {},

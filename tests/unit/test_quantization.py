@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 import copy
+import os
 
 import pytest
 import torch
 from tiny import write_tiny_model
+from tiny_loop import Loop
 
+from actors.critic import CriticActor
+from actors.reward_training import RewardTrainingActor
 from alignment import adapters
-from alignment.config import AdapterConfig, ModelConfig, PpoRunConfig, RolloutConfig
+from alignment.config import (
+    AdapterConfig,
+    CriticConfig,
+    ModelConfig,
+    PpoConfig,
+    PpoRunConfig,
+    RewardModelTrainingConfig,
+    RolloutConfig,
+)
+from alignment.loops.ppo import train_ppo, train_ppo_one_pass
 from alignment.models import HfModel, load_causal_lm, load_scalar_model
 from alignment.quantization import dequantized, is_quantized
 
@@ -124,3 +137,50 @@ def test_an_adapter_alone_is_not_sent_to_an_engine_with_another_base():
                 "rollout": RolloutConfig(lora_sync="adapter"),
             }
         )
+
+
+@pytest.mark.parametrize("train", [train_ppo, train_ppo_one_pass])
+def test_a_four_bit_policy_learns_and_its_reference_is_its_start(tiny, tmp_path, train):
+    umask = os.umask(0o022)
+    try:
+        policy = {"adapter": {"r": 4, "quantization": "nf4"}, "optimizer": {"lr": 1e-2}}
+        loop = Loop(tiny, tmp_path / "run", train, policy=policy)
+        with pytest.raises(RuntimeError, match="rollout - trainer log-probability gap"):
+            loop.up_to(1)  # the sampler still has the base as it was before rounding
+        loop.roles.policy.send_weights(loop.roles.rollout, version=0).result()
+        loop.up_to(2)
+        first, second = loop.metrics()
+    finally:
+        os.umask(umask)
+    assert abs(first["kl/per_sequence"]) < (
+        1e-5 if train is train_ppo_one_pass else 1e-12
+    )  # one pass: the sampler against it
+    assert max(row["rollout/logprob_gap"] for row in (first, second)) < 1e-4
+    assert second["kl/per_token_k3"] > 0
+
+
+def test_critic_and_reward_model_learn_on_four_bits(path):
+    adapter = AdapterConfig(r=4, quantization="nf4")
+    critic = CriticActor(
+        model_path=path,
+        model=ModelConfig(path=path),
+        critic=CriticConfig(adapter=adapter),
+        ppo=PpoConfig(),
+        total_updates=1,
+        seed=1,
+    )
+    reward = RewardTrainingActor(
+        model_path=path,
+        model=ModelConfig(path=path),
+        training=RewardModelTrainingConfig(adapter=adapter),
+        total_updates=1,
+        seed=1,
+    )
+    for actor in (critic, reward):
+        actor.setup({})
+        names = {name for name, p in actor.model.model.named_parameters() if p.requires_grad}
+        assert "score.weight" in names
+        assert all("lora_" in name for name in names - {"score.weight"})
+        scores = actor.model.head(actor.model.hidden(IDS, torch.ones_like(IDS)))
+        scores.square().sum().backward()
+        assert all(p.grad is not None for name, p in actor.model.model.named_parameters() if name in names)
