@@ -1,4 +1,4 @@
-"""Run recipes as scripts in processes that have their imports behind them: a refusal then takes a fraction of a second.
+"""Run recipes as scripts in processes that have their imports behind them: a refusal then takes half a second.
 
 Each run is a fork of one server process, which has imported and computed nothing else.
 """

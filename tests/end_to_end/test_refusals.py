@@ -1,8 +1,8 @@
 """Bad input ends with exit 2, says got / expected / remedy, and starts no actor.
 
-The promise is 10 seconds on a free machine, measured where Python itself starts (`started`); the tests allow three times
-that, since a loaded one is no fault of the recipes. Elsewhere the imports are done beforehand. Faults that one check
-finds in every recipe are tested without a process of their own, in tests/unit.
+The promise is 10 seconds on a free machine, measured where Python itself starts (`started`); the tests allow three
+times that, since a loaded one is no fault of the recipes. Elsewhere the imports are done beforehand. Faults that one
+check finds in every recipe are tested without a process of their own, in tests/unit.
 """
 
 from __future__ import annotations
