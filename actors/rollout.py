@@ -101,6 +101,7 @@ class RolloutActor(Actor):
             eager=settings.eager,
             tensor_parallel_size=self.tensor_parallel_size,
             adapter_rank=self.adapter_rank,
+            batch_invariant=settings.batch_invariant,
         )
 
     def _open_endpoint(self, port: int) -> Endpoint:

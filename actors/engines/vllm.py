@@ -35,9 +35,10 @@ class VllmEngine:
         eager: bool | None = None,
         tensor_parallel_size: int = 1,
         adapter_rank: int = 0,
+        batch_invariant: bool = False,
     ) -> None:
         """`adapter_rank`: above 0, syncs carry adapters of at most this rank instead of the model."""
-        compat.prepare_process()
+        compat.prepare_process(batch_invariant=batch_invariant and device != "cpu")
         from vllm import LLM
 
         from actors.engines.vllm_transfer import BACKEND, EXTENSION

@@ -28,8 +28,10 @@ def release() -> tuple[int, int]:
     return got
 
 
-def prepare_process() -> None:
+def prepare_process(*, batch_invariant: bool = False) -> None:
     """Set what vLLM reads from the environment; before its first import."""
+    if batch_invariant:
+        os.environ["VLLM_BATCH_INVARIANT"] = "1"
     # The engine core runs in this process: the actor is its own process already, and start-up takes a sixth.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ["VLLM_NO_USAGE_STATS"] = "1"

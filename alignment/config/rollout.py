@@ -21,6 +21,9 @@ class VllmConfig(Config):
     """Share of the GPU that weights, activations and cache may fill."""
     eager: bool | None = None
     """Run without compiled graphs; None is yes on a CPU and no on a GPU."""
+    batch_invariant: bool = False
+    """On GPUs, use vLLM's kernels whose rounding does not depend on what else is in the batch: slower, and samples no
+    longer depend on the number of engines at all. A CPU has none."""
 
 
 class CorrectionConfig(Config):
