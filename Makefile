@@ -72,12 +72,14 @@ check: setup ## lint, format, types, architecture
 
 # Jobs run with the PATH and in the folder of `ray start`, so that `python recipes/...` is this checkout's.
 RAY_ENV := export RAY_AUTH_MODE=token PATH="$(CURDIR)/$(BIN):$$PATH" RAY_USAGE_STATS_ENABLED=0
+# Without this Ray replaces 127.0.0.1 by the machine's own address, see stay_on_loopback in actors/launch.py.
+LOOPBACK := export RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0
 
 ray-up: setup ## start Ray on loopback, behind a token
 	@$(RAY_ENV); if ray health-check --address 127.0.0.1:6379 >/dev/null 2>&1; then \
 		echo "got Ray running on 127.0.0.1:6379 already, expected none; use it, or run make ray-down first" >&2; exit 2; fi
 	@$(RAY_ENV); umask 077; ray get-auth-token --generate >/dev/null
-	@$(RAY_ENV); ray start --head --node-ip-address 127.0.0.1 --dashboard-host 127.0.0.1 >/dev/null
+	@$(RAY_ENV); $(LOOPBACK); ray start --head --node-ip-address 127.0.0.1 --dashboard-host 127.0.0.1 >/dev/null
 	@# Ray answers before it takes jobs: the first one that it takes says that it is ready.
 	@$(RAY_ENV); for try in 1 2 3 4 5 6 7 8 9 10; do \
 		if ray job submit --no-wait -- true >/dev/null 2>&1; then exit 0; fi; sleep 1; done; \

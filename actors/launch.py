@@ -97,7 +97,10 @@ def connect() -> bool:
 
     if ray.is_initialized():
         return False
-    if address := os.environ.get("RAY_ADDRESS"):
+    address = os.environ.get("RAY_ADDRESS")
+    if address is None or address.rpartition(":")[0] in ("127.0.0.1", "localhost"):
+        stay_on_loopback()
+    if address:
         check_address(address)
         try:
             ray.init(logging_level=logging.WARNING)
@@ -107,6 +110,15 @@ def connect() -> bool:
         return False
     ray.init(address="local", include_dashboard=False, _node_ip_address="127.0.0.1", logging_level=logging.WARNING)
     return True
+
+
+def stay_on_loopback() -> None:
+    """Let Ray's processes listen on 127.0.0.1 alone. A node address given to Ray does not: it is replaced by the
+    machine's own, unless Ray is told that no other machine will ever join, as it assumes on Windows and macOS."""
+    from ray._private import ray_constants
+
+    os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"  # for the processes that Ray starts
+    ray_constants.ENABLE_RAY_CLUSTER = False
 
 
 def check_address(address: str) -> None:
