@@ -10,11 +10,13 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
+import queue
 import secrets
 import socket
 import threading
+import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import Any
 
 import torch
@@ -40,6 +42,10 @@ PATIENCE = 120.0
 """Seconds that a request waits for the run to leave the engine alone, with complete weights."""
 GRACE = 5
 """Seconds that requests under way get when the actor stops."""
+SHORTEST_LIMIT = 256
+"""Tokens that a request may ask for even where the run's own answers are shorter."""
+TEMPERATURES = (0.01, 100.0)
+"""Beyond them vLLM samples at another temperature than it was asked for, or fails."""
 
 
 class Speaker:
@@ -60,18 +66,22 @@ class Speaker:
         self.engine, self.turns, self.tokenizer, self.stop_ids = engine, turns, tokenizer, stop_ids
         self.max_new_tokens, self.temperature, self.max_batch = max_new_tokens, temperature, max_batch
 
-    def chat(self, body: ChatBody) -> dict[str, Any]:
+    def chat(self, body: ChatBody, deadline: float) -> dict[str, Any]:
+        if not body.messages:
+            raise ValueError("messages: got an empty list, expected at least one message; add one")
         prompt = encode_prompt(self.tokenizer, body.messages)
-        answer = self.answer([prompt], body, body.max_completion_tokens or body.max_tokens)
+        answer = self.answer([prompt], body, body.max_completion_tokens or body.max_tokens, deadline)
         return openai_format.chat_answer(answer, body)
 
-    def complete(self, body: CompletionBody) -> dict[str, Any]:
+    def complete(self, body: CompletionBody, deadline: float) -> dict[str, Any]:
         """The prompt is taken as it is, control tokens that it spells out included: no chat template."""
         prompts = [p if isinstance(p, list) else self.tokenizer(p)["input_ids"] for p in body.prompts]
-        return openai_format.completion_answer(self.answer(prompts, body, body.max_tokens), body)
+        return openai_format.completion_answer(self.answer(prompts, body, body.max_tokens, deadline), body)
 
-    def answer(self, prompts: Sequence[list[int]], body: SamplingBody, max_tokens: int | None) -> Answer:
-        """Choices in prompt order, `n` of each.
+    def answer(
+        self, prompts: Sequence[list[int]], body: SamplingBody, max_tokens: int | None, deadline: float
+    ) -> Answer:
+        """Choices in prompt order, `n` of each. `deadline`: in seconds of `time.monotonic`, to have begun.
 
         Raises:
             ValueError: something that the engine cannot do.
@@ -81,6 +91,11 @@ class Speaker:
         self._check(prompts, body.n, limit)
         stops = frozenset(single_token(self.tokenizer, stop, what="stop") for stop in body.stops)
         temperature = self.temperature if body.temperature is None else body.temperature
+        if temperature and not TEMPERATURES[0] <= temperature <= TEMPERATURES[1]:
+            raise ValueError(
+                f"temperature: got {temperature:g}, expected 0 (greedy) or {TEMPERATURES[0]:g} to "
+                f"{TEMPERATURES[1]:g}; correct it"
+            )
         settings = SamplingSettings(
             max_new_tokens=limit,
             temperature=temperature or 1.0,
@@ -89,7 +104,7 @@ class Speaker:
         )
         seed = secrets.randbits(48) if body.seed is None else body.seed
         rows = [(i, j) for i in range(len(prompts)) for j in range(body.n)]
-        with self.turns.request(timeout=PATIENCE):
+        with self.turns.request(timeout=max(0.0, deadline - time.monotonic())):
             version = self._version()
             samples = self.engine.generate(
                 [prompts[i] for i, _ in rows],
@@ -115,6 +130,12 @@ class Speaker:
         if len(prompts) * n > self.max_batch:
             raise ValueError(
                 f"n: got {len(prompts) * n} answers to give, expected at most {self.max_batch}; lower n, or ask twice"
+            )
+        most = max(self.max_new_tokens, SHORTEST_LIMIT)
+        if limit > most:
+            raise ValueError(
+                f"max_tokens: got {limit}, expected at most {most}: the run waits for an answer that has begun; "
+                "lower it"
             )
         highest, lowest = max(map(max, prompts)), min(map(min, prompts))
         if lowest < 0 or highest >= len(self.tokenizer):
@@ -152,9 +173,7 @@ class Endpoint:
         """
         self._speaker = speaker
         listening = listen(port)
-        # One thread runs the engine: every thread that computes has a pool of helpers of its own. Asking for their
-        # number sets it; without that OpenMP starts the thread with another one, which vLLM's kernels refuse.
-        self._computing = ThreadPoolExecutor(1, "endpoint-engine", initializer=torch.get_num_threads)
+        self._computing = Computing()
         config = uvicorn.Config(
             build_app(speaker, self._computing),
             loop="asyncio",
@@ -176,8 +195,42 @@ class Endpoint:
         """Requests under way are answered, those that wait are not; then the port is free."""
         self._speaker.turns.close()
         self._server.should_exit = True
-        self._computing.shutdown(wait=False, cancel_futures=True)
+        self._computing.close()
         self._thread.join()
+
+
+class Computing:
+    """One daemon thread that runs the engine for requests: what it is at when the process ends is dropped.
+
+    Every thread that computes has a pool of helpers of its own, so all requests share one.
+    """
+
+    def __init__(self) -> None:
+        self._jobs: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = queue.SimpleQueue()
+        threading.Thread(target=self._run, name="endpoint-engine", daemon=True).start()
+
+    def submit(self, job: Callable[[], Any]) -> Future[Any]:
+        """A job whose future is cancelled before its turn is never begun."""
+        future: Future[Any] = Future()
+        self._jobs.put((future, job))
+        return future
+
+    def close(self) -> None:
+        """Take no job after those that wait, which are turned away by the engine's `Turns`."""
+        self._jobs.put(None)
+
+    def _run(self) -> None:
+        # Asking for the number of threads sets it; without that OpenMP starts this one with another number, which
+        # vLLM's kernels refuse.
+        torch.get_num_threads()
+        while (entry := self._jobs.get()) is not None:
+            future, job = entry
+            if not future.set_running_or_notify_cancel():
+                continue
+            try:
+                future.set_result(job())
+            except BaseException as error:  # whoever waits for the answer raises it
+                future.set_exception(error)
 
 
 def listen(port: int) -> socket.socket:
@@ -199,16 +252,17 @@ def listen(port: int) -> socket.socket:
     return listening
 
 
-def build_app(speaker: Speaker, computing: ThreadPoolExecutor) -> FastAPI:
+def build_app(speaker: Speaker, computing: Computing) -> FastAPI:
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=HOST_NAMES)
 
-    async def respond(answer: Callable[[Any], dict[str, Any]], body: Any) -> Response:
+    async def respond(answer: Callable[[Any, float], dict[str, Any]], body: Any) -> Response:
+        deadline = time.monotonic() + PATIENCE
         if body.model != openai_format.MODEL:
             message = f"model: got {body.model!r}, expected {openai_format.MODEL!r}; ask for that one"
             return JSONResponse(openai_format.error(message, param="model", code="model_not_found"), 404)
         try:
-            whole = await asyncio.get_running_loop().run_in_executor(computing, answer, body)
+            whole = await asyncio.wrap_future(computing.submit(lambda: answer(body, deadline)))
         except ValueError as refusal:
             return JSONResponse(openai_format.error(str(refusal)), 400)
         except NotReadyError as delay:

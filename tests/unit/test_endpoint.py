@@ -5,8 +5,10 @@ from __future__ import annotations
 import errno
 import json
 import socket
+import subprocess
 import sys
 import threading
+import time
 import urllib.error
 import urllib.request
 from dataclasses import dataclass
@@ -18,6 +20,7 @@ import torch
 from actors import endpoint as endpoint_module
 from actors.handles import PolicyHandle, RolloutHandle
 from actors.local import LocalGroup
+from actors.openai_format import ChatBody
 from actors.policy import PolicyActor
 from actors.rollout import RolloutActor
 from actors.turns import NotReadyError, Turns
@@ -27,6 +30,7 @@ from alignment.data.prompts import make_prompt
 
 MESSAGES = [{"role": "user", "content": "What helps against hay fever?"}]
 TIMEOUT = 60
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def free_port() -> int:
@@ -238,6 +242,25 @@ def test_a_request_during_a_sync_waits_and_meets_whole_weights(serving, monkeypa
     assert text(answer) == serving.greedy()
 
 
+def test_patience_begins_when_a_request_arrives_not_when_those_before_it_are_done(serving):
+    """Were each request given its time only once it is first in line, the tenth would wait ten times as long."""
+    actor = serving.actor
+    body = ChatBody(model="policy", messages=MESSAGES)
+    with actor.turns.run(), pytest.raises(NotReadyError):
+        actor.endpoint._speaker.chat(body, time.monotonic() - 1)
+    assert serving.chat()[0] == 200
+
+
+def test_a_process_can_end_while_a_request_is_answered():
+    """A thread that the interpreter joins would keep it from ending."""
+    code = (
+        "import threading; from actors.endpoint import Computing; began = threading.Event(); "
+        "Computing().submit(lambda: (began.set(), threading.Event().wait())); began.wait(); print('ends')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=ROOT)
+    assert (done.returncode, done.stdout) == (0, "ends\n")
+
+
 def test_requests_wait_for_a_sleeping_engine(serving, monkeypatch):
     monkeypatch.setattr(endpoint_module, "PATIENCE", 0.05)
     serving.actor.sleep()
@@ -250,7 +273,7 @@ def test_requests_wait_for_a_sleeping_engine(serving, monkeypatch):
     ("change", "code", "said"),
     [
         ({"model": "gpt-4"}, 404, "model: got 'gpt-4', expected 'policy'"),
-        ({"messages": []}, 400, "messages: got list, expected a list of role and content"),
+        ({"messages": []}, 400, "messages: got an empty list, expected at least one message"),
         ({"messages": [{"role": "robot", "content": "x"}]}, 400, "expected a role of"),
         ({"messages": "hello"}, 400, "messages: got a str"),
         ({"temperature": "hot"}, 400, "temperature: got a str"),
@@ -262,7 +285,10 @@ def test_requests_wait_for_a_sleeping_engine(serving, monkeypatch):
         ({"tools": []}, 400, "tools: got a parameter that is not known here"),
         ({"stop": "two words"}, 400, "stop: got 'two words', which is 9 tokens, expected one"),
         ({"n": 65}, 400, "n: got 65 answers to give, expected at most 64"),
-        ({"max_tokens": 500}, 400, "expected at most 512 together"),
+        ({"max_tokens": 257}, 400, "max_tokens: got 257, expected at most 256"),
+        ({"messages": [{"role": "user", "content": 400 * "x"}], "max_tokens": 200}, 400, "at most 512 together"),
+        ({"temperature": 0.001}, 400, "temperature: got 0.001, expected 0 (greedy) or 0.01 to 100"),
+        ({"temperature": 1e300}, 400, "temperature: got 1e+300, expected 0"),
         ({"max_tokens": 0}, 400, "max_tokens: got a int"),
     ],
 )
