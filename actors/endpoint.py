@@ -8,11 +8,9 @@ logged.
 from __future__ import annotations
 
 import asyncio
-import errno
 import logging
 import queue
 import secrets
-import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -28,6 +26,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from actors import openai_format
 from actors.engines import RolloutEngine, SamplingSettings
+from actors.listening import HOST, listen
 from actors.openai_format import Answer, ChatBody, Choice, CompletionBody, SamplingBody
 from actors.turns import NotReadyError, Turns
 from alignment.data.chat import decode, encode_prompt, single_token
@@ -35,7 +34,6 @@ from alignment.generation import Sample, sampling_seed
 
 log = logging.getLogger(__name__)
 
-HOST = "127.0.0.1"
 HOST_NAMES = [HOST, "localhost"]
 """What a request may call this host: a web page that points a name of its own here is turned away."""
 PATIENCE = 120.0
@@ -231,25 +229,6 @@ class Computing:
                 future.set_result(job())
             except BaseException as error:  # whoever waits for the answer raises it
                 future.set_exception(error)
-
-
-def listen(port: int) -> socket.socket:
-    """A socket on the loopback interface alone."""
-    listening = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listening.bind((HOST, port))
-        # From here on the kernel queues who connects, until the server's loop takes over.
-        listening.listen()
-    except OSError as error:
-        listening.close()
-        if error.errno not in (errno.EADDRINUSE, errno.EACCES):
-            raise
-        raise ValueError(
-            f"rollout.endpoint_port: got {port} ({error.strerror}), expected a free port of 127.0.0.1; choose another "
-            "one, or stop what uses it"
-        ) from error
-    return listening
 
 
 def build_app(speaker: Speaker, computing: Computing) -> FastAPI:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 from actors.engine_pool import Capacity
 from actors.engines import EngineKind, RolloutEngine, SamplingSettings, choose_engine
 from actors.engines.transformers import TransformersEngine
+from actors.engines.vllm_checks import cache_gb, model_length
+from actors.listening import check_endpoint
 from actors.loading import causal_model
 from actors.policy import PolicyActor
 from actors.turns import Turns
@@ -19,12 +21,12 @@ from alignment.config import AdapterConfig, ModelConfig, RolloutConfig
 from alignment.config.rollout import refuse_adapter_on_other_base
 from alignment.data.chat import decode, eos_ids_of_model, load_tokenizer, single_token
 from alignment.generation import sampling_seed
+from alignment.models import num_positions
 from alignment.types import Prompt, Rollout
 
 if TYPE_CHECKING:
     from actors.endpoint import Endpoint
 
-CPU_CACHE_GB = 1.0
 BATCHES_PER_VLLM_SHARE = 4
 """A share ends with the batch running empty; sharing out by less would let that happen more often."""
 PROBE_GAP_LIMIT = {"float32": 1e-3, "bfloat16": 0.05, "float16": 0.02}
@@ -48,8 +50,14 @@ class RolloutActor(Actor):
         engine: EngineKind | None = None,
         tensor_parallel_size: int = 1,
         adapter: AdapterConfig | None = None,
+        longest: int | None = None,
     ) -> None:
-        """`engine`: None takes what `rollout.engine` names. `adapter`: the policy's."""
+        """
+        Args:
+            engine: None takes what `rollout.engine` names.
+            adapter: the policy's.
+            longest: tokens of the longest prompt and answer together; None makes room for what the model can take.
+        """
         self.model_path, self.model_config, self.config = model_path, model, rollout
         self.seed, self.device, self.tensor_parallel_size = seed, device, tensor_parallel_size
         self.engine_kind = engine or choose_engine(rollout.engine)
@@ -58,6 +66,7 @@ class RolloutActor(Actor):
                 f"rollout.tensor_parallel_size: got {tensor_parallel_size} for the transformers engine, expected 1; "
                 "set rollout.engine: vllm, or raise num_engines in the cluster YAML instead"
             )
+        self.longest = longest
         self.adapter_rank = rank_of_sync(rollout, adapter or AdapterConfig(), device)
         self.endpoint: Endpoint | None = None
 
@@ -85,18 +94,21 @@ class RolloutActor(Actor):
         return TransformersEngine(model, max_batch=self.config.max_batch)
 
     def _vllm(self) -> RolloutEngine:
+        from transformers import AutoConfig
+
         from actors.engines.vllm import VllmEngine
 
         settings = self.config.vllm
-        cache = CPU_CACHE_GB if settings.kv_cache_gb is None and self.device == "cpu" else settings.kv_cache_gb
+        built_for = num_positions(AutoConfig.from_pretrained(self.model_path, revision=self.model_config.revision))
+        endpoint = self.config.endpoint_port is not None
         return VllmEngine(
             self.model_path,
             dtype=self.model_config.dtype,
             revision=self.model_config.revision,
             device=self.device,
             max_batch=self.config.max_batch,
-            max_model_len=settings.max_model_len,
-            kv_cache_gb=cache,
+            max_model_len=model_length(settings, longest=self.longest, positions=built_for, endpoint=endpoint),
+            kv_cache_gb=cache_gb(settings, self.device),
             memory_share=settings.memory_share,
             eager=settings.eager,
             tensor_parallel_size=self.tensor_parallel_size,
@@ -112,15 +124,9 @@ class RolloutActor(Actor):
                 "would meet half an update, expected a sampler with weights of its own; take rollout out of the "
                 "policy's group in colocate, or remove the port"
             )
-        try:
-            from actors.endpoint import Endpoint, Speaker
-        except ModuleNotFoundError as error:
-            if error.name not in ("fastapi", "uvicorn", "starlette"):
-                raise
-            raise ValueError(
-                f"rollout.endpoint_port: got {port} without {error.name}, expected it to be installed; run "
-                'pip install -e ".[serve]", or remove the port'
-            ) from error
+        check_endpoint(port)
+        from actors.endpoint import Endpoint, Speaker
+
         speaker = Speaker(
             self.engine,
             self.turns,
@@ -136,6 +142,7 @@ class RolloutActor(Actor):
         if self.endpoint is not None:
             self.endpoint.close()
             self.endpoint = None
+        self.engine.close()
 
     def generate(
         self,

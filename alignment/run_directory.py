@@ -129,6 +129,11 @@ class RunDirectory:
                 "same contents; put them back, or choose another --output-dir"
             )
 
+    def forget_start(self) -> None:
+        """Remove what a start that trained nothing has written: it may have been refused for its config."""
+        for name in ("config.yaml", "inputs.json", "held_out_before.json"):
+            (self.path / name).unlink(missing_ok=True)
+
     def append_rollouts(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
         """One line per sample in rollouts.jsonl, the step first."""
         append_lines(self.rollouts, (json.dumps({"step": step, **row}, ensure_ascii=False) for row in rows))
@@ -144,6 +149,12 @@ class RunDirectory:
     def truncate_after(self, step: int) -> int:
         """Cut metric and rollout lines later than `step`, and a line that a kill cut short. Returns how many."""
         return sum(_keep_until(path, step) for path in (self.metrics, self.rollouts) if path.exists())
+
+
+def trained(path: Path) -> bool:
+    """Whether a run in `path` completed a step."""
+    metrics = path / "metrics.jsonl"
+    return any((path / "checkpoints").glob("step_*")) or (metrics.is_file() and metrics.stat().st_size > 0)
 
 
 def check_run_directory(path: Path) -> None:

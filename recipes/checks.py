@@ -110,6 +110,31 @@ def check_machines(cluster: ClusterConfig, roles: tuple[str, ...], *, local: boo
         check_cpus(plans, os.cpu_count() or 1)
 
 
+def check_rollout(config: PpoRunConfig, cluster: ClusterConfig, *, local: bool) -> None:
+    """Refuse what the rollout engine would refuse once all models are loaded. `config`: of resolved paths."""
+    from transformers import AutoConfig
+
+    from actors.engines import choose_engine
+    from actors.engines.vllm_checks import check_vllm
+    from actors.listening import check_endpoint
+    from actors.rollout import rank_of_sync
+    from actors.worker import choose_device
+
+    if choose_engine(config.rollout.engine, cluster.rollout.engine) == "vllm":
+        device = choose_device(cluster.rollout.gpus_per_worker)
+        check_vllm(
+            config.rollout.vllm,
+            AutoConfig.from_pretrained(config.model.path, revision=config.model.revision),
+            dtype=config.model.dtype,
+            device=device,
+            adapter_rank=rank_of_sync(config.rollout, config.policy.adapter, device),
+            lengths=answer_lengths(config),
+            endpoint=config.rollout.endpoint_port is not None,
+        )
+    if config.rollout.endpoint_port is not None and (local or not os.environ.get("RAY_ADDRESS")):
+        check_endpoint(config.rollout.endpoint_port)
+
+
 def check_attention(model: ModelConfig, cluster: ClusterConfig, roles: Iterable[str]) -> None:
     """Refuse an attention implementation that cannot run where the roles are placed."""
     import torch
@@ -165,6 +190,7 @@ def checkpoint_to_resume(job: Job[ConfigT]) -> tuple[Path | None, list[str]]:
             damaged or another run's.
     """
     from alignment.checkpoint import CheckpointStore
+    from alignment.run_directory import trained
 
     saved = job.output_dir / "config.yaml"
     store = CheckpointStore(job.output_dir / "checkpoints", keep=1)
@@ -175,7 +201,7 @@ def checkpoint_to_resume(job: Job[ConfigT]) -> tuple[Path | None, list[str]]:
         )
     if saved.exists():
         changes = diff_configs(read_yaml(saved), job.config.model_dump(mode="json"))
-        if changes:
+        if changes and trained(job.output_dir):
             raise ValueError(
                 f"--resume: got a config that differs from the run in {job.output_dir}:\n  "
                 + "\n  ".join(changes)

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, Self, TypeVar
 from alignment.config import ClusterConfig, Config, RunConfig
 from alignment.config_io import describe, dump_config, load_config
 from alignment.memory import MemoryMeter
-from alignment.run_directory import RunDirectory
+from alignment.run_directory import RunDirectory, trained
 from recipes import checks
 
 if TYPE_CHECKING:
@@ -186,6 +186,8 @@ def open_run_directory(job: Job[Any], *, num_bytes: int = 0) -> tuple[RunDirecto
     chosen, passed_over = checks.checkpoint_to_resume(job)
     for line in passed_over:
         _say(line)
+    if not trained(directory.path):
+        directory.forget_start()
     if not directory.config.exists():
         directory.write_text_atomic(directory.config, dump_config(job.config))
     if chosen is not None:

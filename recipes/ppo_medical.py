@@ -54,6 +54,7 @@ def check(job: common.Job[PpoRunConfig]) -> Start:
     config = checks.resolve_paths(job.config)
     tokenizer = load_tokenizer(config.model.path, config.model.revision)
     num_parameters = checks.check_models(config, tokenizer)
+    checks.check_rollout(config, job.cluster, local=job.local)
     prompts = load_prompts(config.data, tokenizer)
     # Dealing out the first step refuses a batch larger than the data.
     prompts_for_step(prompts.train, 0, batch_size=config.ppo.rollout_batch_size, seed=config.run.seed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 
 import torch
@@ -40,8 +41,8 @@ class Loop:
         self.tiny, self.train, self.limit, self.settings = tiny, train, limit, settings
         self.prompts = load_prompts(config.data, load_tokenizer(path)).train
         self.actors = ppo_actors(config, ClusterConfig(), model_path=path, critic_path=path)
-        with local_groups(self.actors, ClusterConfig()) as groups:
-            self.roles = ppo_roles(groups)
+        self.stack = contextlib.ExitStack()  # whoever closes it closes the engine
+        self.roles = ppo_roles(self.stack.enter_context(local_groups(self.actors, ClusterConfig())))
         self.state = PpoState.start(config)
         self.directory = RunDirectory(folder)
         self.run = Run(self.directory, num_steps=2, checkpoint_every=1, keep_checkpoints=2, trackers=())

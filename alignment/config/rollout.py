@@ -14,7 +14,8 @@ class VllmConfig(Config):
     """How vLLM runs. What is left at None, vLLM decides."""
 
     max_model_len: Positive | None = None
-    """Longest prompt and response together; None is what the model was built for, and must fit into the cache."""
+    """Longest prompt and response together; None is what the run needs, and with an endpoint 2048 where the model has
+    room for them."""
     kv_cache_gb: PositiveFloat | None = None
     """Cache of keys and values of one engine; None is 1 GB on a CPU, and what `memory_share` leaves on a GPU."""
     memory_share: Annotated[float, Field(gt=0, le=1)] = 0.9
@@ -54,8 +55,8 @@ class RolloutConfig(Config):
     four-bit policy, whose base vLLM does not have. transformers always takes merged weights."""
     max_new_tokens: Positive = 64
     """Generation limit per response."""
-    temperature: PositiveFloat = 1.0
-    """Sampling temperature; every log-probability is taken at it."""
+    temperature: Annotated[float, Field(ge=0.01)] = 1.0
+    """Sampling temperature; every log-probability is taken at it. Below 0.01 vLLM would sample at 0.01."""
     top_p: float = 1.0
     """Must be 1 while training: a cut support would put log S into every ratio."""
     top_k: int = 0
@@ -89,7 +90,12 @@ class RolloutConfig(Config):
 
 
 def refuse_adapter_on_other_base(rollout: RolloutConfig, adapter: AdapterConfig) -> None:
-    """A four-bit policy's adapter belongs to the rounded base, which no engine has."""
+    """An adapter that is sent alone must exist; a four-bit policy's fits the rounded base, which no engine has."""
+    if rollout.lora_sync == "adapter" and not adapter.r:
+        raise ValueError(
+            "rollout.lora_sync: got adapter with policy.adapter.r=0, expected a policy with an adapter; set "
+            "policy.adapter.r, or lora_sync to auto"
+        )
     if rollout.lora_sync == "adapter" and adapter.quantization != "none":
         raise ValueError(
             f"rollout.lora_sync: got adapter with policy.adapter.quantization={adapter.quantization}, "

@@ -84,9 +84,14 @@ def test_a_refused_resume_leaves_no_config_behind(tmp_path):
     # A copy, because this process holds the lock until it ends. There is no run in it: any config may start there.
     shutil.copytree(tmp_path / "run", tmp_path / "copy")
     assert start(tmp_path / "copy", "--resume", "never", "--kl.coef", "0.2")[1] is None
-    assert start(tmp_path / "copy", "--kl.coef", "0.2")[1] is None
-    with pytest.raises(ValueError, match=r"kl\.coef: 0\.2 -> 0\.3"):
-        start(tmp_path / "copy", "--kl.coef", "0.3")
+    directory, _ = start(tmp_path / "copy", "--kl.coef", "0.2")
+    (directory.path / "held_out_before.json").write_text("{}")
+    # Nothing was trained: the start may have failed for its config, and another one may have the place.
+    assert start(tmp_path / "copy", "--kl.coef", "0.3")[1] is None
+    assert not (directory.path / "held_out_before.json").exists()
+    log(directory, 0)
+    with pytest.raises(ValueError, match=r"kl\.coef: 0\.3 -> 0\.4"):
+        start(tmp_path / "copy", "--kl.coef", "0.4")
 
 
 def test_lines_of_an_attempt_without_a_checkpoint_are_cut(tmp_path):

@@ -42,7 +42,7 @@ def loop(request, folder, tmp_path):
     loop = Loop(folder, tmp_path / "run", train_ppo, policy=policy, lora_sync=lora_sync, **SETTINGS)
     loop.up_to(1)
     yield loop
-    loop.actors["rollout"].engine.close()
+    loop.stack.close()
 
 
 def stops(loop: Loop, message: str, *, complete: list[int]) -> None:
