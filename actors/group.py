@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import sys
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,6 +22,8 @@ PROCESS_ENVIRONMENT = {
 }
 
 
+SILENCE = 60.0
+"""Seconds without an answer after which a line on the screen says so, again and again."""
 RESTART_TIMEOUT = 120.0
 """Seconds that a process which died may take to be placed and to exist again; loading its models comes after."""
 
@@ -164,5 +168,8 @@ class EngineGroup(ActorGroup):
     def first_done(self, pendings: Sequence[RefPending]) -> int:
         """Index of a pending of one worker that has its answer, or failed; waits for one."""
         refs = [pending.refs[0] for pending in pendings]
-        (ready, *_), _ = ray.wait(refs, num_returns=1)
-        return refs.index(ready)
+        began = time.monotonic()
+        while not (ready := ray.wait(refs, num_returns=1, timeout=SILENCE)[0]):
+            seconds = time.monotonic() - began
+            print(f"{'+'.join(self.roles)}: no answer for {seconds:.0f} s, still waiting", file=sys.stderr, flush=True)
+        return refs.index(ready[0])

@@ -244,6 +244,7 @@ def make_run(directory: RunDirectory, run: RunConfig, *, model_path: str, eos_is
     import torch
     import transformers
 
+    from actors.engines.vllm_compat import installed
     from alignment.loops.run import Run
 
     return Run(
@@ -253,7 +254,12 @@ def make_run(directory: RunDirectory, run: RunConfig, *, model_path: str, eos_is
         keep_checkpoints=run.keep_checkpoints,
         trackers=run.trackers,
         eos_is_trained=eos_is_trained,
-        provenance={"model": model_path, "torch": torch.__version__, "transformers": transformers.__version__},
+        provenance={
+            "model": model_path,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "vllm": installed() or "not installed",
+        },
     )
 
 
@@ -320,6 +326,16 @@ def batch_arithmetic(config: Any, cluster: ClusterConfig) -> str:
     return "\n".join(lines)
 
 
+def engine_in_words(config: Any, cluster: ClusterConfig) -> str:
+    """What samples, and by which settings it was chosen."""
+    from actors.engines import choose_engine
+    from actors.engines.vllm_compat import installed
+
+    kind = choose_engine(config.rollout.engine, cluster.rollout.engine)
+    which = f"vLLM {installed()}" if kind == "vllm" else "transformers"
+    return f"{which} (recipe {config.rollout.engine}, cluster {cluster.rollout.engine})"
+
+
 def ppo_plan(job: Job[Any], num_parameters: int, data: str) -> str:
     """What `--dry-run` prints."""
     from actors.plan import describe_plan, estimate_memory, plan_processes
@@ -329,6 +345,7 @@ def ppo_plan(job: Job[Any], num_parameters: int, data: str) -> str:
     return "\n".join(
         [
             f"prompts: {data}; {num_parameters / 1e6:.1f} M parameters",
+            f"rollout engine: {engine_in_words(job.config, job.cluster)}",
             *([f"{reward} is not there yet: it would be trained first"] if reward and untrained else []),
             batch_arithmetic(job.config, job.cluster),
             describe_plan(plan_processes(job.cluster)),

@@ -82,6 +82,7 @@ def run_ppo(job: common.Job[PpoRunConfig]) -> None:
         print(common.ppo_plan(job, start.num_parameters, start.prompts.summary()))
         return
     print(f"prompts: {start.prompts.summary()}", flush=True)
+    print(f"rollout engine: {common.engine_in_words(config, job.cluster)}", flush=True)
     space = checkpoint_bytes(config, start.num_parameters)
     directory, resume_from = common.open_run_directory(job, num_bytes=space)
     if start.upstream is not None:

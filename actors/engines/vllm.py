@@ -145,7 +145,7 @@ class VllmEngine:
         return version
 
     def receive_adapter(self, update: AdapterUpdate) -> int:
-        """Load an adapter from memory-backed files and drop the one before."""
+        """Load an adapter, by way of two files since vLLM takes no other, and drop the one before."""
         from vllm.lora.request import LoRARequest
 
         self._sync.begin(update.version, 1)

@@ -18,17 +18,21 @@ CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 LARGEST_RANK = 512
 
 
+def installed() -> str | None:
+    """The version of vLLM that is installed, whichever of its builds."""
+    for name in DISTRIBUTIONS:
+        with contextlib.suppress(PackageNotFoundError):
+            return version(name)
+    return None
+
+
 def release() -> tuple[int, int]:
     """(major, minor) of the vLLM that is installed, without importing it.
 
     Raises:
         ValueError: it is older than its weight-transfer interface, or newer than what is known to work.
     """
-    versions = []
-    for name in DISTRIBUTIONS:
-        with contextlib.suppress(PackageNotFoundError):
-            versions.append(version(name))
-    text = versions[0] if versions else "none"
+    text = installed() or "none"
     found = re.match(r"(\d+)\.(\d+)", text)
     got = (int(found[1]), int(found[2])) if found else (0, 0)
     if not OLDEST <= got <= NEWEST:

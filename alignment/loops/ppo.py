@@ -171,7 +171,8 @@ def finish_step(
 ) -> None:
     """Send the new weights, move the KL weight, write the step down, and commit it."""
     with log.phase("sync"):
-        policy.send_weights(rollout, version=log.step + 1).result()
+        # The answer is the version that every engine has proved to compute with.
+        log.metrics["rollout/weight_version"] = float(policy.send_weights(rollout, version=log.step + 1).result())
     log.metrics.update(rollout.metrics())
     state.step = log.step + 1
     kl = log.metrics.get("kl/per_sequence")  # missing when no answer of the step has a score

@@ -108,7 +108,7 @@ def test_a_limit_that_lets_a_disagreeing_sampler_through_leaves_it_to_the_weight
 @pytest.mark.parametrize("train", [train_ppo, train_ppo_one_pass])
 def test_a_sync_that_was_skipped_stops_the_next_step(tiny, tmp_path, train, monkeypatch):
     loop = Loop(tiny, tmp_path / "run", train)
-    nothing = loop.roles.rollout.group.call("rollout", "sync_kind")
+    nothing = loop.roles.rollout.group.call("rollout", "num_receivers")
     monkeypatch.setattr(loop.roles.policy, "send_weights", lambda *_, **__: nothing)
     with pytest.raises(RuntimeError, match=r"got answers sampled by weight versions \[0\], expected 1 alone"):
         loop.up_to(2)

@@ -7,7 +7,7 @@ from transformers import LlamaConfig
 
 from actors.engines import vllm_checks, vllm_compat
 from actors.engines.vllm_checks import check_vllm, model_length
-from alignment.config import AdapterConfig, PpoRunConfig, RolloutConfig, VllmConfig
+from alignment.config import AdapterConfig, PpoRunConfig, VllmConfig
 
 LENGTHS = {"data.max_prompt_tokens": 100, "rollout.max_new_tokens": 60}
 GB = 2**30
@@ -114,6 +114,6 @@ def test_configs_that_no_engine_can_follow(adapter, rollout, said):
             {
                 "reward": {"functions": [{"name": "text:finished_sentence"}]},
                 "policy": {"adapter": AdapterConfig(**adapter)},
-                "rollout": RolloutConfig(**rollout),
+                "rollout": rollout,
             }
         )

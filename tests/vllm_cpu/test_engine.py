@@ -117,9 +117,7 @@ def test_logprobs_are_the_trainers_at_the_sampling_temperature(engine, folder, t
     setting = dataclasses.replace(FREE, temperature=temperature)
     model = trainer(folder)
     for prompt, s in zip(PROMPTS[:4], sample(engine, PROMPTS[:4], SEEDS[:4], setting), strict=True):
-        assert (
-            check_gap(s.rollout_logprobs, trainer_logprobs(model, prompt, s, temperature), limit=1e-4, what="t") >= 0
-        )
+        check_gap(s.rollout_logprobs, trainer_logprobs(model, prompt, s, temperature), limit=1e-4, what="t")
 
 
 def test_a_wrong_temperature_is_seen(engine, folder):

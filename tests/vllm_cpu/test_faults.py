@@ -57,7 +57,7 @@ def test_an_undisturbed_run_goes_on(loop):
 
 
 def test_a_sync_that_is_skipped(loop, monkeypatch):
-    nothing = loop.roles.rollout.group.call("rollout", "sync_kind")
+    nothing = loop.roles.rollout.group.call("rollout", "num_receivers")
     monkeypatch.setattr(loop.roles.policy, "send_weights", lambda *_, **__: nothing)
     stops(loop, r"got answers sampled by weight versions \[1\], expected 2 alone", complete=[1, 2])
 
