@@ -140,6 +140,11 @@ class PpoRunConfig(Config):
     evaluation: EvaluationConfig = EvaluationConfig()
     """The held-out table."""
 
+    @property
+    def logprob_gap_limit(self) -> float:
+        """`rollout.logprob_gap_limit`, or the one for the dtype."""
+        return self.rollout.logprob_gap_limit or (0.005 if self.model.dtype == "float32" else 0.05)
+
     @model_validator(mode="after")
     def _dtype_can_be_trained(self) -> PpoRunConfig:
         refuse_float16_training(self.model)

@@ -70,9 +70,9 @@ class RolloutConfig(Config):
     endpoint_port: Annotated[int, Field(ge=1, le=65535)] | None = None
     """Port of an OpenAI-compatible endpoint on 127.0.0.1, where the first engine runs, to talk to the policy while it
     trains; None is no endpoint. Needs the extra `serve`; see docs/rollout_engines.md."""
-    logprob_gap_limit: PositiveFloat = 0.05
+    logprob_gap_limit: PositiveFloat | None = None
     """Largest mean |rollout - trainer| log-probability over a step's tokens; above it the run stops before the step's
-    update."""
+    update. None is 0.005 in float32, several hundred times what rounding explains, and 0.05 in bfloat16."""
     correction: CorrectionConfig = CorrectionConfig()
     """What to do about a gap below the limit."""
     probe_gap_limit: PositiveFloat | None = None

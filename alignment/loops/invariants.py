@@ -62,7 +62,7 @@ def check_first_step(
         Invariant(
             name="rollout - trainer log-probability gap",
             got=metrics[GAP],
-            limit=config.rollout.logprob_gap_limit,
+            limit=config.logprob_gap_limit,
             look_at=MISMATCH_CAUSES,
         ),
         Invariant(

@@ -76,7 +76,7 @@ def train_ppo(
             log.metrics.update({**score_metrics(scores), **described})
         if step == 0:
             require_first_step(config, policy, experience, log.metrics, run)
-        require_match(log.metrics, config.rollout.logprob_gap_limit, step=step)
+        require_match(log.metrics, config.logprob_gap_limit, step=step)
 
         with log.phase("update"):
             updates = [critic.update(experience, step=step)]
@@ -132,7 +132,7 @@ def train_ppo_one_pass(
                 known = {name: value for name, value in described.items() if name not in MISMATCH_METRICS}
                 described = {**known, **policy.update_on_policy(experience, step=step).result()}
             else:
-                require_match(described, config.rollout.logprob_gap_limit, step=step)
+                require_match(described, config.logprob_gap_limit, step=step)
             log.metrics.update({**score_metrics(scores), **described, **fitted})
 
         finish_step(config, state, log, rollouts, scores, policy=policy, critic=critic, rollout=rollout, run=run)

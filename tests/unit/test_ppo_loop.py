@@ -60,7 +60,7 @@ def test_a_sampler_at_another_temperature_stops_a_later_step_before_its_update(t
     loop.up_to(1)
     before = {role: loop.weights(role) for role in ("policy", "critic")}
     loop.sample_at(1.5)
-    with pytest.raises(RuntimeError, match=r"step 1: got a mean gap of .*logprob_gap_limit=0\.05.*temperature"):
+    with pytest.raises(RuntimeError, match=r"step 1: got a mean gap of .*logprob_gap_limit=0\.005.*temperature"):
         loop.up_to(2)
     assert unchanged(before["policy"], loop.weights("policy"))
     assert loop.actors["policy"].learner.engine.num_updates == 1

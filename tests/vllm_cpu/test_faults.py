@@ -76,7 +76,7 @@ def test_a_sync_that_is_acknowledged_and_brings_the_old_weights(loop, monkeypatc
 
 def test_another_temperature(loop):
     loop.sample_at(1.5)
-    stops(loop, r"step 1: got a mean gap of .*logprob_gap_limit=0\.05.*temperature", complete=[1])
+    stops(loop, r"step 1: got a mean gap of .*logprob_gap_limit=0\.005.*temperature", complete=[1])
 
 
 @pytest.mark.parametrize("loop", ["adapter"], indirect=True)
