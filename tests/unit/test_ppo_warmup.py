@@ -62,7 +62,7 @@ def rows_of(tiny, folder, train):
 
 
 class Detuned:
-    """A sampler whose log-probabilities are 0.01 too low, so that a gap of 0 cannot be a measured one."""
+    """A sampler whose log-probabilities are 0.001 too low, so that a gap of 0 cannot be a measured one."""
 
     def __init__(self, rollout):
         self.rollout = rollout
@@ -73,7 +73,7 @@ class Detuned:
     def generate(self, *args, **kwargs):
         pending = self.rollout.generate(*args, **kwargs)
         for rollout in pending.result():
-            lowered = tuple((torch.tensor(rollout.rollout_logprobs) - 0.01).tolist())
+            lowered = tuple((torch.tensor(rollout.rollout_logprobs) - 0.001).tolist())
             object.__setattr__(rollout, "rollout_logprobs", lowered)
         return pending
 
@@ -88,6 +88,6 @@ def test_critic_warm_up(tiny, tmp_path, train):
     assert all("critic/lr" in row for row in rows)
 
     for row in rows:
-        assert (row["rollout/logprob_gap"], row["rollout/logprob_gap_max"]) == pytest.approx((0.01, 0.01), rel=1e-2)
-        assert row["rollout/ratio_mean"] == pytest.approx(math.exp(0.01), 1e-4)
+        assert (row["rollout/logprob_gap"], row["rollout/logprob_gap_max"]) == pytest.approx((0.001, 0.001), rel=1e-2)
+        assert row["rollout/ratio_mean"] == pytest.approx(math.exp(0.001), 1e-5)
         assert row["rollout/effective_sample_size"] == pytest.approx(1.0, 1e-4)
