@@ -72,7 +72,8 @@ check: setup ## lint, format, types, architecture
 	@$(BIN)/python -m pytest -q tests/test_architecture.py
 
 # Jobs run with the PATH and in the folder of `ray start`, so that `python recipes/...` is this checkout's.
-RAY_ENV := export RAY_AUTH_MODE=token PATH="$(CURDIR)/$(BIN):$$PATH" RAY_USAGE_STATS_ENABLED=0
+# The address, because Ray's own search may find the private cluster of a run instead.
+RAY_ENV := export RAY_AUTH_MODE=token RAY_API_SERVER_ADDRESS=http://127.0.0.1:8265 PATH="$(CURDIR)/$(BIN):$$PATH" RAY_USAGE_STATS_ENABLED=0
 # Without this Ray replaces 127.0.0.1 by the machine's own address, see stay_on_loopback in actors/launch.py.
 LOOPBACK := export RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0
 
@@ -86,7 +87,7 @@ ray-up: setup ## start Ray on loopback, behind a token
 		if ray job submit --no-wait -- true >/dev/null 2>&1; then exit 0; fi; sleep 1; done; \
 		echo "got no job taken by Ray on 127.0.0.1 within ten tries, expected one; see /tmp/ray/session_latest/logs" >&2; exit 1
 	@echo "Ray is up on 127.0.0.1, dashboard at http://127.0.0.1:8265. Submit a job with:"
-	@echo '  export RAY_AUTH_MODE=token PATH="$(CURDIR)/$(BIN):$$PATH"'
+	@echo '  export RAY_AUTH_MODE=token RAY_API_SERVER_ADDRESS=http://127.0.0.1:8265 PATH="$(CURDIR)/$(BIN):$$PATH"'
 	@echo "  ray job submit -- python recipes/ppo_medical.py"
 
 ray-down: setup ## stop every Ray of yours on this machine

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def cluster():
     """The environment of a user's shell after `make ray-up`."""
-    environment = {**os.environ, "RAY_AUTH_MODE": "token"}
+    environment = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_API_SERVER_ADDRESS": "http://127.0.0.1:8265"}
     environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
     if shutil.which("make") is None:
         pytest.skip("needs make")
