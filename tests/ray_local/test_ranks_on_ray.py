@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 from safetensors.torch import load_file
 from tiny import write_prompts, write_tiny_model, write_tiny_reward_model
 
+TIMEOUT = 280
 ROOT = Path(__file__).resolve().parents[2]
-WORKERS = (
-    "policy: {num_workers: 2}\ncritic: {num_workers: 3, cpus_per_worker: 0.1}\nreference: {num_workers: 2}\nreward_model: {num_workers: 2}\n"
-    "rollout: {engine: transformers, num_engines: 2, threads_per_worker: 1}\n"
-)
+WORKERS = """
+policy: {num_workers: 2}
+reference: {num_workers: 2}
+critic: {num_workers: 3, cpus_per_worker: 0.1}
+reward_model: {num_workers: 2}
+rollout: {engine: transformers, num_engines: 2, threads_per_worker: 1}
+"""
 
 
 @pytest.fixture(scope="module")
@@ -32,11 +40,22 @@ def folder(tmp_path_factory):
     return folder
 
 
+def command(recipe: str, output: Path, config: Path, *flags: str) -> list[str]:
+    given = ["--config", str(config), "--output-dir", str(output)]
+    return [sys.executable, str(ROOT / "recipes" / recipe), *given, *flags]
+
+
 def run(recipe: str, output: Path, config: Path, *flags: str) -> Path:
-    command = [sys.executable, str(ROOT / "recipes" / recipe), "--config", str(config), "--output-dir", str(output)]
-    done = subprocess.run([*command, *flags], capture_output=True, text=True, timeout=280, cwd=ROOT)
+    done = subprocess.run(
+        command(recipe, output, config, *flags), capture_output=True, text=True, timeout=TIMEOUT, cwd=ROOT
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return output
+
+
+def is_policy(process: psutil.Process) -> bool:
+    """Ray names its workers after the roles that they host."""
+    return "ray::PolicyActor" in " ".join(process.cmdline())
 
 
 def weights(output: Path) -> dict:
@@ -73,9 +92,43 @@ ppo: {update}
     start = load_file(str(folder / "policy" / "model.safetensors"))
     assert largest_difference(weights(one), start) > 1e-3
     assert largest_difference(weights(many), weights(one)) < 1e-4
-    # What is on disk is of one worker, and of any number: another one goes on from there.
-    longer = ("--run.num_steps", "3", "--resume", "auto")
-    assert largest_difference(weights(run("ppo_medical.py", many, config, *longer)), weights(one)) < 1e-4
+
+
+def test_a_rank_that_is_killed_ends_the_run_and_another_number_of_ranks_goes_on(folder, tmp_path):
+    config = tmp_path / "ppo.yaml"
+    config.write_text(
+        f"""
+run: {{num_steps: 4}}
+data: {{source: {{path: {folder}/prompts.jsonl}}, held_out: 4}}
+model: {{path: {folder}/policy}}
+reward: {{functions: [{{name: "text:no_repetition"}}], missing_eos_penalty: 0.5}}
+rollout: {{engine: transformers, max_new_tokens: 8}}
+policy: {{optimizer: {{lr: 1.0e-3}}}}
+ppo: {{rollout_batch_size: 6, minibatch_size: 6}}
+"""
+    )
+    cluster = tmp_path / "two.yaml"
+    cluster.write_text("policy: {num_workers: 2}\nreference: {num_workers: 2}\n")
+    one = run("ppo_medical.py", tmp_path / "one", config, "--local")
+    output = tmp_path / "killed"
+    driver = subprocess.Popen(
+        command("ppo_medical.py", output, config, "--cluster", str(cluster), "--run.num_steps", "4"),
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + TIMEOUT
+    while not (output / "checkpoints" / "step_000001").is_dir():
+        assert driver.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    second = max(p.pid for p in psutil.Process(driver.pid).children(recursive=True) if is_policy(p))
+    os.kill(second, signal.SIGKILL)
+    _, errors = driver.communicate(timeout=TIMEOUT)
+    assert driver.returncode == 1, errors[-2000:]
+    assert "--resume auto" in errors
+    assert largest_difference(weights(run("ppo_medical.py", output, config, "--local")), weights(one)) < 1e-4
 
 
 def test_a_reward_model_with_three_ranks(folder, tmp_path):
