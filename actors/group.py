@@ -13,7 +13,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from actors.worker import Actor, ActorDiedError, Host
+from actors.worker import LEARNERS, Actor, ActorDiedError, Host
 from alignment.distributed import balanced_parts
 
 PROCESS_ENVIRONMENT = {
@@ -23,8 +23,6 @@ PROCESS_ENVIRONMENT = {
 }
 
 
-LEARNERS = {"policy", "critic", "reward_model"}
-"""Roles whose workers are the ranks of one learner, where they learn."""
 SILENCE = 60.0
 """Seconds without an answer after which a line on the screen says so, again and again."""
 RESTART_TIMEOUT = 120.0
@@ -120,7 +118,7 @@ class ActorGroup:
     def start(self) -> RefPending:
         """Load the models. A failure there reaches the caller through `.result()`."""
         meeting = None
-        if self.num_workers > 1 and LEARNERS & set(self.roles):
+        if self.num_workers > 1 and not LEARNERS.isdisjoint(self.roles):
             backend = "nccl" if self._options["num_gpus"] else "gloo"
             meeting = self.workers[0].open_ranks.remote(world_size=self.num_workers, backend=backend)
         return RefPending([w.setup.remote(meeting) for w in self.workers], self._name("setup"))

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from actors.engines import choose_engine
+from actors.worker import LEARNERS
 from alignment.config import ROLES, ClusterConfig, PpoRunConfig
 from alignment.config.cluster import RoleConfig, RolloutRoleConfig
 
@@ -34,7 +35,7 @@ class ProcessPlan:
     @property
     def has_ranks(self) -> bool:
         """Whether its processes are the ranks of a learner."""
-        return self.num_workers > 1 and not {"policy", "critic", "reward_model"}.isdisjoint(self.roles)
+        return self.num_workers > 1 and not LEARNERS.isdisjoint(self.roles)
 
 
 def plan_processes(cluster: ClusterConfig, roles: Sequence[str] = ROLES) -> list[ProcessPlan]:

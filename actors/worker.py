@@ -23,6 +23,9 @@ from actors.rendezvous import Backend, Rendezvous, join_ranks, node_address, ope
 from alignment.distributed import Alone, Ranks
 from alignment.models import quiet_transformers
 
+LEARNERS = frozenset({"policy", "critic", "reward_model"})
+"""Roles whose workers are the ranks of one learner, where they learn."""
+
 
 class ActorDiedError(RuntimeError):
     """A process of a group is gone."""
