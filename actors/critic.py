@@ -43,7 +43,12 @@ class CriticActor(Actor):
             quantization=self.config.adapter.quantization,
         )
         engine = make_trainable(
-            self.model, self.model_config, self.config, total_updates=self.total_updates, seed=self.seed
+            self.model,
+            self.model_config,
+            self.config,
+            total_updates=self.total_updates,
+            seed=self.seed,
+            ranks=self.ranks,
         )
         self.learner = CriticLearner(
             self.model,

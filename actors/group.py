@@ -13,7 +13,8 @@ from ray.exceptions import RayActorError, RayTaskError
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from actors.worker import Actor, ActorDiedError, Host
+from actors.worker import LEARNERS, Actor, ActorDiedError, Host
+from alignment.distributed import balanced_parts
 
 PROCESS_ENVIRONMENT = {
     # Ray runs actor methods off the main thread, whose own arena would give every freed block back to the kernel.
@@ -29,10 +30,13 @@ RESTART_TIMEOUT = 120.0
 
 
 class RefPending:
-    """A `Pending` over Ray object refs, one per worker; `merge` turns the answers into one."""
+    """A `Pending` over Ray object refs, one per worker: the first one's answer, or the items of all in one list."""
 
-    def __init__(self, refs: Sequence[ray.ObjectRef], what: str, *, concatenate: bool = False) -> None:
-        self.refs, self.what, self.concatenate = list(refs), what, concatenate
+    def __init__(
+        self, refs: Sequence[ray.ObjectRef], what: str, *, parts: Sequence[Sequence[int]] | None = None
+    ) -> None:
+        """`parts`: which items each worker was given; None takes the first one's answer."""
+        self.refs, self.what, self.parts = list(refs), what, parts
 
     def result(self) -> Any:
         """Wait. The actor's own exception is raised as it was there; a dead process raises ActorDiedError."""
@@ -45,7 +49,17 @@ class RefPending:
             raise
         except RayActorError as error:
             raise ActorDiedError(self.what, _reason(error)) from error
-        return [item for answer in answers for item in answer] if self.concatenate else answers[0]
+        return answers[0] if self.parts is None else _in_order(self.parts, answers)
+
+
+def _in_order(parts: Sequence[Sequence[int]], answers: Sequence[list[Any]]) -> list[Any]:
+    """The answers to all items in the order of the items, of which each may have several."""
+    of_item: dict[int, list[Any]] = {}
+    for part, answer in zip(parts, answers, strict=True):
+        each, rest = divmod(len(answer), len(part) or 1)
+        assert not rest, f"{len(answer)} answers to {len(part)} items"
+        of_item |= {item: answer[k * each : (k + 1) * each] for k, item in enumerate(part)}
+    return [one for item in sorted(of_item) for one in of_item[item]]
 
 
 def _reason(error: RayActorError) -> str:
@@ -103,23 +117,34 @@ class ActorGroup:
 
     def start(self) -> RefPending:
         """Load the models. A failure there reaches the caller through `.result()`."""
-        return RefPending([w.setup.remote() for w in self.workers], self._name("setup"), concatenate=False)
+        meeting = None
+        if self.num_workers > 1 and not LEARNERS.isdisjoint(self.roles):
+            backend = "nccl" if self._options["num_gpus"] else "gloo"
+            meeting = self.workers[0].open_ranks.remote(world_size=self.num_workers, backend=backend)
+        return RefPending([w.setup.remote(meeting) for w in self.workers], self._name("setup"))
 
     def call(self, role: str, method: str, *args: Any, **kwargs: Any) -> RefPending:
         """Every worker runs the method on the same arguments; rank 0's answer is the result."""
-        args = tuple(arg.refs[0] if isinstance(arg, RefPending) else arg for arg in args)
+        args = tuple(arg.refs[0] if isinstance(arg, RefPending) else self._shared(arg) for arg in args)
         refs = [w.call.remote(role, method, *args, **kwargs) for w in self.workers]
         return RefPending(refs, self._name(method, role))
 
-    def scatter(self, role: str, method: str, items: Sequence[Any], **kwargs: Any) -> RefPending:
-        """Workers share `items` in contiguous slices; the answers come back in the order of `items`."""
-        size = max(1, -(-len(items) // self.num_workers))
-        slices = [items[i : i + size] for i in range(0, len(items), size)]
-        refs = [
-            worker.call.remote(role, method, part, **kwargs)
-            for worker, part in zip(self.workers, slices, strict=False)
-        ]
-        return RefPending(refs, self._name(method, role), concatenate=True)
+    def _shared(self, argument: Any) -> Any:
+        """In the object store once, not sent with each of several calls."""
+        return ray.put(argument) if self.num_workers > 1 else argument
+
+    def first(self, role: str, method: str, *args: Any, **kwargs: Any) -> RefPending:
+        """Rank 0 alone runs the method."""
+        return RefPending([self.workers[0].call.remote(role, method, *args, **kwargs)], self._name(method, role))
+
+    def scatter(
+        self, role: str, method: str, items: Sequence[Any], *, lengths: Sequence[int] | None = None, **kwargs: Any
+    ) -> RefPending:
+        """Workers share `items`, balanced by `lengths` in tokens; the answers come back in the order of `items`."""
+        parts = balanced_parts(lengths or [1] * len(items), self.num_workers)
+        busy = [(worker, part) for worker, part in zip(self.workers, parts, strict=True) if part or not items]
+        refs = [worker.call.remote(role, method, [items[i] for i in part], **kwargs) for worker, part in busy]
+        return RefPending(refs, self._name(method, role), parts=[part for _, part in busy])
 
     def put(self, role: str, method: str, **kwargs: Any) -> RefPending:
         """Rank 0 runs the method; its answer stays in the object store until another group's `call` takes it."""

@@ -27,7 +27,10 @@ class Group(Protocol):
 
     def start(self) -> Pending[Any]: ...
     def call(self, role: str, method: str, *args: Any, **kwargs: Any) -> Pending[Any]: ...
-    def scatter(self, role: str, method: str, items: Sequence[Any], **kwargs: Any) -> Pending[Any]: ...
+    def first(self, role: str, method: str, *args: Any, **kwargs: Any) -> Pending[Any]: ...
+    def scatter(
+        self, role: str, method: str, items: Sequence[Any], *, lengths: Sequence[int] | None = None, **kwargs: Any
+    ) -> Pending[Any]: ...
     def put(self, role: str, method: str, **kwargs: Any) -> Pending[Any]: ...
     def stop(self) -> None: ...
 
@@ -55,6 +58,10 @@ class InOrder:
 
     def result(self) -> Any:
         return [step.result() for step in self.steps][-1]
+
+
+def _lengths(rollouts: Sequence[Rollout]) -> list[int]:
+    return [len(rollout.input_ids) for rollout in rollouts]
 
 
 class RolloutHandle(Handle):
@@ -105,7 +112,7 @@ class PolicyHandle(Handle):
         return super().load(folder)
 
     def logprobs(self, rollouts: Sequence[Rollout]) -> Pending[list[Tensor]]:
-        return self.group.scatter(self.role, "logprobs", rollouts)
+        return self.group.scatter(self.role, "logprobs", rollouts, lengths=_lengths(rollouts))
 
     def update(self, experience: Experience, *, step: int) -> Pending[dict[str, float]]:
         self._changes += 1
@@ -144,7 +151,7 @@ class PolicyHandle(Handle):
             probe = self.group.put(self.role, "probe", version=version)
             return InOrder([*steps, engines.call(role, "check_probe", probe)])
         whole = kind == "whole"
-        buckets = self.group.call(self.role, "plan_sync", whole=whole).result()
+        buckets = self.group.first(self.role, "plan_sync", whole=whole).result()
         steps = [engines.call(role, "begin_sync", version=version, buckets=buckets)]
         for index in range(buckets):
             # Two are on their way: one is packed while the engine loads the other.
@@ -166,7 +173,7 @@ class CriticHandle(Handle):
     role = "critic"
 
     def values(self, rollouts: Sequence[Rollout]) -> Pending[list[Tensor]]:
-        return self.group.scatter(self.role, "values", rollouts)
+        return self.group.scatter(self.role, "values", rollouts, lengths=_lengths(rollouts))
 
     def update(self, experience: Experience, *, step: int) -> Pending[dict[str, float]]:
         return self.group.call(self.role, "update", experience, step=step)
@@ -182,14 +189,14 @@ class ReferenceHandle(Handle):
     role = "reference"
 
     def logprobs(self, rollouts: Sequence[Rollout]) -> Pending[list[Tensor]]:
-        return self.group.scatter(self.role, "logprobs", rollouts)
+        return self.group.scatter(self.role, "logprobs", rollouts, lengths=_lengths(rollouts))
 
 
 class RewardHandle(Handle):
     role = "reward_model"
 
     def score(self, rollouts: Sequence[Rollout]) -> Pending[list[Score]]:
-        return self.group.scatter(self.role, "score", rollouts)
+        return self.group.scatter(self.role, "score", rollouts, lengths=_lengths(rollouts))
 
 
 class RewardTrainingHandle(Handle):
@@ -201,7 +208,8 @@ class RewardTrainingHandle(Handle):
         return self.group.call(self.role, "update", pairs, step=step)
 
     def score_pairs(self, pairs: Sequence[PreferencePair]) -> Pending[list[tuple[float, float]]]:
-        return self.group.scatter(self.role, "score_pairs", pairs)
+        lengths = [len(pair.prompt_ids) + len(pair.chosen_ids) + len(pair.rejected_ids) for pair in pairs]
+        return self.group.scatter(self.role, "score_pairs", pairs, lengths=lengths)
 
     def export(self, folder: Path) -> Pending[Any]:
         return self.group.call(self.role, "export", folder)

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from alignment import adapters, checkpoint, models
 from alignment.config import CriticConfig, ModelConfig, PolicyConfig, RewardModelTrainingConfig
+from alignment.distributed import Ranks
 from alignment.engines.torch import TorchEngine
 from alignment.quantization import Quantization
 
@@ -15,6 +16,8 @@ LEARNER_FILE = "learner.pt"
 
 class Learner(Protocol):
     """What of a learner goes into a checkpoint beside the weights."""
+
+    engine: TorchEngine
 
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
@@ -66,6 +69,7 @@ def make_trainable(
     *,
     total_updates: int,
     seed: int,
+    ranks: Ranks,
 ) -> TorchEngine:
     """Attach the adapter, if one is asked for, and return the optimiser of what is left to train."""
     adapter, optimizer = trained.adapter, trained.optimizer
@@ -92,13 +96,19 @@ def make_trainable(
         min_lr_ratio=optimizer.min_lr_ratio,
         max_grad_norm=optimizer.max_grad_norm,
         max_skipped_in_a_row=optimizer.max_skipped_in_a_row,
+        ranks=ranks,
     )
 
 
 def save_trained(
     model: models.HfModel, learner: Learner, folder: Path, base: str, tokenizer: Any | None = None
 ) -> None:
-    """The trained part, an adapter in peft's format or the whole model in Hugging Face's, and the learner's state."""
+    """The trained part, an adapter in peft's format or the whole model in Hugging Face's, and the learner's state.
+
+    Every rank has the same: the first one writes.
+    """
+    if learner.engine.ranks.rank:
+        return
     if adapters.has_adapter(model.model):
         adapters.save_adapter(model.model, folder, base=base)
     else:

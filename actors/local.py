@@ -34,8 +34,13 @@ class LocalGroup:
     def call(self, role: str, method: str, *args: Any, **kwargs: Any) -> Done:
         return Done(self.host.call(role, method, *_values(args), **kwargs))
 
-    def scatter(self, role: str, method: str, items: Sequence[Any], **kwargs: Any) -> Done:
+    def scatter(
+        self, role: str, method: str, items: Sequence[Any], *, lengths: Sequence[int] | None = None, **kwargs: Any
+    ) -> Done:
         return self.call(role, method, items, **kwargs)
+
+    def first(self, role: str, method: str, *args: Any, **kwargs: Any) -> Done:
+        return self.call(role, method, *args, **kwargs)
 
     def put(self, role: str, method: str, **kwargs: Any) -> Done:
         """The answer stays where it is until another group's `call` takes it."""

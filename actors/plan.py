@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from actors.engines import choose_engine
+from actors.worker import LEARNERS
 from alignment.config import ROLES, ClusterConfig, PpoRunConfig
 from alignment.config.cluster import RoleConfig, RolloutRoleConfig
 
@@ -27,8 +28,14 @@ class ProcessPlan:
 
     @property
     def takes_turns(self) -> bool:
-        """Without a GPU, a process that uses every core shares them in time, not in space."""
-        return self.gpus == 0 and self.threads >= (os.cpu_count() or 1)
+        """Without a GPU, a process that uses every core shares them in time, not in space. Ranks wait for each other
+        within a call: were they to take turns, the first would keep its turn for ever."""
+        return self.gpus == 0 and self.threads >= (os.cpu_count() or 1) and not self.has_ranks
+
+    @property
+    def has_ranks(self) -> bool:
+        """Whether its processes are the ranks of a learner."""
+        return self.num_workers > 1 and not LEARNERS.isdisjoint(self.roles)
 
 
 def plan_processes(cluster: ClusterConfig, roles: Sequence[str] = ROLES) -> list[ProcessPlan]:
@@ -45,10 +52,18 @@ def plan_processes(cluster: ClusterConfig, roles: Sequence[str] = ROLES) -> list
                 num_workers=settings[0].num_workers,
                 cpus=sum(s.cpus_per_worker for s in settings),
                 gpus=max(gpus_per_process(s) for s in settings),
-                threads=max(s.threads_per_worker or os.cpu_count() or 1 for s in settings),
+                threads=max(threads_of(s) for s in settings),
             )
         )
     return plans
+
+
+def threads_of(settings: RoleConfig | RolloutRoleConfig) -> int:
+    """Of each worker, unless the YAML says: a machine's cores, which workers that compute at the same time share."""
+    cores = os.cpu_count() or 1
+    return settings.threads_per_worker or (
+        max(1, cores // settings.num_workers) if isinstance(settings, RoleConfig) else cores
+    )
 
 
 def gpus_per_process(settings: RoleConfig | RolloutRoleConfig) -> float:
@@ -72,17 +87,6 @@ def demand(plans: Sequence[ProcessPlan]) -> dict[str, float]:
         "CPU": round(sum(p.cpus * p.num_workers for p in plans), 6),
         "GPU": round(sum(p.gpus * p.num_workers for p in plans), 6),
     }
-
-
-def check_learners(cluster: ClusterConfig) -> None:
-    """Learners run on one worker each; forward-only roles and samplers on any number."""
-    for role in ("policy", "critic"):
-        workers = getattr(cluster, role).num_workers
-        if workers != 1:
-            raise ValueError(
-                f"cluster: {role}.num_workers: got {workers}, expected 1: a learner has one worker; "
-                "raise num_workers of reference or reward_model, or rollout.num_engines"
-            )
 
 
 def check_gpus(plans: Sequence[ProcessPlan], have: float) -> None:

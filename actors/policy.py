@@ -12,7 +12,8 @@ from torch import Tensor
 
 from actors.engines.transformers import probe_logprobs
 from actors.loading import causal_model, load_trained, make_trainable, save_trained
-from actors.weight_routes import Rendezvous, Route, Whereabouts, node_address
+from actors.rendezvous import Rendezvous, node_address
+from actors.weight_routes import Route, Whereabouts
 from actors.weight_sender import WeightSender
 from actors.weight_sync import AdapterUpdate, Probe, WeightBucket, pack_adapter, probe_ids
 from actors.worker import Actor, UpdateOnce
@@ -64,7 +65,12 @@ class PolicyActor(Actor):
             self.model_path, self.model_config, self.device, quantization=self.config.adapter.quantization
         )
         engine = make_trainable(
-            self.model, self.model_config, self.config, total_updates=self.total_updates, seed=self.seed
+            self.model,
+            self.model_config,
+            self.config,
+            total_updates=self.total_updates,
+            seed=self.seed,
+            ranks=self.ranks,
         )
         self.sender = WeightSender(self.model.model, self.device)
         self.learner = PolicyLearner(
@@ -147,6 +153,8 @@ class PolicyActor(Actor):
 
     def export(self, folder: Path) -> None:
         """The finished model: a plain Hugging Face folder, the adapter beside it when there is one."""
+        if self.ranks.rank:
+            return
         adapters.export_merged(self.model.model, folder, load_tokenizer(self.model_path, self.model_config.revision))
         if adapters.has_adapter(self.model.model):
             adapters.save_adapter(self.model.model, folder / "adapter", base=self.model_path)

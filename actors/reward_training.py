@@ -46,7 +46,12 @@ class RewardTrainingActor(Actor):
             quantization=self.config.adapter.quantization,
         )
         engine = make_trainable(
-            self.model, self.model_config, self.config, total_updates=self.total_updates, seed=self.seed
+            self.model,
+            self.model_config,
+            self.config,
+            total_updates=self.total_updates,
+            seed=self.seed,
+            ranks=self.ranks,
         )
         self.learner = RewardModelLearner(
             self.model,
@@ -73,6 +78,8 @@ class RewardTrainingActor(Actor):
 
     def export(self, folder: Path) -> None:
         """A sequence-classification folder, adapters merged, that `RewardModelActor` (or transformers) loads."""
+        if self.ranks.rank:
+            return
         adapters.export_merged(self.model.model, folder, load_tokenizer(self.model_path, self.model_config.revision))
 
 

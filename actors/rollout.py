@@ -13,8 +13,9 @@ from actors.engines.vllm_checks import cache_gb, model_length
 from actors.listening import check_endpoint
 from actors.loading import causal_model
 from actors.policy import PolicyActor
+from actors.rendezvous import Rendezvous
 from actors.turns import Turns
-from actors.weight_routes import Rendezvous, Whereabouts, whereabouts
+from actors.weight_routes import Whereabouts, whereabouts
 from actors.weight_sync import AdapterUpdate, Probe, SyncKind, WeightBucket, check_gap
 from actors.worker import Actor
 from alignment.config import AdapterConfig, ModelConfig, RolloutConfig

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal, Protocol
 
-from actors.weight_routes import Rendezvous, Route, choose_route
+from actors.rendezvous import Rendezvous
+from actors.weight_routes import Route, choose_route
 from alignment.interfaces import Pending
 
 RouteChoice = Literal["auto", "object_store", "cuda_ipc", "broadcast"]
@@ -17,6 +18,7 @@ class Processes(Protocol):
     num_workers: int
 
     def call(self, role: str, method: str, *args: Any, **kwargs: Any) -> Pending[Any]: ...
+    def first(self, role: str, method: str, *args: Any, **kwargs: Any) -> Pending[Any]: ...
 
 
 class WeightLinks:
@@ -45,10 +47,10 @@ class WeightLinks:
     def _meet(self, engines: Sequence[Processes]) -> None:
         """Each engine's workers follow one another in the group, after the policy's rank 0."""
         workers = [engine.call("rollout", "num_receivers").result() for engine in engines]
-        meeting: Rendezvous = self.policy.call("policy", "open_group", receivers=sum(workers)).result()
+        meeting: Rendezvous = self.policy.first("policy", "open_group", receivers=sum(workers)).result()
         joins = [
             engine.call("rollout", "join", meeting, first_rank=1 + sum(workers[:i]))
             for i, engine in enumerate(engines)
         ]
-        for pending in (self.policy.call("policy", "meet"), *joins):
+        for pending in (self.policy.first("policy", "meet"), *joins):
             pending.result()

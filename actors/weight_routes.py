@@ -10,7 +10,6 @@ Only plain numbers and bytes travel beside the weights; nothing is pickled that 
 
 from __future__ import annotations
 
-import socket
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal
@@ -20,9 +19,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from actors.rendezvous import Rendezvous, join_group
+
+BROADCAST_TIMEOUT = timedelta(seconds=120)
+"""How long a member waits for the others in a broadcast: a dead one must not hang the rest."""
+
 Route = Literal["same_process", "object_store", "cuda_ipc", "broadcast"]
-RENDEZVOUS_TIMEOUT = timedelta(seconds=120)
-"""How long a member waits for the others, at the start and in every broadcast: a dead one must not hang the rest."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,16 +51,6 @@ Payload = Tensor | np.ndarray | CudaShare | Announced
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Rendezvous:
-    """Where the members of a broadcast group meet."""
-
-    address: str
-    port: int
-    world_size: int
-    backend: Literal["gloo", "nccl"]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Whereabouts:
     """What decides between the routes: the node of a process and the GPU it computes on (None on a CPU)."""
 
@@ -70,14 +62,6 @@ def whereabouts(device: str) -> Whereabouts:
     """Of this process."""
     gpu = str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid) if device != "cpu" else None
     return Whereabouts(node=_boot_id(), gpu=gpu)
-
-
-def node_address() -> str:
-    """Where the other processes of the cluster reach this one: loopback unless Ray runs on several machines."""
-    import ray
-
-    address: str = ray.util.get_node_ip_address() if ray.is_initialized() else "127.0.0.1"
-    return address
 
 
 def _boot_id() -> str:
@@ -143,17 +127,8 @@ class BroadcastGroup:
 
     def __init__(self, rendezvous: Rendezvous, *, rank: int, store: dist.Store | None = None) -> None:
         """`store`: rank 0's own, from `open_rendezvous`. Returns once the group exists; NCCL connects on first use."""
-        where = rendezvous
-        self.device = "cuda" if where.backend == "nccl" else "cpu"
-        if store is None:
-            store = dist.TCPStore(where.address, where.port, is_master=False, timeout=RENDEZVOUS_TIMEOUT)
-        if where.backend == "nccl":
-            options = dist.ProcessGroupNCCL.Options()
-            options._timeout = RENDEZVOUS_TIMEOUT
-            self.group: Any = dist.ProcessGroupNCCL(store, rank, where.world_size, options)
-        else:
-            self.group = dist.ProcessGroupGloo(store, rank, where.world_size, RENDEZVOUS_TIMEOUT)
-        self.store, self.rank = store, rank
+        self.device, self.rank = rendezvous.device, rank
+        self.group, self.store = join_group(rendezvous, rank=rank, store=store, timeout=BROADCAST_TIMEOUT)
 
     def send(self, block: Tensor) -> None:
         """Rank 0: give `block` (uint8, on the group's device) to everyone. NCCL returns when it is enqueued."""
@@ -169,23 +144,6 @@ class BroadcastGroup:
         options = dist.BroadcastOptions()
         options.rootRank, options.rootTensor = 0, 0
         self.group.broadcast([block], options).wait()
-
-
-def open_rendezvous(
-    address: str, *, world_size: int, backend: Literal["gloo", "nccl"]
-) -> tuple[Rendezvous, dist.Store]:
-    """Rank 0: listen on a free port of `address` alone (a bare TCPStore would listen on every interface)."""
-    listener = socket.create_server((address, 0))
-    port = listener.getsockname()[1]
-    store = dist.TCPStore(
-        address,
-        port,
-        is_master=True,
-        wait_for_workers=False,
-        timeout=RENDEZVOUS_TIMEOUT,
-        master_listen_fd=listener.detach(),
-    )
-    return Rendezvous(address=address, port=port, world_size=world_size, backend=backend), store
 
 
 def fetch(payload: Payload, group: BroadcastGroup | None = None) -> Tensor:

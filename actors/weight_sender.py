@@ -8,7 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from actors.weight_routes import BroadcastGroup, Rendezvous, Route, Whereabouts, open_rendezvous, whereabouts
+from actors.rendezvous import Rendezvous, open_rendezvous
+from actors.weight_routes import BroadcastGroup, Route, Whereabouts, whereabouts
 from actors.weight_sync import BUCKETS_UNDER_WAY, WeightBucket, pack_block, plan_buckets
 from alignment import adapters
 

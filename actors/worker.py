@@ -19,7 +19,12 @@ from typing import Any
 
 import torch
 
+from actors.rendezvous import Backend, Rendezvous, join_ranks, node_address, open_rendezvous
+from alignment.distributed import Alone, Ranks
 from alignment.models import quiet_transformers
+
+LEARNERS = frozenset({"policy", "critic", "reward_model"})
+"""Roles whose workers are the ranks of one learner, where they learn."""
 
 
 class ActorDiedError(RuntimeError):
@@ -39,8 +44,10 @@ class Actor:
     role: str
     peers_needed: tuple[str, ...] = ()
     """Roles that must be set up first when they share this actor's process."""
+    ranks: Ranks = Alone()
+    """The processes of this role's group, for one that learns together with the others; known from `setup` on."""
     rank = 0
-    """Which of the group's processes this is; known from `setup` on."""
+    """Which of the group's processes this is."""
 
     def setup(self, peers: Mapping[str, Actor]) -> None:
         """Load models. `peers` are the roles of the same process, set up before this one where possible."""
@@ -72,14 +79,28 @@ class Host:
         self.actors = dict(actors)
         for actor in self.actors.values():
             actor.rank = rank
+        self.rank = rank
+        self._store: Any = None
         self.threads = threads or os.cpu_count() or 1
         self.takes_turns, self.shares_memory = takes_turns, shares_memory
 
-    def setup(self) -> str:
-        """Set every role up, those that others need first. Returns a word on where it runs."""
+    def open_ranks(self, *, world_size: int, backend: Backend) -> Rendezvous:
+        """Rank 0: where the processes of the group meet, in `setup`."""
+        rendezvous, self._store = open_rendezvous(node_address(), world_size=world_size, backend=backend)
+        return rendezvous
+
+    def setup(self, meeting: Rendezvous | None = None) -> str:
+        """Set every role up, those that others need first. Returns a word on where it runs.
+
+        `meeting`: where the group's processes meet; None where they have nothing to say to each other.
+        """
         quiet_transformers()
         keep_freed_memory()
         torch.set_num_threads(self.threads)
+        if meeting is not None:
+            ranks = join_ranks(meeting, rank=self.rank, store=self._store)
+            for actor in self.actors.values():
+                actor.ranks = ranks
         for _, actor in sorted(self.actors.items(), key=lambda item: len(item[1].peers_needed)):
             actor.setup({role: peer for role, peer in self.actors.items() if peer is not actor})
         return f"pid {os.getpid()}, {self.threads} threads"

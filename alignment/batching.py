@@ -24,7 +24,7 @@ def minibatches(num_rows: int, size: int, *, epochs: int, seed: int, step: int) 
 def micro_batches(index: Tensor, lengths: Tensor, size: int) -> list[Tensor]:
     """Split row indices into micro-batches of neighbours in length, so that padding is small. `lengths` is (B,)."""
     by_length = index[lengths[index].argsort(stable=True)]
-    return list(by_length.split(size))
+    return list(by_length.split(size)) if len(index) else []
 
 
 def sequence_batch(sequences: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:

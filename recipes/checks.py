@@ -98,9 +98,8 @@ def check_machines(cluster: ClusterConfig, roles: tuple[str, ...], *, local: boo
     import torch
 
     from actors.launch import check_address
-    from actors.plan import check_cpus, check_gpus, check_learners, plan_processes
+    from actors.plan import check_cpus, check_gpus, plan_processes
 
-    check_learners(cluster)
     plans = plan_processes(cluster, roles)
     if address := "" if local else os.environ.get("RAY_ADDRESS", ""):
         check_address(address)

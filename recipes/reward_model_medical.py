@@ -36,11 +36,6 @@ def train(job: common.Job[RewardModelRunConfig]) -> None:
     checks.check_machines(job.cluster, ("reward_model",), local=job.local)
     checks.check_attention(config.model, job.cluster, ("reward_model",))
     check_trackers(config.run.trackers)
-    if job.cluster.reward_model.num_workers != 1:
-        raise ValueError(
-            f"cluster: reward_model.num_workers: got {job.cluster.reward_model.num_workers}, expected 1 while it is "
-            "trained; train it with --cluster cluster/local.yaml first"
-        )
     model_path = resolve_model(config.model.path, config.model.revision)
     tokenizer = load_tokenizer(model_path, config.model.revision)
     model = config.model.at(model_path, config.model.revision)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from actors.weight_routes import Rendezvous
+from actors.rendezvous import Rendezvous
 from actors.weight_sync import AdapterUpdate, SyncKind, WeightBucket
 from alignment.generation import Sample
 

@@ -8,7 +8,8 @@ from dataclasses import replace
 import torch
 
 from actors.engines.base import SamplingSettings
-from actors.weight_routes import BroadcastGroup, Rendezvous
+from actors.rendezvous import Rendezvous
+from actors.weight_routes import BroadcastGroup
 from actors.weight_sync import AdapterUpdate, SyncKind, SyncState, WeightBucket, unpack_bucket
 from alignment.generation import Sample, generate
 from alignment.logprobs import token_logprobs

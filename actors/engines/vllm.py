@@ -11,7 +11,7 @@ from typing import Any
 
 from actors.engines import vllm_compat as compat
 from actors.engines.base import SamplingSettings
-from actors.weight_routes import Rendezvous
+from actors.rendezvous import Rendezvous
 from actors.weight_sync import AdapterUpdate, SyncKind, SyncState, WeightBucket, unpack_adapter
 from alignment.generation import Sample
 

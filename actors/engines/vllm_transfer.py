@@ -27,7 +27,8 @@ from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
-from actors.weight_routes import Announced, BroadcastGroup, CudaShare, Payload, Rendezvous
+from actors.rendezvous import Rendezvous
+from actors.weight_routes import Announced, BroadcastGroup, CudaShare, Payload
 from actors.weight_sync import WeightBucket, unpack_bucket
 
 BACKEND = "raylign_buckets"

@@ -13,13 +13,14 @@ class RoleConfig(Config):
     """The machines of one role."""
 
     num_workers: Positive = 1
-    """Processes."""
+    """Processes: the ranks of a learner, or those that share out a forward pass."""
     cpus_per_worker: PositiveFloat = 0.2
     """CPUs that each reserves; a fraction lets roles share a core in time."""
     gpus_per_worker: NonNegativeFloat = 0.0
     """GPUs that each reserves."""
     threads_per_worker: Positive | None = None
-    """Threads of each worker's matrix products; None takes the machine's cores. Part of bitwise reproducibility."""
+    """Threads of each worker's matrix products; None shares the machine's cores among this role's workers. Part of
+    bitwise reproducibility."""
     engine: Literal["torch"] = "torch"
     """How an optimiser step runs."""
 

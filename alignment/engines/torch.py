@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from alignment.distributed import Alone, Ranks, sum_gradients
 from alignment.schedules import lr_factor
 
 
@@ -39,7 +40,10 @@ class TorchEngine:
         min_lr_ratio: float = 0.0,
         max_grad_norm: float = 1.0,
         max_skipped_in_a_row: int = 3,
+        ranks: Ranks | None = None,
     ) -> None:
+        """`ranks`: the processes that each hold this model and a part of every minibatch; None is this one alone."""
+        self.ranks: Ranks = ranks or Alone()
         trained = [(name, p) for name, p in parameters if p.requires_grad]
         self.parameters = [p for _, p in trained]
         self._masters = {name: _with_master(name, p) for name, p in trained if p.dtype.itemsize < 4}
@@ -75,6 +79,7 @@ class TorchEngine:
         rate = self.lr * self.rate_factor * lr_factor(self.num_updates, **self._schedule)  # type: ignore[arg-type]
         for group in self.optimizer.param_groups:
             group["lr"] = rate
+        sum_gradients(self._stepped, self.ranks)
         norm = float(nn.utils.clip_grad_norm_(self._stepped, self.max_grad_norm))
         finite = math.isfinite(norm)
         if finite:

@@ -8,13 +8,15 @@ import torch
 from torch import Tensor
 
 from alignment.batching import micro_batches, rollout_batch, rollout_lengths
+from alignment.distributed import Alone, Ranks
 from alignment.types import Rollout
 
 
 class Tally:
     """Metrics of one update. Micro-batches add up (each is divided by the minibatch's count), minibatches average."""
 
-    def __init__(self) -> None:
+    def __init__(self, ranks: Ranks | None = None) -> None:
+        self._ranks = ranks or Alone()
         self._minibatches: list[dict[str, float]] = []
 
     def begin_minibatch(self) -> None:
@@ -22,13 +24,14 @@ class Tally:
 
     def add(self, metrics: Mapping[str, float | Tensor]) -> None:
         """Counts, sums and means add; a key that ends in `_max` keeps the largest."""
-        current = self._minibatches[-1]
-        for name, value in metrics.items():
-            number = float(value)
-            if name.endswith("_max"):
-                current[name] = max(current.get(name, number), number)
-            else:
-                current[name] = current.get(name, 0.0) + number
+        _add_up(self._minibatches[-1], metrics)
+
+    def end_minibatch(self) -> None:
+        """Add up what the ranks have of this minibatch; what is added from here on all of them know."""
+        merged: dict[str, float] = {}
+        for metrics in self._ranks.gather(self._minibatches[-1]):
+            _add_up(merged, metrics)
+        self._minibatches[-1] = merged
 
     def current(self, name: str) -> float:
         return self._minibatches[-1][name]
@@ -45,6 +48,15 @@ class Tally:
             else:
                 merged[f"{prefix}/{name}"] = sum(values) / len(values)
         return merged
+
+
+def _add_up(current: dict[str, float], metrics: Mapping[str, float | Tensor]) -> None:
+    for name, value in metrics.items():
+        number = float(value)
+        if name.endswith("_max"):
+            current[name] = max(current.get(name, number), number)
+        else:
+            current[name] = current.get(name, 0.0) + number
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from alignment.advantages import gae
 from alignment.batching import micro_batches, minibatches, rollout_batch, rollout_lengths
+from alignment.distributed import own_rows
 from alignment.engines.torch import TorchEngine
 from alignment.learners.base import Tally, per_response
 from alignment.losses import Metrics, aggregate, ppo_policy_loss, ppo_value_loss
@@ -77,17 +78,19 @@ class PolicyLearner:
         Raises:
             RuntimeError: their mean gap is above `logprob_gap_limit`; no optimiser step was made.
         """
-        tally = Tally()
+        tally = Tally(self.engine.ranks)
         if not experience.response_mask.any():
             return {"ppo/updates_count": 0.0}
         tally.begin_minibatch()
         index, lengths = torch.arange(len(experience)), experience.attention_mask.sum(1)
         count, old = self._token_count(experience, index), torch.zeros_like(experience.rollout_logprobs)
-        for rows in micro_batches(index, lengths, self.micro_batch_size):
+        for rows in self._own_micro_batches(index, lengths):
             loss, metrics, logprobs = self._loss(experience.rows(rows), count, own_forward_is_old=True)
             self.engine.backward(loss)
             tally.add(metrics)
             old[rows, : logprobs.shape[1]] = logprobs.cpu()
+        tally.end_minibatch()
+        self.engine.ranks.sum_([old])  # zeros but for each rank's own rows
         mismatch = mismatch_metrics(old, experience.rollout_logprobs, experience.response_mask)
         require_match(mismatch, self.logprob_gap_limit, step=step)
         tally.add(self.engine.step())
@@ -99,7 +102,7 @@ class PolicyLearner:
         The adaptive rate follows the KL of the last minibatch that was measured after a step of this batch; before
         the first step the policy is the old one and there is nothing to follow.
         """
-        tally = Tally()
+        tally = Tally(self.engine.ranks)
         lengths = experience.attention_mask.sum(1)
         num_updates, moved, last_kl = 0, False, None
         for _, index in minibatches(
@@ -108,10 +111,11 @@ class PolicyLearner:
             if not experience.response_mask[index].any():
                 continue
             tally.begin_minibatch()
-            for rows in micro_batches(index, lengths, self.micro_batch_size):
+            for rows in self._own_micro_batches(index, lengths):
                 loss, metrics, _ = self._loss(experience.rows(rows), self._token_count(experience, index))
                 self.engine.backward(loss)
                 tally.add(metrics)
+            tally.end_minibatch()
             kl = tally.current("approx_kl")
             if moved:
                 last_kl = kl
@@ -131,7 +135,7 @@ class PolicyLearner:
         Raises:
             RuntimeError: no row of the batch has a response token to learn from, so there is nothing to measure.
         """
-        tally = Tally()
+        tally = Tally(self.engine.ranks)
         tally.begin_minibatch()
         index = experience.response_mask.any(1).nonzero().squeeze(1)[: self.minibatch_size]
         if not len(index):
@@ -140,10 +144,15 @@ class PolicyLearner:
                 "both a score and a token; mend the reward before training"
             )
         lengths = experience.attention_mask.sum(1)
-        for rows in micro_batches(index, lengths, self.micro_batch_size):
+        for rows in self._own_micro_batches(index, lengths):
             _, metrics, _ = self._loss(experience.rows(rows), self._token_count(experience, index))
             tally.add(metrics)
+        tally.end_minibatch()
         return tally.result("ppo")
+
+    def _own_micro_batches(self, index: Tensor, lengths: Tensor) -> list[Tensor]:
+        """Of the rows of a minibatch that are this rank's."""
+        return micro_batches(own_rows(index, lengths, self.engine.ranks), lengths, self.micro_batch_size)
 
     def _token_count(self, experience: Experience, index: Tensor) -> float:
         return max(float(experience.response_mask[index].sum()), 1.0)
@@ -228,7 +237,7 @@ class CriticLearner:
 
     def update(self, experience: Experience, *, step: int) -> dict[str, float]:
         """Fit the returns on one batch."""
-        tally = Tally()
+        tally = Tally(self.engine.ranks)
         lengths = experience.attention_mask.sum(1)
         for _, index in minibatches(
             len(experience), self.minibatch_size, epochs=self.ppo_epochs, seed=self.seed, step=step
@@ -237,7 +246,7 @@ class CriticLearner:
             if count == 0:
                 continue
             tally.begin_minibatch()
-            for rows in micro_batches(index, lengths, self.micro_batch_size):
+            for rows in micro_batches(own_rows(index, lengths, self.engine.ranks), lengths, self.micro_batch_size):
                 batch = _to(experience.rows(rows), self.device)
                 loss, metrics = ppo_value_loss(
                     response_values(self.model, batch.input_ids, batch.attention_mask),
@@ -249,6 +258,7 @@ class CriticLearner:
                 )
                 self.engine.backward(self.vf_coef * loss)
                 tally.add({"value_loss": loss.detach(), **metrics})
+            tally.end_minibatch()
             tally.add(self.engine.step())
         return tally.result("critic")
 
@@ -269,9 +279,11 @@ class CriticLearner:
         """
         values: list[Tensor] = [torch.empty(0)] * len(rollouts)
         count = float(sum(len(row) for row in rewards))
-        tally = Tally()
+        tally = Tally(self.engine.ranks)
         tally.begin_minibatch()
-        for rows in micro_batches(torch.arange(len(rollouts)), rollout_lengths(rollouts), self.micro_batch_size):
+        lengths = rollout_lengths(rollouts)
+        own = own_rows(torch.arange(len(rollouts)), lengths, self.engine.ranks)
+        for rows in micro_batches(own, lengths, self.micro_batch_size):
             chosen = [rollouts[i] for i in rows.tolist()]
             ids, mask, response = rollout_batch(chosen, self.device)
             learn = response & torch.tensor([[len(rewards[i]) > 0] for i in rows.tolist()], device=self.device)
@@ -289,9 +301,20 @@ class CriticLearner:
             )
             self.engine.backward(self.vf_coef * loss)
             tally.add({"value_loss": loss.detach(), **metrics})
+        tally.end_minibatch()
         if count:
             tally.add(self.engine.step())
-        return values, tally.result("critic")
+        return self._of_all_ranks(values, rollouts), tally.result("critic")
+
+    def _of_all_ranks(self, values: list[Tensor], rollouts: Sequence[Rollout]) -> list[Tensor]:
+        """Every rank's own rows, put together."""
+        if self.engine.ranks.size == 1:
+            return values
+        sizes = [len(rollout.response_ids) for rollout in rollouts]
+        rows = [row if len(row) else torch.zeros(n) for row, n in zip(values, sizes, strict=True)]
+        flat = torch.cat(rows)
+        self.engine.ranks.sum_([flat])
+        return list(flat.split(sizes))
 
     def state_dict(self) -> dict[str, Any]:
         return {"engine": self.engine.state_dict()}

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from alignment.batching import micro_batches, sequence_batch
+from alignment.distributed import own_rows
 from alignment.engines.torch import TorchEngine
 from alignment.learners.base import Tally
 from alignment.losses import reward_model_loss
@@ -32,10 +33,11 @@ class RewardModelLearner:
 
     def update(self, pairs: Sequence[PreferencePair], *, step: int) -> dict[str, float]:
         """One optimiser step on `pairs`; the loss is the mean over all of them whatever the micro-batch size."""
-        tally = Tally()
+        tally = Tally(self.engine.ranks)
         tally.begin_minibatch()
         lengths = torch.tensor([len(p.prompt_ids) + max(len(p.chosen_ids), len(p.rejected_ids)) for p in pairs])
-        for index in micro_batches(torch.arange(len(pairs)), lengths, self.micro_batch_size):
+        own = own_rows(torch.arange(len(pairs)), lengths, self.engine.ranks)
+        for index in micro_batches(own, lengths, self.micro_batch_size):
             chosen = [pairs[i] for i in index.tolist()]
             sequences = [p.prompt_ids + p.chosen_ids for p in chosen] + [p.prompt_ids + p.rejected_ids for p in chosen]
             ids, mask = sequence_batch(sequences, self.device)
@@ -44,6 +46,7 @@ class RewardModelLearner:
             loss, metrics = reward_model_loss(better, worse, center_coef=self.center_coef, denominator=len(pairs))
             self.engine.backward(loss)
             tally.add({"loss": loss.detach(), **metrics})
+        tally.end_minibatch()
         tally.add(self.engine.step())
         return tally.result("reward_model")
 

@@ -303,13 +303,6 @@ def test_output_directory_that_is_a_file(ppo, tmp_path):
     refused(ppo, tmp_path / "file")
 
 
-@pytest.mark.parametrize("role", ["policy", "critic"])
-def test_more_learner_workers_than_there_are(ppo, tmp_path, role):
-    cluster = tmp_path / "two.yaml"
-    cluster.write_text(f"{role}: {{num_workers: 2}}\ncolocate: []\n")
-    assert f"{role}.num_workers: got 2" in refused(ppo, tmp_path / "o", "--cluster", str(cluster))
-
-
 def finished(ppo: Path, output: Path) -> Path:
     subprocess.run(
         recipe_command(ppo, output, "--local"),

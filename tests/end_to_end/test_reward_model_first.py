@@ -99,15 +99,6 @@ def test_a_half_written_reward_model_is_finished_with_the_same_numbers(tmp_path,
         assert (cut / "final" / name).read_bytes() == (whole / "final" / name).read_bytes()
 
 
-@pytest.mark.parametrize(("workers", "code"), [(1, 0), (2, 2)])
-def test_a_reward_model_is_trained_by_one_worker(tmp_path, reward_config, capsys, workers, code):
-    cluster = tmp_path / "cluster.yaml"
-    cluster.write_text(f"reward_model: {{num_workers: {workers}}}\ncolocate: []\n")
-    flags = ["--dry-run", "--config", str(reward_config), "--cluster", str(cluster)]
-    assert reward_model_medical.main([*flags, "--output-dir", str(tmp_path / "run")]) == code
-    assert ("reward_model.num_workers: got 2, expected 1" in capsys.readouterr().err) == (code == 2)
-
-
 def test_the_reward_model_trained_first_is_the_one_that_scores(tmp_path, flags, reward_config, monkeypatch, capsys):
     """The recipe itself, with a config whose data is here."""
     train = reward_model_medical.main
@@ -123,13 +114,16 @@ def test_the_reward_model_trained_first_is_the_one_that_scores(tmp_path, flags, 
 
 
 @pytest.mark.parametrize("more", [[], ["--dry-run"]])
-def test_what_the_upstream_recipe_refuses_is_refused_at_the_door(tmp_path, flags, capsys, more):
-    """Two workers may score, one alone may train: no run directory, no plan, no actor."""
-    cluster = tmp_path / "cluster.yaml"
-    cluster.write_text("reward_model: {num_workers: 2}\ncolocate: []\n")
-    assert ppo_medical.main([*flags, "--cluster", str(cluster), *more]) == 2
+def test_what_the_upstream_recipe_refuses_is_refused_at_the_door(
+    tmp_path, flags, reward_config, monkeypatch, capsys, more
+):
+    """No run directory, no plan, no actor."""
+    train = reward_model_medical.main
+    wrong = ["--config", str(reward_config), "--training.batch_size", "100"]
+    monkeypatch.setattr(reward_model_medical, "main", lambda given: train([*given, *wrong]))
+    assert ppo_medical.main([*flags, *more]) == 2
     said = capsys.readouterr()
-    assert "reward_model_medical: refused: cluster: reward_model.num_workers: got 2, expected 1" in said.err
+    assert "reward_model_medical: refused" in said.err
     assert "ppo_medical: refused" in said.err
     assert said.out == ""
     assert not (tmp_path / "run").exists()

@@ -9,12 +9,8 @@ import torch
 from tiny import write_tiny_model
 
 from actors.engines.transformers import TransformersEngine
-from actors.weight_routes import (
-    BroadcastGroup,
-    Whereabouts,
-    choose_route,
-    open_rendezvous,
-)
+from actors.rendezvous import open_rendezvous
+from actors.weight_routes import BroadcastGroup, Whereabouts, choose_route
 from actors.weight_sync import checksum, pack_block, pack_bucket, unpack_bucket
 from alignment.models import load_causal_lm
 

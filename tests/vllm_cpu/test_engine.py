@@ -11,7 +11,8 @@ from tiny import write_tiny_model
 
 from actors.engines import SamplingSettings
 from actors.engines.transformers import TransformersEngine, probe_logprobs
-from actors.weight_routes import BroadcastGroup, open_rendezvous
+from actors.rendezvous import open_rendezvous
+from actors.weight_routes import BroadcastGroup
 from actors.weight_sync import check_gap, pack_block, pack_bucket, plan_buckets, probe_ids
 from alignment import adapters
 from alignment.models import HfModel, load_causal_lm

@@ -1,0 +1,75 @@
+"""Process groups of torch.distributed beside whatever else a process runs: formed at every start, on free ports."""
+
+from __future__ import annotations
+
+import socket
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Literal
+
+import torch.distributed as dist
+
+from alignment.distributed import GroupRanks
+
+Backend = Literal["gloo", "nccl"]
+MEETING_TIMEOUT = timedelta(seconds=120)
+"""How long a member waits for the others to come."""
+STEP_TIMEOUT = timedelta(minutes=30)
+"""How long a rank waits for one that still computes. The connection to one that died ends at once, with gloo."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rendezvous:
+    """Where the members of a process group meet."""
+
+    address: str
+    port: int
+    world_size: int
+    backend: Backend
+
+    @property
+    def device(self) -> str:
+        """Where the group's collectives run."""
+        return "cuda" if self.backend == "nccl" else "cpu"
+
+
+def node_address() -> str:
+    """Where the other processes of the cluster reach this one: loopback unless Ray runs on several machines."""
+    import ray
+
+    address: str = ray.util.get_node_ip_address() if ray.is_initialized() else "127.0.0.1"
+    return address
+
+
+def open_rendezvous(address: str, *, world_size: int, backend: Backend) -> tuple[Rendezvous, dist.Store]:
+    """Rank 0: listen on a free port of `address` alone (a bare TCPStore would listen on every interface)."""
+    listener = socket.create_server((address, 0))
+    port = listener.getsockname()[1]
+    store = dist.TCPStore(
+        address,
+        port,
+        is_master=True,
+        wait_for_workers=False,
+        timeout=MEETING_TIMEOUT,
+        master_listen_fd=listener.detach(),
+    )
+    return Rendezvous(address=address, port=port, world_size=world_size, backend=backend), store
+
+
+def join_group(
+    meeting: Rendezvous, *, rank: int, store: dist.Store | None, timeout: timedelta
+) -> tuple[Any, dist.Store]:
+    """The process group and the store that it must outlive. `store`: rank 0's own, None elsewhere."""
+    if store is None:
+        store = dist.TCPStore(meeting.address, meeting.port, is_master=False, timeout=MEETING_TIMEOUT)
+    if meeting.backend == "gloo":
+        return dist.ProcessGroupGloo(store, rank, meeting.world_size, timeout), store
+    options = dist.ProcessGroupNCCL.Options()
+    options._timeout = timeout
+    return dist.ProcessGroupNCCL(store, rank, meeting.world_size, options), store
+
+
+def join_ranks(meeting: Rendezvous, *, rank: int, store: dist.Store | None) -> GroupRanks:
+    """The ranks of a learner, once all have come."""
+    group, _store = join_group(meeting, rank=rank, store=store, timeout=STEP_TIMEOUT)
+    return GroupRanks(group, device=meeting.device)
