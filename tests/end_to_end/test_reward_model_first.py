@@ -119,7 +119,7 @@ def test_what_the_upstream_recipe_refuses_is_refused_at_the_door(
 ):
     """No run directory, no plan, no actor."""
     train = reward_model_medical.main
-    wrong = ["--config", str(reward_config), "--training.batch_size", "100"]
+    wrong = ["--config", str(reward_config), "--data.held_out", "1000"]
     monkeypatch.setattr(reward_model_medical, "main", lambda given: train([*given, *wrong]))
     assert ppo_medical.main([*flags, *more]) == 2
     said = capsys.readouterr()
