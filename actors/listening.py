@@ -15,13 +15,18 @@ def check_endpoint(port: int) -> None:
     Raises:
         ValueError: the extra `serve` is not installed, or the port is taken.
     """
+    require_server(port)
+    listen(port).close()
+
+
+def require_server(port: int) -> None:
+    """Refuse an endpoint without the packages that serve it, the extra `serve`."""
     missing = [name for name in ("fastapi", "uvicorn") if importlib.util.find_spec(name) is None]
     if missing:
         raise ValueError(
             f"rollout.endpoint_port: got {port} without {' and '.join(missing)}, expected it to be installed; run "
             'pip install -e ".[serve]", or remove the port'
         )
-    listen(port).close()
 
 
 def listen(port: int) -> socket.socket:

@@ -113,7 +113,7 @@ def estimate_memory(config: PpoRunConfig, cluster: ClusterConfig, num_parameters
     """GB per process for weights, gradients and AdamW moments; activations of a micro-batch come on top.
 
     A trained weight costs its own bytes, a gradient and 2 moments in float32, and a float32 master where it is not
-    float32 itself (see `TorchEngine`); a frozen one its own bytes.
+    float32 itself (see `TorchEngine`); a frozen one its own bytes. A four-bit base is counted in full.
     """
     width = 4 if config.model.dtype == "float32" else 2
     master = 0 if width == 4 else 4

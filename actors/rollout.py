@@ -10,7 +10,7 @@ from actors.engine_pool import Capacity
 from actors.engines import EngineKind, RolloutEngine, SamplingSettings, choose_engine
 from actors.engines.transformers import TransformersEngine
 from actors.engines.vllm_checks import cache_gb, model_length
-from actors.listening import check_endpoint
+from actors.listening import require_server
 from actors.loading import causal_model
 from actors.policy import PolicyActor
 from actors.rendezvous import Rendezvous
@@ -125,7 +125,7 @@ class RolloutActor(Actor):
                 "would meet half an update, expected a sampler with weights of its own; take rollout out of the "
                 "policy's group in colocate, or remove the port"
             )
-        check_endpoint(port)
+        require_server(port)
         from actors.endpoint import Endpoint, Speaker
 
         speaker = Speaker(

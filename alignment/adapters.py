@@ -164,13 +164,13 @@ def merged_weights(
 def merged_sizes(model: nn.Module, *, whole: bool = False) -> dict[str, int]:
     """Bytes of each weight that `merged_weights` yields, in its order, without computing any."""
     layers = {f"{name}.weight" for name, _ in _lora_layers(model)}
-    return {
-        plain: dequantized_bytes(parameter)
-        for name, parameter in model.named_parameters()
-        if "lora_" not in name
-        and (whole or not layers or is_quantized(parameter) or name.replace(".base_layer.", ".") in layers)
-        for plain in [name.replace(".base_layer.", ".")]
-    }
+    sizes = {}
+    for name, parameter in model.named_parameters():
+        plain = name.replace(".base_layer.", ".")
+        sent = whole or not layers or plain in layers or is_quantized(parameter)
+        if "lora_" not in name and sent:
+            sizes[plain] = dequantized_bytes(parameter)
+    return sizes
 
 
 @torch.no_grad()
