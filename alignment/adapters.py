@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from alignment.quantization import dequantized, dequantized_bytes, is_quantized
+from alignment.sharding import assign, collect, decoder_layers, gathered, gathered_state_dict, is_split, num_elements
 
 
 def attach_lora(
@@ -55,8 +56,7 @@ def target_names(model: nn.Module, target_modules: tuple[str, ...] | str, last_l
     """
     from transformers.pytorch_utils import Conv1D
 
-    layers = next(module for module in model.modules() if isinstance(module, nn.ModuleList))
-    prefix = next(name for name, module in model.named_modules() if module is layers)
+    prefix, layers = decoder_layers(model)
     first = 0 if last_layers is None else max(0, len(layers) - last_layers)
     linear = {
         name: name.rsplit(".", 1)[-1]
@@ -113,8 +113,14 @@ def _peft_name(name: str) -> str:
     return "base_model.model." + name.replace(".default.", ".")
 
 
-def save_adapter(model: Any, folder: Path, *, base: str) -> None:
-    """Write the adapter (and a scalar head) in peft's format: `PeftModel.from_pretrained` loads the folder."""
+def save_adapter(model: Any, folder: Path, *, base: str, write: bool = True) -> None:
+    """Write the adapter (and a scalar head) in peft's format: `PeftModel.from_pretrained` loads the folder.
+
+    `write`: False for a rank that only takes part in gathering what is split.
+    """
+    tensors = collect(((name, p) for name, p in model.named_parameters() if p.requires_grad), keep=write)
+    if not write:
+        return
     folder.mkdir(parents=True, exist_ok=True)
     config = model.peft_config["default"]
     config.base_model_name_or_path, config.inference_mode = base, True
@@ -122,7 +128,7 @@ def save_adapter(model: Any, folder: Path, *, base: str) -> None:
     config.target_modules = sorted(config.target_modules)
     config.save_pretrained(str(folder))
     config.inference_mode = False
-    tensors = {_peft_name(name): tensor.contiguous() for name, tensor in trained_state(model).items()}
+    tensors = {_peft_name(name): tensor.contiguous() for name, tensor in tensors.items()}
     save_file(tensors, str(folder / "adapter_model.safetensors"), metadata={"format": "pt"})
 
 
@@ -137,7 +143,7 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
             f"{sorted(own.keys() ^ saved.keys())[:3]}; resume with the adapter settings of the saved run"
         )
     for name, parameter in own.items():
-        parameter.copy_(saved[name])
+        assign(parameter, saved[name])
 
 
 @torch.no_grad()
@@ -156,9 +162,22 @@ def merged_weights(
         if "lora_" in name or (names is not None and plain not in names):
             continue
         if plain in layers:
-            yield plain, dequantized(parameter) + layers[plain].get_delta_weight("default")
+            yield plain, _full(parameter) + _delta(layers[plain])
         elif whole or not layers or is_quantized(parameter):
-            yield plain, dequantized(parameter)
+            yield plain, _full(parameter)
+
+
+def _full(parameter: Tensor) -> Tensor:
+    return dequantized(parameter) if is_quantized(parameter) else gathered(parameter)
+
+
+def _delta(layer: Any) -> Tensor:
+    """scale * B A in the layout of the layer's weight; in float32 on a CPU, which is slow at narrower products."""
+    a, b = (gathered(factor["default"].weight) for factor in (layer.lora_A, layer.lora_B))
+    if b.device.type == "cpu":
+        a, b = a.float(), b.float()
+    delta = (b @ a) * layer.scaling["default"]
+    return (delta.T if layer.fan_in_fan_out else delta).to(layer.lora_B["default"].weight.dtype)
 
 
 def merged_sizes(model: nn.Module, *, whole: bool = False) -> dict[str, int]:
@@ -169,19 +188,23 @@ def merged_sizes(model: nn.Module, *, whole: bool = False) -> dict[str, int]:
         plain = name.replace(".base_layer.", ".")
         sent = whole or not layers or plain in layers or is_quantized(parameter)
         if "lora_" not in name and sent:
-            sizes[plain] = dequantized_bytes(parameter)
+            sizes[plain] = dequantized_bytes(parameter) or num_elements(parameter) * parameter.itemsize
     return sizes
 
 
 @torch.no_grad()
-def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The whole model's state dict with adapters merged, under the base model's names."""
+def merged_state_dict(model: nn.Module, *, keep: bool = True) -> dict[str, Tensor]:
+    """The whole model's state dict with adapters merged, under the base model's names; `keep` as for `collect`."""
     if any(is_quantized(p) for p in model.parameters()):
         # Its state dict has the quantisation constants as well, which mean nothing beside full weights.
         return dict(merged_weights(model, whole=True))
-    merged = dict(merged_weights(model))
+    on_host = any(is_split(p) for p in model.parameters())
+    merged = {}
+    for name, tensor in merged_weights(model):
+        if keep:
+            merged[name] = tensor.cpu() if on_host else tensor
     state = {}
-    for name, tensor in model.state_dict().items():
+    for name, tensor in gathered_state_dict(model, keep=keep).items():
         if "lora_" in name:
             continue
         plain = name.replace(".base_layer.", ".")
@@ -189,12 +212,15 @@ def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-def export_merged(model: Any, folder: Path, tokenizer: Any | None = None) -> None:
+def export_merged(model: Any, folder: Path, tokenizer: Any | None = None, *, write: bool = True) -> None:
     """Write a Hugging Face folder with adapters merged into the weights; the trained model is left as it is.
 
-    A four-bit base is merged in the dtype it computes in and not rounded again.
+    A four-bit base is merged in the dtype it computes in and not rounded again. `write`: as for `save_adapter`.
     """
-    plain_shell(model).save_pretrained(folder, state_dict=merged_state_dict(model))
+    state = merged_state_dict(model, keep=write)
+    if not write:
+        return
+    plain_shell(model).save_pretrained(folder, state_dict=state)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
 

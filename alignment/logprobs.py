@@ -73,8 +73,8 @@ def selected_logprobs(
     if chunk_size < 1:
         raise ValueError(f"chunk_size: got {chunk_size}, expected at least 1; {CHUNK_SIZE} is a fair start")
     if not len(targets):
-        # Still a function of `hidden`: a micro-batch without a response keeps a backward pass.
-        nothing = as_float(hidden).sum(-1)
+        # Still a function of `hidden` and the head: a micro-batch without a response keeps a whole backward pass.
+        nothing = as_float(head(hidden)).sum(-1)
         return nothing, nothing if with_entropy else None
 
     def one_chunk(states: Tensor, ids: Tensor) -> tuple[Tensor, Tensor | None]:

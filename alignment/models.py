@@ -11,6 +11,7 @@ import json
 import logging
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from alignment.logprobs import selected_logprobs
 from alignment.quantization import Quantization, keep_precision, loading_arguments
+from alignment.sharding import assign, gathered_state_dict
 
 HeadStart = Literal["require", "zeros", "random"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -52,12 +54,26 @@ class HfModel(nn.Module):
 
     model: Any
     _head: nn.Module
+    _entry: Callable[..., Any]
 
     def __init__(self, model: Any, head: nn.Module) -> None:
         super().__init__()
         self.model = model
         # Registered once, inside `model`: a second registration would name the same weights twice in a state dict.
         object.__setattr__(self, "_head", head)
+        self.enter_by(self)
+
+    def enter_by(self, entry: Callable[..., Any]) -> None:
+        """Let `run` call `entry(function, ...)`: an engine that wraps this module puts itself in between."""
+        object.__setattr__(self, "_entry", entry)
+
+    def forward(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """`function(self, ...)`, inside a forward of this module: where weights are split, they are whole in there."""
+        return function(self, *args, **kwargs)
+
+    def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """`function(self, ...)` by way of whatever runs this model."""
+        return self._entry(function, *args, **kwargs)
 
     def hidden(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """(B, T) ids and mask -> (B, T, d) last hidden states."""
@@ -69,12 +85,28 @@ class HfModel(nn.Module):
 
     def head(self, hidden: Tensor) -> Tensor:
         """(..., d) -> (..., V), or (..., 1) for a scalar model."""
-        result: Tensor = self._head(hidden)
+        head = self._head
+        if type(head) is nn.Linear:
+            # Not through the module, whose own hooks would gather a split weight anew for every chunk of positions.
+            return nn.functional.linear(hidden, head.weight, head.bias)
+        result: Tensor = head(hidden)
         return result
+
+    @property
+    def head_weight(self) -> nn.Parameter:
+        """The matrix of `head`, the embedding's own where they are tied."""
+        weight: nn.Parameter = self._head.weight
+        return weight
 
     @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
+
+
+def _run(model: CausalModel, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    if isinstance(model, HfModel):
+        return model.run(function, *args, **kwargs)
+    return function(model, *args, **kwargs)
 
 
 def response_logprobs(
@@ -90,6 +122,27 @@ def response_logprobs(
 
     The head runs on the hidden states before response tokens only, in chunks: prompt and padding cost no logits.
     """
+    result: tuple[Tensor, Tensor | None] = _run(
+        model,
+        _response_logprobs,
+        input_ids,
+        attention_mask,
+        response_mask,
+        temperature=temperature,
+        with_entropy=with_entropy,
+    )
+    return result
+
+
+def _response_logprobs(
+    model: CausalModel,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    response_mask: Tensor,
+    *,
+    temperature: float,
+    with_entropy: bool,
+) -> tuple[Tensor, Tensor | None]:
     wanted = response_mask[:, 1:]
     hidden = model.hidden(input_ids, attention_mask)[:, :-1][wanted]
     targets = input_ids[:, 1:][wanted]
@@ -109,6 +162,11 @@ def _place(picked: Tensor, response_mask: Tensor) -> Tensor:
 
 def response_values(model: CausalModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     """Critic values (B, T) float32: entry t is the value of the state that emits token t, entry 0 is 0."""
+    values: Tensor = _run(model, _response_values, input_ids, attention_mask)
+    return values
+
+
+def _response_values(model: CausalModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     hidden = model.hidden(input_ids, attention_mask)[:, :-1]
     values = model.head(hidden).squeeze(-1).float()
     return torch.nn.functional.pad(values, (1, 0))
@@ -116,9 +174,21 @@ def response_values(model: CausalModel, input_ids: Tensor, attention_mask: Tenso
 
 def sequence_scores(model: CausalModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     """Reward-model scores (B,) float32, read at the last attended token whichever side is padded."""
+    scores: Tensor = _run(model, _sequence_scores, input_ids, attention_mask)
+    return scores
+
+
+def _sequence_scores(model: CausalModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     hidden = model.hidden(input_ids, attention_mask)
     last = (attention_mask.long() * torch.arange(attention_mask.shape[1], device=hidden.device)).argmax(-1)
     return model.head(hidden[torch.arange(hidden.shape[0], device=hidden.device), last]).squeeze(-1).float()
+
+
+def idle_output(model: CausalModel, device: torch.device | str = "cpu") -> Tensor:
+    """A number that depends on every parameter: the least that a rank without a row of its own can compute."""
+    ids = torch.zeros(1, 1, dtype=torch.int64, device=device)
+    output: Tensor = _run(model, lambda own: own.head(own.hidden(ids, ids == 0)).float().sum())
+    return output
 
 
 def choose_attention(attention: str, *, dtype: torch.dtype, device: torch.device) -> tuple[str, str]:
@@ -273,9 +343,15 @@ def enable_gradient_checkpointing(model: HfModel) -> None:
     model.model.train()
 
 
-def save_model(model: HfModel, folder: Path, tokenizer: Any | None = None) -> None:
-    """Write a Hugging Face folder (safetensors, config, tokenizer) that plain transformers loads."""
-    model.model.save_pretrained(folder)
+def save_model(model: HfModel, folder: Path, tokenizer: Any | None = None, *, write: bool = True) -> None:
+    """Write a Hugging Face folder (safetensors, config, tokenizer) that plain transformers loads.
+
+    `write`: False for a rank that only takes part in gathering what is split.
+    """
+    state = gathered_state_dict(model.model, keep=write)
+    if not write:
+        return
+    model.model.save_pretrained(folder, state_dict=state)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
 
@@ -290,4 +366,4 @@ def load_weights(model: HfModel, folder: Path) -> None:
     if missing := sorted(parameters.keys() - saved.keys()):
         raise ValueError(f"{folder}: got no weights for {missing[:3]}, expected all of this model's; check the folder")
     for name, parameter in parameters.items():
-        parameter.copy_(saved[name])
+        assign(parameter, saved[name])

@@ -8,6 +8,7 @@ import torch
 
 from alignment import adapters, models
 from alignment.engines.torch import TorchEngine
+from alignment.experience import make_experience
 from alignment.learners.ppo import CriticLearner, PolicyLearner
 from alignment.types import Prompt, Rollout
 
@@ -42,6 +43,17 @@ def sampled_at(rollouts, logprobs):
         dataclasses.replace(rollout, rollout_logprobs=tuple(row.tolist()))
         for rollout, row in zip(rollouts, logprobs, strict=True)
     ]
+
+
+def experience_of(rollouts):
+    """Advantages of both signs, and one answer that nobody could score."""
+    generator = torch.Generator().manual_seed(4)
+    rows = [-torch.rand(len(r.response_ids), generator=generator) for r in rollouts]
+    values = [torch.randn(len(r.response_ids), generator=generator) for r in rollouts]
+    scores = [None if i == 1 else float(torch.randn((), generator=generator)) for i in range(len(rollouts))]
+    return make_experience(
+        sampled_at(rollouts, rows), scores, rows, rows, values, kl_coef=0.1, gamma=1.0, gae_lambda=0.9
+    )[0]
 
 
 def policy_learner(folder, *, micro_batch_size=4, lora=False, **settings):

@@ -1,21 +1,23 @@
-"""One process, plain torch: how gradients become an optimiser step."""
+"""Plain torch: one process, or data-parallel ranks that each hold the whole model (DDP)."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from alignment.distributed import Alone, Ranks, sum_gradients
-from alignment.schedules import lr_factor
+from alignment.distributed import Ranks, sum_gradients
+from alignment.engines.base import Engine, Schedule
+from alignment.sharding import assign, collect, gathered
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-class TorchEngine:
-    """AdamW with warm-up, decay and clipping: `backward` per micro-batch, `step` per minibatch.
+class TorchEngine(Engine):
+    """AdamW on parameters that this process holds; gradients of several ranks are summed once per optimiser step.
 
     A bfloat16 weight of 1 cannot move by less than 0.004, and most updates are smaller. So parameters below float32
     have a float32 master copy: gradients are summed in it, the optimiser steps on it, and it is rounded back into the
@@ -27,111 +29,104 @@ class TorchEngine:
     """
 
     def __init__(
-        self,
-        parameters: Iterable[tuple[str, nn.Parameter]],
-        *,
-        lr: float,
-        total_updates: int,
-        betas: tuple[float, float] = (0.9, 0.95),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        warmup_ratio: float = 0.0,
-        decay: str = "constant",
-        min_lr_ratio: float = 0.0,
-        max_grad_norm: float = 1.0,
-        max_skipped_in_a_row: int = 3,
-        ranks: Ranks | None = None,
+        self, parameters: Iterable[tuple[str, nn.Parameter]], *, ranks: Ranks | None = None, **settings: Any
     ) -> None:
-        """`ranks`: the processes that each hold this model and a part of every minibatch; None is this one alone."""
-        self.ranks: Ranks = ranks or Alone()
+        """
+        Args:
+            parameters: by name; those that need no gradient are left alone.
+            ranks: the processes that each have a part of every minibatch; None is this one alone.
+            settings: those of `Schedule`.
+        """
+        super().__init__(Schedule(**settings), ranks)
         trained = [(name, p) for name, p in parameters if p.requires_grad]
         self.parameters = [p for _, p in trained]
         self._masters = {name: _with_master(name, p) for name, p in trained if p.dtype.itemsize < 4}
-        self._stepped = [self._masters.get(name, p) for name, p in trained]
-        groups = [
-            {"params": [p for p in self._stepped if p.ndim >= 2], "weight_decay": weight_decay},
-            {"params": [p for p in self._stepped if p.ndim < 2], "weight_decay": 0.0},
-        ]
-        fusible = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in self._stepped)
-        self.optimizer = torch.optim.AdamW(
-            [g for g in groups if g["params"]], lr=lr, betas=betas, eps=eps, fused=fusible or None
-        )
-        self.lr, self.max_grad_norm, self.max_skipped_in_a_row = lr, max_grad_norm, max_skipped_in_a_row
-        self.num_updates, self.num_skipped, self.skipped_in_a_row = 0, 0, 0
-        self.rate_factor = 1.0
-        self._schedule = {
-            "total_updates": total_updates,
-            "warmup_ratio": warmup_ratio,
-            "decay": decay,
-            "min_lr_ratio": min_lr_ratio,
-        }
+        self._stepped = {name: self._masters.get(name, p) for name, p in trained}
+        self.optimizer = make_adamw(list(self._stepped.values()), self.schedule)
 
     def backward(self, loss: Tensor) -> None:
-        """Add this micro-batch's gradient; the loss is already divided by the minibatch's count."""
         loss.backward()
 
-    def step(self) -> dict[str, float]:
-        """Clip, update, advance the schedule. A non-finite gradient skips the update and is counted.
-
-        Raises:
-            RuntimeError: `max_skipped_in_a_row` updates in a row were skipped; more of the same would train nothing.
-        """
-        rate = self.lr * self.rate_factor * lr_factor(self.num_updates, **self._schedule)  # type: ignore[arg-type]
+    def _update(self, rate: float) -> float:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        sum_gradients(self._stepped, self.ranks)
-        norm = float(nn.utils.clip_grad_norm_(self._stepped, self.max_grad_norm))
-        finite = math.isfinite(norm)
-        if finite:
+        stepped = list(self._stepped.values())
+        self._sum_over_ranks(stepped)
+        norm = float(gathered(nn.utils.clip_grad_norm_(stepped, self.schedule.max_grad_norm)))
+        if norm < float("inf"):  # NaN is not
             self.optimizer.step()
             self._round_masters()
-        self.num_skipped += not finite
-        self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
         self.optimizer.zero_grad(set_to_none=True)
-        self.num_updates += 1
-        if self.skipped_in_a_row >= self.max_skipped_in_a_row:
-            raise RuntimeError(
-                f"optimizer: got a gradient norm of {norm} and skipped {self.skipped_in_a_row} updates in a row, "
-                f"expected fewer than max_skipped_in_a_row={self.max_skipped_in_a_row}; look at optimizer.lr (too "
-                "high), at model.dtype (too narrow), and at the reward for values that are infinite or not a number"
-            )
-        return {"lr": rate, "grad_norm": norm, "skipped_count": float(not finite)}
+        return norm
+
+    def _sum_over_ranks(self, stepped: list[nn.Parameter]) -> None:
+        sum_gradients(stepped, self.ranks)
 
     @torch.no_grad()
     def _round_masters(self) -> None:
-        for parameter, stepped in zip(self.parameters, self._stepped, strict=True):
+        for parameter, stepped in zip(self.parameters, self._stepped.values(), strict=True):
             if stepped is not parameter:
                 parameter.copy_(stepped)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Plain containers of tensors and numbers: readable by torch.load(weights_only=True)."""
-        return {
-            "optimizer": self.optimizer.state_dict(),
-            "masters": {name: master.detach() for name, master in self._masters.items()},
-            "num_updates": self.num_updates,
-            "num_skipped": self.num_skipped,
-            "skipped_in_a_row": self.skipped_in_a_row,
-            "rate_factor": self.rate_factor,
-        }
+    def _names_of_masters(self) -> list[str]:
+        return list(self._masters)
+
+    def _optimizer_state(self) -> tuple[dict[str, dict[str, Any]], dict[str, Tensor]]:
+        keep = self.ranks.rank == 0
+        return torch_state(self.optimizer, self._stepped, keep=keep), collect(self._masters.items(), keep=keep)
 
     @torch.no_grad()
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Put everything back, the model's rounded weights included.
-
-        Raises:
-            ValueError: the state was saved with other parameters below float32.
-        """
-        if state["masters"].keys() != self._masters.keys():
-            raise ValueError(
-                f"optimizer state: got float32 masters of {len(state['masters'])} parameters, expected "
-                f"{len(self._masters)} of this model; resume with the model.dtype of the saved run"
-            )
-        self.optimizer.load_state_dict(state["optimizer"])
+    def _load_optimizer_state(self, moments: dict[str, dict[str, Any]], masters: dict[str, Tensor]) -> None:
         for name, master in self._masters.items():
-            master.copy_(state["masters"][name])
+            assign(master, masters[name])
+        load_torch_state(self.optimizer, self._stepped, moments)
         self._round_masters()
-        self.num_updates, self.num_skipped = state["num_updates"], state["num_skipped"]
-        self.skipped_in_a_row, self.rate_factor = state["skipped_in_a_row"], state["rate_factor"]
+
+
+def torch_state(
+    optimizer: torch.optim.AdamW, parameters: Mapping[str, Tensor], *, keep: bool
+) -> dict[str, dict[str, Any]]:
+    """Step and moments of each parameter by name, whole; nothing of those that never had a gradient."""
+    moments: dict[str, dict[str, Any]] = {}
+    for name, parameter in parameters.items():
+        if state := optimizer.state.get(parameter):
+            row = collect([(key, state[key]) for key in MOMENTS], keep=keep)
+            moments[name] = {"step": float(gathered(state["step"])), **row}
+    return moments if keep else {}
+
+
+@torch.no_grad()
+def load_torch_state(
+    optimizer: torch.optim.AdamW, parameters: Mapping[str, Tensor], moments: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """Put back what `torch_state` gave, or this process' part of it."""
+    optimizer.state.clear()
+    for name, parameter in parameters.items():
+        if name not in moments:
+            continue
+        state: dict[str, Any] = {key: torch.zeros_like(parameter) for key in MOMENTS}
+        for key, tensor in state.items():
+            assign(tensor, moments[name][key])
+        # The fused step wants its count beside the parameter.
+        device = parameter.device if optimizer.defaults["fused"] else "cpu"
+        state["step"] = torch.tensor(moments[name]["step"], dtype=torch.float32, device=device)
+        optimizer.state[parameter] = state
+
+
+def make_adamw(parameters: list[nn.Parameter], schedule: Schedule) -> torch.optim.AdamW:
+    """Decoupled weight decay on matrices only; one fused pass where the parameters allow it."""
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": schedule.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    fusible = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in parameters)
+    return torch.optim.AdamW(
+        [g for g in groups if g["params"]],
+        lr=schedule.lr,
+        betas=schedule.betas,
+        eps=schedule.eps,
+        fused=fusible or None,
+    )
 
 
 def _with_master(name: str, parameter: nn.Parameter) -> nn.Parameter:

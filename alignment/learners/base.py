@@ -9,6 +9,8 @@ from torch import Tensor
 
 from alignment.batching import micro_batches, rollout_batch, rollout_lengths
 from alignment.distributed import Alone, Ranks
+from alignment.engines.base import Engine
+from alignment.models import CausalModel, idle_output
 from alignment.types import Rollout
 
 
@@ -59,6 +61,27 @@ def _add_up(current: dict[str, float], metrics: Mapping[str, float | Tensor]) ->
             current[name] = current.get(name, 0.0) + number
 
 
+def keep_in_step(
+    model: CausalModel,
+    engine: Engine,
+    num_passes: int,
+    *,
+    backward: bool = True,
+    device: torch.device | str = "cpu",
+) -> None:
+    """Before this rank's own `num_passes` of a minibatch: agree on a number, and take part, with nothing, in those that
+    others have more."""
+    for _ in range(missing_passes(num_passes, engine.lockstep)):
+        output = idle_output(model, device)
+        if backward:
+            engine.backward(0 * output)
+
+
+def missing_passes(num_passes: int, lockstep: Ranks | None) -> int:
+    """Passes that some rank makes and this one does not."""
+    return 0 if lockstep is None else max(lockstep.gather(num_passes)) - num_passes
+
+
 @torch.no_grad()
 def per_response(
     rollouts: Sequence[Rollout],
@@ -66,14 +89,21 @@ def per_response(
     *,
     micro_batch_size: int,
     device: torch.device | str = "cpu",
+    lockstep: Ranks | None = None,
 ) -> list[Tensor]:
     """Run `forward(input_ids, attention_mask, response_mask) -> (b, T)` in micro-batches of similar length.
+
+    `lockstep`: the ranks that a model is split over, which make forwards together; each has rollouts of its own.
 
     Returns per rollout the (R_i,) float32 numbers of its response tokens, on the CPU, in the order given.
     """
     results: list[Tensor | None] = [None] * len(rollouts)
     lengths = rollout_lengths(rollouts)
-    for index in micro_batches(torch.arange(len(rollouts)), lengths, micro_batch_size):
+    batches = micro_batches(torch.arange(len(rollouts)), lengths, micro_batch_size)
+    nothing = torch.zeros(1, 2, dtype=torch.int64, device=device)
+    for _ in range(missing_passes(len(batches), lockstep)):
+        forward(nothing, nothing == 0, nothing == 1)
+    for index in batches:
         chosen = [rollouts[i] for i in index.tolist()]
         input_ids, attention_mask, response_mask = rollout_batch(chosen, device)
         numbers = forward(input_ids, attention_mask, response_mask)

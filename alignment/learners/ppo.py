@@ -12,8 +12,8 @@ from torch import Tensor
 from alignment.advantages import gae
 from alignment.batching import micro_batches, minibatches, rollout_batch, rollout_lengths
 from alignment.distributed import own_rows
-from alignment.engines.torch import TorchEngine
-from alignment.learners.base import Tally, per_response
+from alignment.engines.base import Engine
+from alignment.learners.base import Tally, keep_in_step, per_response
 from alignment.losses import Metrics, aggregate, ppo_policy_loss, ppo_value_loss
 from alignment.models import CausalModel, response_logprobs, response_values
 from alignment.rollout_correction import correction_weights, mismatch_metrics, require_match
@@ -30,7 +30,7 @@ class PolicyLearner:
     def __init__(
         self,
         model: CausalModel,
-        engine: TorchEngine,
+        engine: Engine,
         *,
         temperature: float = 1.0,
         minibatch_size: int,
@@ -68,6 +68,7 @@ class PolicyLearner:
             )[0],
             micro_batch_size=self.micro_batch_size,
             device=self.device,
+            lockstep=self.engine.lockstep,
         )
 
     def update_on_policy(self, experience: Experience, *, step: int) -> dict[str, float]:
@@ -84,7 +85,9 @@ class PolicyLearner:
         tally.begin_minibatch()
         index, lengths = torch.arange(len(experience)), experience.attention_mask.sum(1)
         count, old = self._token_count(experience, index), torch.zeros_like(experience.rollout_logprobs)
-        for rows in self._own_micro_batches(index, lengths):
+        own = self._own_micro_batches(index, lengths)
+        keep_in_step(self.model, self.engine, len(own), device=self.device)
+        for rows in own:
             loss, metrics, logprobs = self._loss(experience.rows(rows), count, own_forward_is_old=True)
             self.engine.backward(loss)
             tally.add(metrics)
@@ -111,7 +114,9 @@ class PolicyLearner:
             if not experience.response_mask[index].any():
                 continue
             tally.begin_minibatch()
-            for rows in self._own_micro_batches(index, lengths):
+            own = self._own_micro_batches(index, lengths)
+            keep_in_step(self.model, self.engine, len(own), device=self.device)
+            for rows in own:
                 loss, metrics, _ = self._loss(experience.rows(rows), self._token_count(experience, index))
                 self.engine.backward(loss)
                 tally.add(metrics)
@@ -144,7 +149,9 @@ class PolicyLearner:
                 "both a score and a token; mend the reward before training"
             )
         lengths = experience.attention_mask.sum(1)
-        for rows in self._own_micro_batches(index, lengths):
+        own = self._own_micro_batches(index, lengths)
+        keep_in_step(self.model, self.engine, len(own), device=self.device, backward=False)
+        for rows in own:
             _, metrics, _ = self._loss(experience.rows(rows), self._token_count(experience, index))
             tally.add(metrics)
         tally.end_minibatch()
@@ -212,7 +219,7 @@ class CriticLearner:
     def __init__(
         self,
         model: CausalModel,
-        engine: TorchEngine,
+        engine: Engine,
         *,
         minibatch_size: int,
         micro_batch_size: int,
@@ -233,6 +240,7 @@ class CriticLearner:
             lambda ids, mask, _: response_values(self.model, ids, mask),
             micro_batch_size=self.micro_batch_size,
             device=self.device,
+            lockstep=self.engine.lockstep,
         )
 
     def update(self, experience: Experience, *, step: int) -> dict[str, float]:
@@ -246,7 +254,9 @@ class CriticLearner:
             if count == 0:
                 continue
             tally.begin_minibatch()
-            for rows in micro_batches(own_rows(index, lengths, self.engine.ranks), lengths, self.micro_batch_size):
+            own = micro_batches(own_rows(index, lengths, self.engine.ranks), lengths, self.micro_batch_size)
+            keep_in_step(self.model, self.engine, len(own), device=self.device)
+            for rows in own:
                 batch = _to(experience.rows(rows), self.device)
                 loss, metrics = ppo_value_loss(
                     response_values(self.model, batch.input_ids, batch.attention_mask),
@@ -282,8 +292,10 @@ class CriticLearner:
         tally = Tally(self.engine.ranks)
         tally.begin_minibatch()
         lengths = rollout_lengths(rollouts)
-        own = own_rows(torch.arange(len(rollouts)), lengths, self.engine.ranks)
-        for rows in micro_batches(own, lengths, self.micro_batch_size):
+        index = own_rows(torch.arange(len(rollouts)), lengths, self.engine.ranks)
+        own = micro_batches(index, lengths, self.micro_batch_size)
+        keep_in_step(self.model, self.engine, len(own), device=self.device, backward=count > 0)
+        for rows in own:
             chosen = [rollouts[i] for i in rows.tolist()]
             ids, mask, response = rollout_batch(chosen, self.device)
             learn = response & torch.tensor([[len(rewards[i]) > 0] for i in rows.tolist()], device=self.device)
@@ -291,7 +303,7 @@ class CriticLearner:
             now = predicted.detach()
             for i, row, where in zip(rows.tolist(), now, response, strict=True):
                 values[i] = row[where].cpu()
-            if not learn.any():
+            if not count:
                 continue
             placed = torch.zeros_like(now)
             placed[learn] = torch.cat([rewards[i] for i in rows.tolist()]).to(now)

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 
 from alignment.batching import micro_batches, sequence_batch
-from alignment.distributed import own_rows
-from alignment.engines.torch import TorchEngine
-from alignment.learners.base import Tally
+from alignment.distributed import Ranks, own_rows
+from alignment.engines.base import Engine
+from alignment.learners.base import Tally, keep_in_step, missing_passes
 from alignment.losses import reward_model_loss
-from alignment.models import CausalModel, sequence_scores
+from alignment.models import CausalModel, idle_output, sequence_scores
 from alignment.types import PreferencePair
 
 
@@ -22,7 +22,7 @@ class RewardModelLearner:
     def __init__(
         self,
         model: CausalModel,
-        engine: TorchEngine,
+        engine: Engine,
         *,
         micro_batch_size: int,
         center_coef: float = 0.0,
@@ -36,8 +36,10 @@ class RewardModelLearner:
         tally = Tally(self.engine.ranks)
         tally.begin_minibatch()
         lengths = torch.tensor([len(p.prompt_ids) + max(len(p.chosen_ids), len(p.rejected_ids)) for p in pairs])
-        own = own_rows(torch.arange(len(pairs)), lengths, self.engine.ranks)
-        for index in micro_batches(own, lengths, self.micro_batch_size):
+        rows = own_rows(torch.arange(len(pairs)), lengths, self.engine.ranks)
+        own = micro_batches(rows, lengths, self.micro_batch_size)
+        keep_in_step(self.model, self.engine, len(own), device=self.device)
+        for index in own:
             chosen = [pairs[i] for i in index.tolist()]
             sequences = [p.prompt_ids + p.chosen_ids for p in chosen] + [p.prompt_ids + p.rejected_ids for p in chosen]
             ids, mask = sequence_batch(sequences, self.device)
@@ -54,7 +56,11 @@ class RewardModelLearner:
     def score(self, sequences: Sequence[Sequence[int]], *, micro_batch_size: int | None = None) -> list[float]:
         """One score per sequence of ids, in the order given."""
         return score_sequences(
-            self.model, sequences, micro_batch_size=micro_batch_size or 2 * self.micro_batch_size, device=self.device
+            self.model,
+            sequences,
+            micro_batch_size=micro_batch_size or 2 * self.micro_batch_size,
+            device=self.device,
+            lockstep=self.engine.lockstep,
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -71,13 +77,15 @@ def score_sequences(
     *,
     micro_batch_size: int,
     device: torch.device | str = "cpu",
+    lockstep: Ranks | None = None,
 ) -> list[float]:
-    """Scores at the last token of each sequence, in the order given."""
-    if not sequences:
-        return []
+    """Scores at the last token of each sequence, in the order given. `lockstep`: as for `per_response`."""
     scores = torch.zeros(len(sequences))
     lengths = torch.tensor([len(s) for s in sequences])
-    for index in micro_batches(torch.arange(len(sequences)), lengths, micro_batch_size):
+    batches = micro_batches(torch.arange(len(sequences)), lengths, micro_batch_size)
+    for _ in range(missing_passes(len(batches), lockstep)):
+        idle_output(model, device)
+    for index in batches:
         ids, mask = sequence_batch([sequences[i] for i in index.tolist()], device)
         scores[index] = sequence_scores(model, ids, mask).cpu()
     return scores.tolist()

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from tiny_learners import rollouts_of, sampled_at
+from tiny_learners import experience_of, rollouts_of
 from torch import nn
 
 from alignment import models
@@ -44,17 +44,6 @@ def on_ranks(size: int, work: Callable[[Any], Any]) -> list[Any]:
 
     with ThreadPoolExecutor(size) as pool:
         return [future.result(120) for future in [pool.submit(member, rank) for rank in range(size)]]
-
-
-def experience_of(rollouts):
-    """Advantages of both signs, and one answer that nobody could score."""
-    generator = torch.Generator().manual_seed(4)
-    rows = [-torch.rand(len(r.response_ids), generator=generator) for r in rollouts]
-    values = [torch.randn(len(r.response_ids), generator=generator) for r in rollouts]
-    scores = [None if i == 1 else float(torch.randn((), generator=generator)) for i in range(len(rollouts))]
-    return make_experience(
-        sampled_at(rollouts, rows), scores, rows, rows, values, kl_coef=0.1, gamma=1.0, gae_lambda=0.9
-    )[0]
 
 
 def copied(model: models.HfModel) -> models.HfModel:
