@@ -68,8 +68,8 @@ def ppo_actors(config: PpoRunConfig, cluster: ClusterConfig, *, model_path: str,
             model_path=model_path,
             model=config.model,
             temperature=config.rollout.temperature,
-            # The policy's own size: the same shapes give the same bits, so the first KL is exactly 0.
-            micro_batch_size=config.policy.micro_batch_size,
+            # The policy's own: the same shapes give the same bits, so the first KL is exactly 0.
+            micro_batch_limit=config.policy.micro_batch_limit(),
             quantization=config.policy.adapter.quantization,
             device=choose_device(cluster.reference.gpus_per_worker),
         ),

@@ -13,6 +13,7 @@ from actors.worker import Actor
 from alignment import adapters, models
 from alignment.config import ModelConfig
 from alignment.learners.base import per_response
+from alignment.packing import MicroBatchLimit
 from alignment.quantization import Quantization
 from alignment.types import Rollout
 
@@ -29,13 +30,13 @@ class ReferenceActor(Actor):
         model_path: str,
         model: ModelConfig,
         temperature: float,
-        micro_batch_size: int,
+        micro_batch_limit: MicroBatchLimit,
         quantization: Quantization = "none",
         device: str = "cpu",
     ) -> None:
         """`quantization`: the policy's, whose start this is."""
         self.model_path, self.model_config, self.temperature = model_path, model, temperature
-        self.micro_batch_size, self.quantization, self.device = micro_batch_size, quantization, device
+        self.micro_batch_limit, self.quantization, self.device = micro_batch_limit, quantization, device
 
     def setup(self, peers: Mapping[str, Actor]) -> None:
         policy = peers.get("policy")
@@ -59,4 +60,4 @@ class ReferenceActor(Actor):
             return models.response_logprobs(self.model, ids, mask, response, temperature=self.temperature)[0]
 
         with torch.no_grad():
-            return per_response(rollouts, forward, micro_batch_size=self.micro_batch_size, device=self.device)
+            return per_response(rollouts, forward, limit=self.micro_batch_limit, device=self.device)

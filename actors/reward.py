@@ -76,7 +76,7 @@ class RewardModelActor(Actor):
             score_sequences(
                 self.model,
                 [sequence for sequence, fit in zip(sequences, fits, strict=True) if fit],
-                micro_batch_size=self.config.micro_batch_size,
+                limit=self.config.micro_batch_limit(),
                 device=self.device,
             )
         )

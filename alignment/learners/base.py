@@ -9,6 +9,7 @@ from torch import Tensor
 
 from alignment.batching import micro_batches, rollout_batch, rollout_lengths
 from alignment.distributed import Alone, Ranks
+from alignment.packing import MicroBatchLimit
 from alignment.types import Rollout
 
 
@@ -64,7 +65,7 @@ def per_response(
     rollouts: Sequence[Rollout],
     forward: Callable[[Tensor, Tensor, Tensor], Tensor],
     *,
-    micro_batch_size: int,
+    limit: MicroBatchLimit,
     device: torch.device | str = "cpu",
 ) -> list[Tensor]:
     """Run `forward(input_ids, attention_mask, response_mask) -> (b, T)` in micro-batches of similar length.
@@ -73,7 +74,7 @@ def per_response(
     """
     results: list[Tensor | None] = [None] * len(rollouts)
     lengths = rollout_lengths(rollouts)
-    for index in micro_batches(torch.arange(len(rollouts)), lengths, micro_batch_size):
+    for index in micro_batches(torch.arange(len(rollouts)), lengths, limit):
         chosen = [rollouts[i] for i in index.tolist()]
         input_ids, attention_mask, response_mask = rollout_batch(chosen, device)
         numbers = forward(input_ids, attention_mask, response_mask)
