@@ -54,7 +54,7 @@ class CriticActor(Actor):
             self.model,
             engine,
             minibatch_size=self.ppo.minibatch_size,
-            micro_batch_limit=self.config.micro_batch_limit(),
+            micro_batch_limit=self.config.micro_batch_limit(self.model.layout),
             ppo_epochs=self.ppo.ppo_epochs,
             value_clip=self.ppo.value_clip,
             vf_coef=self.ppo.vf_coef,

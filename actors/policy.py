@@ -78,7 +78,7 @@ class PolicyActor(Actor):
             engine,
             temperature=self.temperature,
             minibatch_size=self.ppo.minibatch_size,
-            micro_batch_limit=self.config.micro_batch_limit(),
+            micro_batch_limit=self.config.micro_batch_limit(self.model.layout),
             ppo_epochs=self.ppo.ppo_epochs,
             clip_ratio=self.ppo.clip_ratio,
             clip_ratio_high=self.ppo.clip_ratio_high,

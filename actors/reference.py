@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -34,7 +35,11 @@ class ReferenceActor(Actor):
         quantization: Quantization = "none",
         device: str = "cpu",
     ) -> None:
-        """`quantization`: the policy's, whose start this is."""
+        """
+        Args:
+            micro_batch_limit: whatever its layout, the model's own is taken.
+            quantization: the policy's, whose start this is.
+        """
         self.model_path, self.model_config, self.temperature = model_path, model, temperature
         self.micro_batch_limit, self.quantization, self.device = micro_batch_limit, quantization, device
 
@@ -59,5 +64,6 @@ class ReferenceActor(Actor):
         def forward(ids: Tensor, mask: Tensor, response: Tensor) -> Tensor:
             return models.response_logprobs(self.model, ids, mask, response, temperature=self.temperature)[0]
 
+        limit = dataclasses.replace(self.micro_batch_limit, layout=self.model.layout)
         with torch.no_grad():
-            return per_response(rollouts, forward, limit=self.micro_batch_limit, device=self.device)
+            return per_response(rollouts, forward, limit=limit, device=self.device)

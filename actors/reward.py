@@ -76,7 +76,7 @@ class RewardModelActor(Actor):
             score_sequences(
                 self.model,
                 [sequence for sequence, fit in zip(sequences, fits, strict=True) if fit],
-                limit=self.config.micro_batch_limit(),
+                limit=self.config.micro_batch_limit(self.model.layout),
                 device=self.device,
             )
         )

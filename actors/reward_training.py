@@ -56,7 +56,7 @@ class RewardTrainingActor(Actor):
         self.learner = RewardModelLearner(
             self.model,
             engine,
-            micro_batch_limit=self.config.micro_batch_limit(),
+            micro_batch_limit=self.config.micro_batch_limit(self.model.layout),
             center_coef=self.config.center_coef,
             device=self.device,
         )

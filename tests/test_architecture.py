@@ -26,7 +26,10 @@ LAYERS = {
     **dict.fromkeys(["alignment.advantages", "alignment.losses", "alignment.batching", "alignment.adapters"], 1),
     **dict.fromkeys(["alignment.schedules", "alignment.bootstrap", "alignment.scores", "alignment.data"], 1),
     **dict.fromkeys(["alignment.memory", "alignment.fingerprint", "alignment.quantization"], 1),
-    **dict.fromkeys(["alignment.experience", "alignment.models", "alignment.engines", "alignment.checkpoint"], 2),
+    **dict.fromkeys(
+        ["alignment.packed", "alignment.experience", "alignment.models", "alignment.engines", "alignment.checkpoint"],
+        2,
+    ),
     **dict.fromkeys(["alignment.learners", "alignment.generation", "alignment.model_checks"], 2),
     "alignment.loops": 3,
     "actors": 4,

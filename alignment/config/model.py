@@ -21,6 +21,10 @@ class ModelConfig(Config):
     """Weights and matrix products; losses are float32 whatever this is. float16 is for inference only."""
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
     """`auto` takes flash-attn when it is installed and the device and dtype fit, else SDPA."""
+    batch_layout: Literal["auto", "padded", "packed"] = "auto"
+    """How the sequences of a micro-batch lie in a forward. `padded`: each in a row as long as the longest. `packed`:
+    end to end in as few rows as hold them, none seeing another; with flash-attn in a single one. `auto` packs where
+    the architecture allows it. A token budget counts what is left to compute."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
 

@@ -63,7 +63,7 @@ def copied(model: models.HfModel) -> models.HfModel:
     """Loading is nothing for several threads at once."""
     inner = copy.deepcopy(model.model)
     pairs = zip(inner.modules(), model.model.modules(), strict=True)
-    return models.HfModel(inner, next(copy_of for copy_of, own in pairs if own is model._head))
+    return models.HfModel(inner, next(copy_of for copy_of, own in pairs if own is model._head), model.layout)
 
 
 def state(model: nn.Module) -> dict[str, torch.Tensor]:
