@@ -138,8 +138,8 @@ def batch_of(count=12, scores=None):
     """Rollouts of 3 to 14 tokens, with old log-probabilities near the policy's own and random values."""
     rollouts = rollouts_of(count, seed=3)
     generator = torch.Generator().manual_seed(4)
-    old = [-5 + torch.rand(len(r.response_ids), generator=generator) for r in rollouts]
-    values = [torch.randn(len(r.response_ids), generator=generator) for r in rollouts]
+    drawn = [torch.randn(2, len(r.response_ids), generator=generator) for r in rollouts]
+    old, values = [-5 + 0.3 * row[0] for row in drawn], [row[1] for row in drawn]
     ref = [row - 0.1 for row in old]
     scores = SCORES[:count] if scores is None else scores
     return make_experience(sampled_at(rollouts, old), scores, old, ref, values, kl_coef=0.1, gae_lambda=0.9)[0]
