@@ -52,6 +52,7 @@ def ppo_actors(config: PpoRunConfig, cluster: ClusterConfig, *, model_path: str,
             logprob_gap_limit=config.logprob_gap_limit,
             total_updates=policy_steps * updates_per_step,
             device=choose_device(cluster.policy.gpus_per_worker),
+            machines=cluster.policy,
             model=config.model,
             seed=config.run.seed,
         ),
@@ -61,6 +62,7 @@ def ppo_actors(config: PpoRunConfig, cluster: ClusterConfig, *, model_path: str,
             ppo=config.ppo,
             total_updates=config.run.num_steps * updates_per_step,
             device=choose_device(cluster.critic.gpus_per_worker),
+            machines=cluster.critic,
             model=config.model.at(config.critic.path or config.model.path, config.critic.revision),
             seed=config.run.seed,
         ),
@@ -68,15 +70,17 @@ def ppo_actors(config: PpoRunConfig, cluster: ClusterConfig, *, model_path: str,
             model_path=model_path,
             model=config.model,
             temperature=config.rollout.temperature,
-            # The policy's own size: the same shapes give the same bits, so the first KL is exactly 0.
-            micro_batch_size=config.policy.micro_batch_size,
+            # The policy's own: the same shapes give the same bits, so the first KL is exactly 0.
+            micro_batch_limit=config.policy.micro_batch_limit(),
             quantization=config.policy.adapter.quantization,
             device=choose_device(cluster.reference.gpus_per_worker),
+            machines=cluster.reference,
         ),
         "reward_model": RewardModelActor(
             model=config.model,
             reward=config.reward,
             device=choose_device(cluster.reward_model.gpus_per_worker),
+            machines=cluster.reward_model,
         ),
         "rollout": RolloutActor(
             model_path=model_path,
@@ -103,6 +107,7 @@ def reward_training_actors(
             total_updates=config.run.num_steps,
             seed=config.run.seed,
             device=choose_device(cluster.reward_model.gpus_per_worker),
+            machines=cluster.reward_model,
         )
     }
 

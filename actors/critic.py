@@ -8,8 +8,9 @@ from pathlib import Path
 from torch import Tensor
 
 from actors.loading import load_trained, make_trainable, save_trained, scalar_model
-from actors.worker import Actor, UpdateOnce
+from actors.worker import WHOLE, Actor, UpdateOnce
 from alignment.config import CriticConfig, ModelConfig, PpoConfig
+from alignment.config.cluster import RoleConfig
 from alignment.learners.ppo import CriticLearner
 from alignment.types import Experience, Rollout
 
@@ -18,6 +19,7 @@ class CriticActor(Actor):
     """Holds the critic, its optimiser and the value update."""
 
     role = "critic"
+    learns = True
 
     def __init__(
         self,
@@ -29,9 +31,11 @@ class CriticActor(Actor):
         total_updates: int,
         seed: int,
         device: str = "cpu",
+        machines: RoleConfig = WHOLE,
     ) -> None:
         self.model_path, self.model_config, self.config, self.ppo = model_path, model, critic, ppo
         self.total_updates, self.seed, self.device = total_updates, seed, device
+        self.machines = machines
         self._once = UpdateOnce()
 
     def setup(self, peers: Mapping[str, Actor]) -> None:
@@ -49,12 +53,14 @@ class CriticActor(Actor):
             total_updates=self.total_updates,
             seed=self.seed,
             ranks=self.ranks,
+            machines=self.machines,
+            device=self.device,
         )
         self.learner = CriticLearner(
             self.model,
             engine,
             minibatch_size=self.ppo.minibatch_size,
-            micro_batch_size=self.config.micro_batch_size,
+            micro_batch_limit=self.config.micro_batch_limit(self.model.layout),
             ppo_epochs=self.ppo.ppo_epochs,
             value_clip=self.ppo.value_clip,
             vf_coef=self.ppo.vf_coef,

@@ -13,7 +13,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from actors.worker import LEARNERS, Actor, ActorDiedError, Host
+from actors.worker import Actor, ActorDiedError, Host
 from alignment.distributed import balanced_parts
 
 PROCESS_ENVIRONMENT = {
@@ -92,6 +92,7 @@ class ActorGroup:
         bundles: Sequence[int] = (),
     ) -> None:
         self.roles, self.num_workers = tuple(actors), num_workers
+        self._meets = any(actor.meets(num_workers) for actor in actors.values())
         self._actors = dict(actors)
         self._settings = {"threads": threads, "takes_turns": takes_turns, "shares_memory": shares_memory}
         self._options: dict[str, Any] = {
@@ -118,13 +119,16 @@ class ActorGroup:
     def start(self) -> RefPending:
         """Load the models. A failure there reaches the caller through `.result()`."""
         meeting = None
-        if self.num_workers > 1 and not LEARNERS.isdisjoint(self.roles):
+        if self._meets:
             backend = "nccl" if self._options["num_gpus"] else "gloo"
             meeting = self.workers[0].open_ranks.remote(world_size=self.num_workers, backend=backend)
         return RefPending([w.setup.remote(meeting) for w in self.workers], self._name("setup"))
 
     def call(self, role: str, method: str, *args: Any, **kwargs: Any) -> RefPending:
-        """Every worker runs the method on the same arguments; rank 0's answer is the result."""
+        """Every worker runs the method on the same arguments; rank 0's answer is the result.
+
+        A pending of another group may be an argument: its answer goes from there to here without the caller.
+        """
         args = tuple(arg.refs[0] if isinstance(arg, RefPending) else self._shared(arg) for arg in args)
         refs = [w.call.remote(role, method, *args, **kwargs) for w in self.workers]
         return RefPending(refs, self._name(method, role))
@@ -142,13 +146,10 @@ class ActorGroup:
     ) -> RefPending:
         """Workers share `items`, balanced by `lengths` in tokens; the answers come back in the order of `items`."""
         parts = balanced_parts(lengths or [1] * len(items), self.num_workers)
-        busy = [(worker, part) for worker, part in zip(self.workers, parts, strict=True) if part or not items]
+        # Those that hold a model in parts are all needed, whoever has items.
+        busy = [(w, part) for w, part in zip(self.workers, parts, strict=True) if part or not items or self._meets]
         refs = [worker.call.remote(role, method, [items[i] for i in part], **kwargs) for worker, part in busy]
         return RefPending(refs, self._name(method, role), parts=[part for _, part in busy])
-
-    def put(self, role: str, method: str, **kwargs: Any) -> RefPending:
-        """Rank 0 runs the method; its answer stays in the object store until another group's `call` takes it."""
-        return RefPending([self.workers[0].call.remote(role, method, **kwargs)], self._name(method, role))
 
     def stop(self) -> None:
         for worker in self.workers:

@@ -31,7 +31,6 @@ class Group(Protocol):
     def scatter(
         self, role: str, method: str, items: Sequence[Any], *, lengths: Sequence[int] | None = None, **kwargs: Any
     ) -> Pending[Any]: ...
-    def put(self, role: str, method: str, **kwargs: Any) -> Pending[Any]: ...
     def stop(self) -> None: ...
 
 
@@ -146,22 +145,24 @@ class PolicyHandle(Handle):
         """Begin anew with every call: what an earlier one left half done is forgotten."""
         role = RolloutHandle.role
         if kind == "adapter":
-            adapter = self.group.put(self.role, "export_adapter", version=version)
+            adapter = self.group.call(self.role, "export_adapter", version=version)
             steps = [engines.call(role, "receive_adapter", adapter)]
-            probe = self.group.put(self.role, "probe", version=version)
+            probe = self.group.call(self.role, "probe", version=version)
             return InOrder([*steps, engines.call(role, "check_probe", probe)])
         whole = kind == "whole"
-        buckets = self.group.first(self.role, "plan_sync", whole=whole).result()
+        buckets = self.group.call(self.role, "plan_sync", whole=whole).result()
         steps = [engines.call(role, "begin_sync", version=version, buckets=buckets)]
         for index in range(buckets):
             # Two are on their way: one is packed while the engine loads the other.
             if index >= BUCKETS_UNDER_WAY:
                 steps[index - BUCKETS_UNDER_WAY].result()
-            bucket = self.group.put(self.role, "export_bucket", version=version, index=index, whole=whole, route=route)
+            bucket = self.group.call(
+                self.role, "export_bucket", version=version, index=index, whole=whole, route=route
+            )
             if route == "broadcast":
-                self.group.put(self.role, "broadcast_bucket", index=index)
+                self.group.call(self.role, "broadcast_bucket", index=index)
             steps.append(engines.call(role, "receive_bucket", bucket))
-        probe = self.group.put(self.role, "probe", version=version)
+        probe = self.group.call(self.role, "probe", version=version)
         steps.append(engines.call(role, "finish_sync", probe, version=version))
         return InOrder(steps)
 

@@ -7,8 +7,11 @@ from typing import Any, Protocol
 
 from alignment import adapters, checkpoint, models
 from alignment.config import CriticConfig, ModelConfig, PolicyConfig, RewardModelTrainingConfig
+from alignment.config.cluster import RoleConfig
 from alignment.distributed import Ranks
-from alignment.engines.torch import TorchEngine
+from alignment.engines.base import Engine
+from alignment.engines.fsdp import split_over_ranks
+from alignment.engines.make import make_engine
 from alignment.quantization import Quantization
 
 LEARNER_FILE = "learner.pt"
@@ -17,7 +20,7 @@ LEARNER_FILE = "learner.pt"
 class Learner(Protocol):
     """What of a learner goes into a checkpoint beside the weights."""
 
-    engine: TorchEngine
+    engine: Engine
 
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
@@ -31,11 +34,19 @@ def causal_model(
         path,
         dtype=models.DTYPES[config.dtype],
         attention=config.attention,
+        layout=config.batch_layout,
         revision=config.revision,
         device=device,
         quantization=quantization,
     )
     return model.requires_grad_(False) if frozen else model
+
+
+def split_frozen(model: models.HfModel, lockstep: Ranks | None) -> models.HfModel:
+    """Leave each rank with its part of a model that does not learn, if there are ranks to share it."""
+    if lockstep is not None:
+        split_over_ranks(model)
+    return model
 
 
 def scalar_model(
@@ -53,6 +64,7 @@ def scalar_model(
         path,
         dtype=models.DTYPES[config.dtype],
         attention=config.attention,
+        layout=config.batch_layout,
         revision=config.revision,
         device=device,
         head=head,
@@ -70,7 +82,9 @@ def make_trainable(
     total_updates: int,
     seed: int,
     ranks: Ranks,
-) -> TorchEngine:
+    machines: RoleConfig,
+    device: str,
+) -> Engine:
     """Attach the adapter, if one is asked for, and return the optimiser of what is left to train."""
     adapter, optimizer = trained.adapter, trained.optimizer
     if adapter.r:
@@ -84,8 +98,13 @@ def make_trainable(
         )
     if settings.gradient_checkpointing:
         models.enable_gradient_checkpointing(model)
-    return TorchEngine(
-        model.named_parameters(),
+    return make_engine(
+        model,
+        ranks=ranks,
+        engine=machines.engine,
+        zero_stage=machines.zero_stage,
+        offload=machines.offload,
+        device=device,
         lr=optimizer.lr,
         total_updates=total_updates,
         betas=optimizer.betas,
@@ -96,7 +115,6 @@ def make_trainable(
         min_lr_ratio=optimizer.min_lr_ratio,
         max_grad_norm=optimizer.max_grad_norm,
         max_skipped_in_a_row=optimizer.max_skipped_in_a_row,
-        ranks=ranks,
     )
 
 
@@ -105,15 +123,16 @@ def save_trained(
 ) -> None:
     """The trained part, an adapter in peft's format or the whole model in Hugging Face's, and the learner's state.
 
-    Every rank has the same: the first one writes.
+    All ranks take part, the first one writes; whatever splits the model, the files are the same.
     """
-    if learner.engine.ranks.rank:
-        return
+    write = learner.engine.ranks.rank == 0
     if adapters.has_adapter(model.model):
-        adapters.save_adapter(model.model, folder, base=base)
+        adapters.save_adapter(model.model, folder, base=base, write=write)
     else:
-        models.save_model(model, folder, tokenizer)
-    checkpoint.save_state(folder / LEARNER_FILE, learner.state_dict())
+        models.save_model(model, folder, tokenizer, write=write)
+    state = learner.state_dict()
+    if write:
+        checkpoint.save_state(folder / LEARNER_FILE, state)
 
 
 def load_trained(model: models.HfModel, learner: Learner, folder: Path) -> None:

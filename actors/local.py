@@ -42,10 +42,6 @@ class LocalGroup:
     def first(self, role: str, method: str, *args: Any, **kwargs: Any) -> Done:
         return self.call(role, method, *args, **kwargs)
 
-    def put(self, role: str, method: str, **kwargs: Any) -> Done:
-        """The answer stays where it is until another group's `call` takes it."""
-        return self.call(role, method, **kwargs)
-
     def stop(self) -> None:
         for actor in self.host.actors.values():
             actor.close()

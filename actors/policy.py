@@ -16,9 +16,10 @@ from actors.rendezvous import Rendezvous, node_address
 from actors.weight_routes import Route, Whereabouts
 from actors.weight_sender import WeightSender
 from actors.weight_sync import AdapterUpdate, Probe, WeightBucket, pack_adapter, probe_ids
-from actors.worker import Actor, UpdateOnce
+from actors.worker import WHOLE, Actor, UpdateOnce
 from alignment import adapters
 from alignment.config import CorrectionConfig, ModelConfig, OptimizerConfig, PolicyConfig, PpoConfig
+from alignment.config.cluster import RoleConfig
 from alignment.data.chat import load_tokenizer
 from alignment.learners.ppo import PolicyLearner
 from alignment.schedules import KlAdaptiveRate
@@ -40,6 +41,7 @@ class PolicyActor(Actor):
     """Holds the policy, its optimiser and the PPO update."""
 
     role = "policy"
+    learns = True
 
     def __init__(
         self,
@@ -52,11 +54,13 @@ class PolicyActor(Actor):
         total_updates: int,
         seed: int,
         device: str = "cpu",
+        machines: RoleConfig = WHOLE,
         correction: CorrectionConfig | None = None,
         logprob_gap_limit: float = math.inf,
     ) -> None:
         self.model_path, self.model_config, self.config, self.ppo = model_path, model, policy, ppo
         self.temperature, self.total_updates, self.seed, self.device = temperature, total_updates, seed, device
+        self.machines = machines
         self.correction, self.logprob_gap_limit = correction, logprob_gap_limit
         self._once = UpdateOnce()
 
@@ -71,14 +75,16 @@ class PolicyActor(Actor):
             total_updates=self.total_updates,
             seed=self.seed,
             ranks=self.ranks,
+            machines=self.machines,
+            device=self.device,
         )
-        self.sender = WeightSender(self.model.model, self.device)
+        self.sender = WeightSender(self.model.model, self.device, leads=self.ranks.rank == 0)
         self.learner = PolicyLearner(
             self.model,
             engine,
             temperature=self.temperature,
             minibatch_size=self.ppo.minibatch_size,
-            micro_batch_size=self.config.micro_batch_size,
+            micro_batch_limit=self.config.micro_batch_limit(self.model.layout),
             ppo_epochs=self.ppo.ppo_epochs,
             clip_ratio=self.ppo.clip_ratio,
             clip_ratio_high=self.ppo.clip_ratio_high,
@@ -119,7 +125,9 @@ class PolicyActor(Actor):
         """Buckets that make a rollout engine this policy: of merged weights, all of them with `whole`."""
         return self.sender.plan(whole=whole)
 
-    def export_bucket(self, *, version: int, index: int, whole: bool, route: Route = "object_store") -> WeightBucket:
+    def export_bucket(
+        self, *, version: int, index: int, whole: bool, route: Route = "object_store"
+    ) -> WeightBucket | None:
         """Bucket `index` of the plan, packed and hashed."""
         return self.sender.pack(version=version, index=index, whole=whole, route=route)
 
@@ -127,11 +135,12 @@ class PolicyActor(Actor):
         """The bytes of a bucket that was exported for the broadcast."""
         self.sender.broadcast(index=index)
 
-    def export_adapter(self, *, version: int) -> AdapterUpdate:
+    def export_adapter(self, *, version: int) -> AdapterUpdate | None:
         """The adapter alone, for engines that have the base model."""
+        write = self.ranks.rank == 0
         with tempfile.TemporaryDirectory(prefix="raylign-adapter-") as folder:
-            adapters.save_adapter(self.model.model, Path(folder), base=self.model_path)
-            return pack_adapter(Path(folder), version=version)
+            adapters.save_adapter(self.model.model, Path(folder), base=self.model_path, write=write)
+            return pack_adapter(Path(folder), version=version) if write else None
 
     def probe(self, *, version: int) -> Probe:
         """What an engine with these weights must compute; the last call of a sync."""
@@ -153,8 +162,8 @@ class PolicyActor(Actor):
 
     def export(self, folder: Path) -> None:
         """The finished model: a plain Hugging Face folder, the adapter beside it when there is one."""
-        if self.ranks.rank:
-            return
-        adapters.export_merged(self.model.model, folder, load_tokenizer(self.model_path, self.model_config.revision))
+        write = self.ranks.rank == 0
+        tokenizer = load_tokenizer(self.model_path, self.model_config.revision)
+        adapters.export_merged(self.model.model, folder, tokenizer, write=write)
         if adapters.has_adapter(self.model.model):
-            adapters.save_adapter(self.model.model, folder / "adapter", base=self.model_path)
+            adapters.save_adapter(self.model.model, folder / "adapter", base=self.model_path, write=write)

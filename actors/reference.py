@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from actors.loading import causal_model
+from actors.loading import causal_model, split_frozen
 from actors.policy import PolicyActor
-from actors.worker import Actor
+from actors.worker import WHOLE, Actor
 from alignment import adapters, models
 from alignment.config import ModelConfig
+from alignment.config.cluster import RoleConfig
 from alignment.learners.base import per_response
+from alignment.packing import MicroBatchLimit
 from alignment.quantization import Quantization
 from alignment.types import Rollout
 
@@ -29,23 +32,29 @@ class ReferenceActor(Actor):
         model_path: str,
         model: ModelConfig,
         temperature: float,
-        micro_batch_size: int,
+        micro_batch_limit: MicroBatchLimit,
         quantization: Quantization = "none",
         device: str = "cpu",
+        machines: RoleConfig = WHOLE,
     ) -> None:
-        """`quantization`: the policy's, whose start this is."""
+        """
+        Args:
+            micro_batch_limit: whatever its layout, the model's own is taken.
+            quantization: the policy's, whose start this is.
+        """
         self.model_path, self.model_config, self.temperature = model_path, model, temperature
-        self.micro_batch_size, self.quantization, self.device = micro_batch_size, quantization, device
+        self.micro_batch_limit, self.quantization, self.device = micro_batch_limit, quantization, device
+        self.machines = machines
 
     def setup(self, peers: Mapping[str, Actor]) -> None:
         policy = peers.get("policy")
         if isinstance(policy, PolicyActor) and policy.config.adapter.r:
-            self.model, self.shared = policy.model, True
+            self.model, self.shared, self.together = policy.model, True, policy.learner.engine.lockstep
             return
-        self.model = causal_model(
+        model = causal_model(
             self.model_path, self.model_config, self.device, frozen=True, quantization=self.quantization
         )
-        self.shared = False
+        self.model, self.shared, self.together = split_frozen(model, self.lockstep), False, self.lockstep
 
     def logprobs(self, rollouts: Sequence[Rollout]) -> list[Tensor]:
         """Per rollout (R_i,) float32."""
@@ -58,5 +67,6 @@ class ReferenceActor(Actor):
         def forward(ids: Tensor, mask: Tensor, response: Tensor) -> Tensor:
             return models.response_logprobs(self.model, ids, mask, response, temperature=self.temperature)[0]
 
+        limit = dataclasses.replace(self.micro_batch_limit, layout=self.model.layout)
         with torch.no_grad():
-            return per_response(rollouts, forward, micro_batch_size=self.micro_batch_size, device=self.device)
+            return per_response(rollouts, forward, limit=limit, device=self.device, lockstep=self.together)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import os
 import socket
+import struct
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal
@@ -41,6 +45,18 @@ def node_address() -> str:
     return address
 
 
+def interface_of(address: str) -> str | None:
+    """The network interface that has an IPv4 address; None when none has it."""
+    get_address = 0x8915  # SIOCGIFADDR
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
+        for _, name in socket.if_nameindex():
+            with contextlib.suppress(OSError):  # an interface without an address
+                answer = fcntl.ioctl(any_socket.fileno(), get_address, struct.pack("256s", name.encode()[:15]))
+                if socket.inet_ntoa(answer[20:24]) == address:
+                    return name
+    return None
+
+
 def open_rendezvous(address: str, *, world_size: int, backend: Backend) -> tuple[Rendezvous, dist.Store]:
     """Rank 0: listen on a free port of `address` alone (a bare TCPStore would listen on every interface)."""
     listener = socket.create_server((address, 0))
@@ -70,6 +86,14 @@ def join_group(
 
 
 def join_ranks(meeting: Rendezvous, *, rank: int, store: dist.Store | None) -> GroupRanks:
-    """The ranks of a learner, once all have come."""
-    group, _store = join_group(meeting, rank=rank, store=store, timeout=STEP_TIMEOUT)
-    return GroupRanks(group, device=meeting.device)
+    """The ranks of a group, once all have come: torch's default process group of this process, which FSDP2 and
+    DeepSpeed build on."""
+    if store is None:
+        store = dist.TCPStore(meeting.address, meeting.port, is_master=False, timeout=MEETING_TIMEOUT)
+    if interface := interface_of(meeting.address if rank == 0 else node_address()):
+        # Gloo's own choice is what the host name resolves to, which other machines may not reach.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+    dist.init_process_group(
+        meeting.backend, store=store, rank=rank, world_size=meeting.world_size, timeout=STEP_TIMEOUT
+    )
+    return GroupRanks(dist.group.WORLD, device=meeting.device)

@@ -7,10 +7,11 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from actors.loading import scalar_model
-from actors.worker import Actor
+from actors.loading import scalar_model, split_frozen
+from actors.worker import WHOLE, Actor
 from alignment import models
 from alignment.config import ModelConfig, RewardConfig
+from alignment.config.cluster import RoleConfig
 from alignment.data.chat import encode_conversation, eos_ids_of_model, load_tokenizer
 from alignment.learners.reward_model import score_sequences
 from alignment.types import Rollout, Score
@@ -24,8 +25,10 @@ class RewardModelActor(Actor):
 
     role = "reward_model"
 
-    def __init__(self, *, model: ModelConfig, reward: RewardConfig, device: str = "cpu") -> None:
-        self.model_config, self.config, self.device = model, reward, device
+    def __init__(
+        self, *, model: ModelConfig, reward: RewardConfig, device: str = "cpu", machines: RoleConfig = WHOLE
+    ) -> None:
+        self.model_config, self.config, self.device, self.machines = model, reward, device, machines
 
     def setup(self, peers: Mapping[str, Actor]) -> None:
         self.functions: dict[str, RewardFunction] = {f.name: load_function(f.name) for f in self.config.functions}
@@ -38,13 +41,18 @@ class RewardModelActor(Actor):
         own = self.model_config.at(self.config.model, self.config.revision)
         self.tokenizer = load_tokenizer(own.path, own.revision)
         self.eos_ids = eos_ids_of_model(self.tokenizer, own.path, own.revision)
-        self.model = scalar_model(own.path, own, self.device, head="require", frozen=True)
+        model = scalar_model(own.path, own, self.device, head="require", frozen=True)
+        self.model = split_frozen(model, self.lockstep)
         self.num_positions = models.num_positions(self.model.model.config)
         if self.config.standardize_model:
             self.mean, self.std = load_statistics(Path(self.config.model))
 
     def score(self, rollouts: Sequence[Rollout]) -> list[Score]:
         """One `Score` per rollout, in order."""
+        if not rollouts:  # of a model that is split over several processes, this one has nothing to score
+            if self.model is not None:
+                self._model_scores(rollouts)
+            return []
         responses = [rollout.response for rollout in rollouts]
         prompts = [rollout.prompt.messages[-1]["content"] for rollout in rollouts]
         columns = _columns(rollouts) if self.functions else {}
@@ -76,8 +84,9 @@ class RewardModelActor(Actor):
             score_sequences(
                 self.model,
                 [sequence for sequence, fit in zip(sequences, fits, strict=True) if fit],
-                micro_batch_size=self.config.micro_batch_size,
+                limit=self.config.micro_batch_limit(self.model.layout),
                 device=self.device,
+                lockstep=self.lockstep,
             )
         )
         return [(next(scores) - self.mean) / self.std if fit else None for fit in fits]

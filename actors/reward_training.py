@@ -9,9 +9,10 @@ from pathlib import Path
 
 from actors.loading import load_trained, make_trainable, save_trained, scalar_model
 from actors.reward import STATISTICS_FILE
-from actors.worker import Actor, UpdateOnce
+from actors.worker import WHOLE, Actor, UpdateOnce
 from alignment import adapters
 from alignment.config import ModelConfig, RewardModelTrainingConfig
+from alignment.config.cluster import RoleConfig
 from alignment.data.chat import load_tokenizer
 from alignment.learners.reward_model import RewardModelLearner
 from alignment.types import PreferencePair
@@ -21,6 +22,7 @@ class RewardTrainingActor(Actor):
     """Trains a Bradley-Terry scalar head on a backbone, full or LoRA."""
 
     role = "reward_model"
+    learns = True
 
     def __init__(
         self,
@@ -31,9 +33,11 @@ class RewardTrainingActor(Actor):
         total_updates: int,
         seed: int,
         device: str = "cpu",
+        machines: RoleConfig = WHOLE,
     ) -> None:
         self.model_path, self.model_config, self.config = model_path, model, training
         self.total_updates, self.seed, self.device = total_updates, seed, device
+        self.machines = machines
         self._once = UpdateOnce()
 
     def setup(self, peers: Mapping[str, Actor]) -> None:
@@ -52,11 +56,13 @@ class RewardTrainingActor(Actor):
             total_updates=self.total_updates,
             seed=self.seed,
             ranks=self.ranks,
+            machines=self.machines,
+            device=self.device,
         )
         self.learner = RewardModelLearner(
             self.model,
             engine,
-            micro_batch_size=self.config.micro_batch_size,
+            micro_batch_limit=self.config.micro_batch_limit(self.model.layout),
             center_coef=self.config.center_coef,
             device=self.device,
         )
@@ -78,9 +84,9 @@ class RewardTrainingActor(Actor):
 
     def export(self, folder: Path) -> None:
         """A sequence-classification folder, adapters merged, that `RewardModelActor` (or transformers) loads."""
-        if self.ranks.rank:
-            return
-        adapters.export_merged(self.model.model, folder, load_tokenizer(self.model_path, self.model_config.revision))
+        write = self.ranks.rank == 0
+        tokenizer = load_tokenizer(self.model_path, self.model_config.revision)
+        adapters.export_merged(self.model.model, folder, tokenizer, write=write)
 
 
 def write_statistics(folder: Path, scores: Sequence[float]) -> dict[str, float]:

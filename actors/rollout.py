@@ -270,15 +270,17 @@ class RolloutActor(Actor):
         if self._asleep:
             self.wake()
         if self.engine.sync_kind == "adapter":
-            self.receive_adapter(self.policy.export_adapter(version=version))
+            update = self.policy.export_adapter(version=version)
+            assert update is not None
+            self.receive_adapter(update)
             return self.check_probe(self.policy.probe(version=version))
         whole = self.engine.sync_kind == "whole"
         buckets = self.policy.plan_sync(whole=whole)
         self.begin_sync(version=version, buckets=buckets)
         for index in range(buckets):
-            self.receive_bucket(
-                self.policy.export_bucket(version=version, index=index, whole=whole, route="same_process")
-            )
+            bucket = self.policy.export_bucket(version=version, index=index, whole=whole, route="same_process")
+            assert bucket is not None
+            self.receive_bucket(bucket)
         return self.finish_sync(self.policy.probe(version=version), version=version)
 
     def sleep(self, *, discard_weights: bool = False) -> int:

@@ -17,8 +17,9 @@ from alignment import adapters
 class WeightSender:
     """Packs the merged weights of a model, bucket by bucket."""
 
-    def __init__(self, model: torch.nn.Module, device: str) -> None:
-        self.model, self.device = model, device
+    def __init__(self, model: torch.nn.Module, device: str, *, leads: bool = True) -> None:
+        """`leads`: False for a rank that only takes part in gathering what is split."""
+        self.model, self.device, self.leads = model, device, leads
         self._plan: list[set[str]] = []
         self._blocks: dict[int, Tensor] = {}
         """Blocks that a receiver may still read: as many as are under way."""
@@ -35,9 +36,17 @@ class WeightSender:
         self._plan = [set(names[part.start : part.stop]) for part in plan_buckets(list(sizes.values()))]
         return len(self._plan)
 
-    def pack(self, *, version: int, index: int, whole: bool, route: Route) -> WeightBucket:
-        """Bucket `index` of the plan, packed and hashed; through host memory where the object store carries it."""
+    def pack(self, *, version: int, index: int, whole: bool, route: Route) -> WeightBucket | None:
+        """Bucket `index` of the plan, packed and hashed; through host memory where the object store carries it.
+
+        Of a model that is split over ranks, no more than this bucket and one more matrix are ever whole.
+        """
         weights = adapters.merged_weights(self.model, self._plan[index], whole=whole)
+        if not self.leads:
+            if adapters.is_split_model(self.model):
+                for _ in weights:  # every rank gathers, the first one keeps
+                    pass
+            return None
         device = "cpu" if route == "object_store" else self.device
         bucket, block = pack_block(weights, version=version, index=index, device=device, route=route)
         if self.device != "cpu":
@@ -59,6 +68,8 @@ class WeightSender:
 
     def broadcast(self, *, index: int) -> None:
         """Send the bytes of a bucket that was packed for this route."""
+        if not self.leads:
+            return
         assert self._group is not None, "meet comes first"
         self._group.send(self._blocks[index])
 

@@ -20,11 +20,14 @@ from typing import Any
 import torch
 
 from actors.rendezvous import Backend, Rendezvous, join_ranks, node_address, open_rendezvous
+from alignment.config.cluster import RoleConfig
 from alignment.distributed import Alone, Ranks
 from alignment.models import quiet_transformers
 
 LEARNERS = frozenset({"policy", "critic", "reward_model"})
 """Roles whose workers are the ranks of one learner, where they learn."""
+WHOLE = RoleConfig()
+"""Machines of a model that nobody splits."""
 
 
 class ActorDiedError(RuntimeError):
@@ -44,10 +47,24 @@ class Actor:
     role: str
     peers_needed: tuple[str, ...] = ()
     """Roles that must be set up first when they share this actor's process."""
+    machines: RoleConfig = WHOLE
+    """How the role's processes share its model."""
+    learns = False
     ranks: Ranks = Alone()
-    """The processes of this role's group, for one that learns together with the others; known from `setup` on."""
+    """The processes of this role's group, for one that works together with the others; known from `setup` on."""
     rank = 0
     """Which of the group's processes this is."""
+
+    def meets(self, num_workers: int) -> bool:
+        """Whether so many processes need a process group: to learn as one, or to hold one model in parts."""
+        if self.learns:
+            return num_workers > 1 or self.machines.engine == "deepspeed"
+        return num_workers > 1 and self.machines.zero_stage == 3
+
+    @property
+    def lockstep(self) -> Ranks | None:
+        """The ranks that a model which does not learn is split over, see `alignment.learners.base.per_response`."""
+        return self.ranks if self.ranks.size > 1 and self.machines.zero_stage == 3 else None
 
     def setup(self, peers: Mapping[str, Actor]) -> None:
         """Load models. `peers` are the roles of the same process, set up before this one where possible."""

@@ -180,6 +180,11 @@ def _delta(layer: Any) -> Tensor:
     return (delta.T if layer.fan_in_fan_out else delta).to(layer.lora_B["default"].weight.dtype)
 
 
+def is_split_model(model: nn.Module) -> bool:
+    """Whether several ranks hold parts of its parameters."""
+    return any(is_split(parameter) for parameter in model.parameters())
+
+
 def merged_sizes(model: nn.Module, *, whole: bool = False) -> dict[str, int]:
     """Bytes of each weight that `merged_weights` yields, in its order, without computing any."""
     layers = {f"{name}.weight" for name, _ in _lora_layers(model)}
@@ -198,7 +203,7 @@ def merged_state_dict(model: nn.Module, *, keep: bool = True) -> dict[str, Tenso
     if any(is_quantized(p) for p in model.parameters()):
         # Its state dict has the quantisation constants as well, which mean nothing beside full weights.
         return dict(merged_weights(model, whole=True))
-    on_host = any(is_split(p) for p in model.parameters())
+    on_host = is_split_model(model)
     merged = {}
     for name, tensor in merged_weights(model):
         if keep:

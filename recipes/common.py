@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Protocol, Self, TypeVar
 
-from alignment.config import ClusterConfig, Config, RunConfig
+from alignment.config import ClusterConfig, Config, MicroBatchConfig, RunConfig
 from alignment.config_io import describe, dump_config, load_config
 from alignment.memory import MemoryMeter
 from alignment.run_directory import RunDirectory, trained
@@ -318,12 +318,23 @@ def batch_arithmetic(config: Any, cluster: ClusterConfig) -> str:
     ]
     for role, settings in (("policy", config.policy), ("critic", config.critic)):
         workers = getattr(cluster, role).num_workers
-        micro = -(-ppo.minibatch_size // (settings.micro_batch_size * workers))
-        lines.append(
-            f"{role}: {ppo.minibatch_size} = up to {micro} accumulated micro-batches x {settings.micro_batch_size} "
-            f"x {workers} workers"
-        )
+        longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
+        in_words = _micro_batches_in_words(settings, ppo.minibatch_size, workers, longest, "sequence")
+        lines.append(f"{role}: {ppo.minibatch_size} = {in_words}")
     return "\n".join(lines)
+
+
+def _micro_batches_in_words(settings: MicroBatchConfig, rows: int, workers: int, longest: int, row: str) -> str:
+    """How many forwards a worker accumulates over its share of `rows`, each row of at most `longest` tokens."""
+    limit, share = settings.micro_batch_limit(), -(-rows // workers)
+    size = min(limit.rows or share, share if limit.tokens is None else limit.tokens // longest)
+    # Workers share out tokens, not rows: one with short rows has more of them.
+    count = f"{'up to' if workers == 1 else 'about'} {-(-share // size)} accumulated micro-batches"
+    if limit.tokens is None:
+        return f"{count} x {size} {row}s x {workers} workers"
+    bound = f" and {limit.rows} {row}s" if limit.rows else ""
+    full = f"{limit.tokens // longest} where each {row} has the longest {longest} tokens, more where they are shorter"
+    return f"{count} x at most {limit.tokens} tokens{bound} ({full}) x {workers} workers"
 
 
 def engine_in_words(config: Any, cluster: ClusterConfig) -> str:
@@ -359,12 +370,12 @@ def reward_model_plan(job: Job[Any], num_parameters: int, data: str) -> str:
     """What `--dry-run` prints."""
     from actors.plan import describe_plan, plan_processes
 
-    training = job.config.training
+    training, workers = job.config.training, job.cluster.reward_model.num_workers
+    in_words = _micro_batches_in_words(training, training.batch_size, workers, 2 * job.config.data.max_tokens, "pair")
     return "\n".join(
         [
             f"pairs: {data}; {num_parameters / 1e6:.1f} M parameters",
-            f"{training.batch_size} pairs a step = up to {-(-training.batch_size // training.micro_batch_size)} "
-            f"accumulated micro-batches x {training.micro_batch_size} pairs x 1 worker",
+            f"{training.batch_size} pairs a step = {in_words}",
             describe_plan(plan_processes(job.cluster, ("reward_model",))),
             "dry run: no actor was started",
         ]

@@ -49,7 +49,6 @@ def policy_losses(ranks: Any, folder: str, steps: int = 5) -> dict[str, dict[str
     report = {}
     for name, settings in ENGINES.items():
         for lora in (False, True):
-            print("CASE", ranks.rank, name, lora, flush=True)
             learner = learner_of(ranks, folder, settings, lora=lora)
             rows = [learner.update(experience_of(rollouts_of(11, seed=s)), step=s) for s in range(steps)]
             report[f"{name}, {'LoRA' if lora else 'full'}"] = {"rows": rows, "weights": weights(learner)}
@@ -60,12 +59,13 @@ def learner_of(ranks: Any, folder: str, settings: dict[str, Any], *, lora: bool)
     from alignment import adapters, models
     from alignment.engines.make import make_engine
     from alignment.learners.ppo import PolicyLearner
+    from alignment.packing import MicroBatchLimit
 
     model = models.load_causal_lm(folder)
     if lora:
         adapters.attach_lora(model.model, r=4, alpha=8, seed=1)
     engine = make_engine(model, ranks=ranks, **settings, lr=1e-3, total_updates=20, max_grad_norm=0.5)
-    return PolicyLearner(model, engine, minibatch_size=6, micro_batch_size=2, ppo_epochs=1)
+    return PolicyLearner(model, engine, minibatch_size=6, micro_batch_limit=MicroBatchLimit(rows=2))
 
 
 def weights(learner: Any) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from alignment import adapters, models
 from alignment.engines.torch import TorchEngine
 from alignment.experience import make_experience
 from alignment.learners.ppo import CriticLearner, PolicyLearner
+from alignment.packing import MicroBatchLimit
 from alignment.types import Prompt, Rollout
 
 
@@ -62,13 +63,15 @@ def policy_learner(folder, *, micro_batch_size=4, lora=False, **settings):
         adapters.attach_lora(model.model, r=4, alpha=8, seed=1)
     engine = TorchEngine(model.named_parameters(), lr=1e-3, total_updates=20, max_grad_norm=1e9)
     defaults = {"minibatch_size": 8, "ppo_epochs": 1, "temperature": 0.8}
-    return PolicyLearner(model, engine, micro_batch_size=micro_batch_size, **{**defaults, **settings})
+    return PolicyLearner(
+        model, engine, micro_batch_limit=MicroBatchLimit(rows=micro_batch_size), **{**defaults, **settings}
+    )
 
 
 def critic_learner(folder, *, micro_batch_size=4):
     model = models.load_scalar_model(str(folder), head="random", seed=3)
     engine = TorchEngine(model.named_parameters(), lr=1e-3, total_updates=20, max_grad_norm=1e9)
-    return CriticLearner(model, engine, minibatch_size=8, micro_batch_size=micro_batch_size)
+    return CriticLearner(model, engine, minibatch_size=8, micro_batch_limit=MicroBatchLimit(rows=micro_batch_size))
 
 
 def state(learner):

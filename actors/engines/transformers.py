@@ -97,6 +97,6 @@ class TransformersEngine:
 def probe_logprobs(model: HfModel, ids: Sequence[int]) -> list[float]:
     """log p(ids[t] | ids[:t]) for t >= 1, at temperature 1: the trainer's side of a probe."""
     input_ids = torch.tensor([list(ids)], device=model.device)
-    logits = model.head(model.hidden(input_ids, torch.ones_like(input_ids, dtype=torch.bool)))
+    logits = model.run(lambda own: own.head(own.hidden(input_ids, torch.ones_like(input_ids, dtype=torch.bool))))
     result: list[float] = token_logprobs(logits, input_ids)[0, 1:].tolist()
     return result

@@ -9,7 +9,7 @@ from __future__ import annotations
 from alignment.config.base import Config
 from alignment.config.cluster import ROLES, ClusterConfig, RoleConfig, RolloutRoleConfig
 from alignment.config.data import PreferenceDataConfig, PromptDataConfig, SourceConfig
-from alignment.config.model import AdapterConfig, ModelConfig, OptimizerConfig
+from alignment.config.model import AdapterConfig, MicroBatchConfig, ModelConfig, OptimizerConfig
 from alignment.config.ppo import CriticConfig, KlConfig, PolicyConfig, PpoConfig, PpoRunConfig
 from alignment.config.reward import RewardConfig, RewardFunctionConfig
 from alignment.config.reward_model import RewardModelRunConfig, RewardModelTrainingConfig
@@ -25,6 +25,7 @@ __all__ = [
     "CriticConfig",
     "EvaluationConfig",
     "KlConfig",
+    "MicroBatchConfig",
     "ModelConfig",
     "OptimizerConfig",
     "PolicyConfig",

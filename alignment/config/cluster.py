@@ -21,8 +21,29 @@ class RoleConfig(Config):
     threads_per_worker: Positive | None = None
     """Threads of each worker's matrix products; None shares the machine's cores among this role's workers. Part of
     bitwise reproducibility."""
-    engine: Literal["torch"] = "torch"
-    """How an optimiser step runs."""
+    engine: Literal["torch", "deepspeed"] = "torch"
+    """What splits a model over the ranks, where `zero_stage` says so: torch's FSDP2, or DeepSpeed's ZeRO (the extra
+    `deepspeed`). Results are the same, and so are checkpoints."""
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    """What each worker holds a part of only (Rajbhandari 2020): 0 nothing; 1 optimiser moments and float32 masters; 2
+    gradients too; 3 weights too. torch has 0 (DDP), 2 and 3 (FSDP2; 2 keeps a layer whole between its forward and its
+    backward). Of a model that does not learn, weights are all there is: 3 splits them, by FSDP2."""
+    offload: Literal["none", "optimizer", "all"] = "none"
+    """What DeepSpeed keeps in host memory: masters and moments, or the weights of stage 3 too."""
+
+    @model_validator(mode="after")
+    def _engine_can_split(self) -> RoleConfig:
+        if self.engine == "torch" and self.zero_stage == 1:
+            raise ValueError(
+                "zero_stage: got 1 with engine=torch, expected 0, 2 or 3; set zero_stage: 2, or engine: deepspeed"
+            )
+        least = {"none": 0, "optimizer": 1, "all": 3}[self.offload]
+        if self.offload != "none" and (self.engine != "deepspeed" or self.zero_stage < least):
+            raise ValueError(
+                f"offload: got {self.offload} with engine={self.engine} and zero_stage={self.zero_stage}, expected "
+                f"engine: deepspeed and zero_stage {least} or more; set them, or offload: none"
+            )
+        return self
 
 
 class RolloutRoleConfig(Config):
@@ -117,6 +138,11 @@ class ClusterConfig(Config):
                     f"rollout.num_engines: got {self.rollout.num_engines} with rollout in the group {group} of "
                     "colocate, expected 1: an engine that shares a process with other roles is one; take rollout out "
                     "of the group, or set num_engines: 1"
+                )
+            if "rollout" in group and "policy" in group and self.policy.zero_stage == 3:
+                raise ValueError(
+                    f"policy.zero_stage: got 3 with rollout in the group {group} of colocate, expected at most 2: an "
+                    "engine that uses the policy's own weights needs them whole; take rollout out of the group"
                 )
             if len({getattr(self, role).num_workers for role in group}) > 1:
                 raise ValueError(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from alignment.config.base import Config, Fraction, NonNegative, NonNegativeFloat, Positive, PositiveFloat
+from alignment.packing import Layout, MicroBatchLimit
 
 
 class ModelConfig(Config):
@@ -20,6 +21,10 @@ class ModelConfig(Config):
     """Weights and matrix products; losses are float32 whatever this is. float16 is for inference only."""
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
     """`auto` takes flash-attn when it is installed and the device and dtype fit, else SDPA."""
+    batch_layout: Literal["auto", "padded", "packed"] = "auto"
+    """How the sequences of a micro-batch lie in a forward. `padded`: each in a row as long as the longest. `packed`:
+    end to end in as few rows as hold them, none seeing another; with flash-attn in a single one. `auto` packs where
+    the architecture allows it. A token budget counts what is left to compute."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
 
@@ -91,6 +96,32 @@ class OptimizerConfig(Config):
         if low > high:
             raise ValueError(f"got [{low:g}, {high:g}], expected the lower one first; swap them")
         return bounds
+
+
+class MicroBatchConfig(Config):
+    """What one forward may hold. It decides memory and speed, never a result."""
+
+    default_rows: ClassVar[int] = 4
+
+    micro_batch_size: Positive | None = None
+    """Sequences per forward on one worker, at most. None is 4, and no bound beside max_tokens_per_micro_batch."""
+    max_tokens_per_micro_batch: Positive | None = None
+    """Tokens per forward on one worker, at most: all that it computes, padding included. None does not bound."""
+
+    def micro_batch_limit(self, layout: Layout = "padded") -> MicroBatchLimit:
+        """Both bounds as one value, for a model that lays its rows out like that."""
+        rows, tokens = self.micro_batch_size, self.max_tokens_per_micro_batch
+        unset = self.default_rows if tokens is None else None
+        return MicroBatchLimit(rows=rows or unset, tokens=tokens, layout=layout)
+
+
+def refuse_small_budget(settings: MicroBatchConfig, section: str, needed: int, what: str) -> None:
+    """A forward holds a whole sequence, or a pair of them."""
+    budget = settings.max_tokens_per_micro_batch
+    if budget is not None and budget < needed:
+        raise ValueError(
+            f"{section}.max_tokens_per_micro_batch: got {budget}, expected at least the {needed} of {what}; raise it"
+        )
 
 
 def refuse_float16_training(model: ModelConfig) -> None:

@@ -10,10 +10,12 @@ from alignment.config.base import Config, Fraction, NonNegative, NonNegativeFloa
 from alignment.config.data import PromptDataConfig
 from alignment.config.model import (
     AdapterConfig,
+    MicroBatchConfig,
     ModelConfig,
     OptimizerConfig,
     refuse_adaptive_rate,
     refuse_float16_training,
+    refuse_small_budget,
 )
 from alignment.config.reward import RewardConfig
 from alignment.config.rollout import RolloutConfig, refuse_adapter_on_other_base
@@ -21,18 +23,16 @@ from alignment.config.run import EvaluationConfig, RunConfig
 from alignment.kl_controller import check_horizon
 
 
-class PolicyConfig(Config):
-    """The model that learns."""
+class PolicyConfig(MicroBatchConfig):
+    """The model that learns. Its reference has the same micro-batches."""
 
     adapter: AdapterConfig = AdapterConfig()
     """LoRA or full."""
     optimizer: OptimizerConfig = OptimizerConfig()
     """Its optimiser."""
-    micro_batch_size: Positive = 4
-    """Sequences per forward on one worker."""
 
 
-class CriticConfig(Config):
+class CriticConfig(MicroBatchConfig):
     """The value model: the same backbone with a scalar head that starts at zero."""
 
     path: str | None = None
@@ -43,8 +43,6 @@ class CriticConfig(Config):
     """LoRA or full; the head is always trained."""
     optimizer: OptimizerConfig = OptimizerConfig(lr=2e-5)
     """Its optimiser."""
-    micro_batch_size: Positive = 4
-    """Sequences per forward on one worker."""
     warmup_steps: NonNegative = 0
     """First steps in which the critic learns and the policy does not."""
 
@@ -170,6 +168,14 @@ class PpoRunConfig(Config):
                 f"expected 1 and {sequences}: a second update needs log-probabilities from before the first; "
                 "set them, or one_pass to false"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _micro_batches_hold_a_sequence(self) -> PpoRunConfig:
+        prompt, response = self.data.max_prompt_tokens, self.rollout.max_new_tokens
+        what = f"the longest sequence, data.max_prompt_tokens {prompt} + rollout.max_new_tokens {response}"
+        refuse_small_budget(self.policy, "policy", prompt + response, what)
+        refuse_small_budget(self.critic, "critic", prompt + response, what)
         return self
 
     @model_validator(mode="after")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from pydantic import field_validator, model_validator
 
 from alignment.config.base import Config, FiniteFloat, Fraction, NonNegative, NonNegativeFloat, Positive, PositiveFloat
+from alignment.config.model import MicroBatchConfig
 
 
 class RewardFunctionConfig(Config):
@@ -16,8 +19,10 @@ class RewardFunctionConfig(Config):
     """Factor in the total."""
 
 
-class RewardConfig(Config):
+class RewardConfig(MicroBatchConfig):
     """What scores an answer: a reward model, rule functions, or both, added with weights."""
+
+    default_rows: ClassVar[int] = 8
 
     model: str | None = None
     """Folder or hub name of a sequence-classification model with one label; None uses functions alone."""
@@ -29,8 +34,11 @@ class RewardConfig(Config):
     """Subtract the mean and divide by the standard deviation saved with the reward model, where it has them."""
     functions: tuple[RewardFunctionConfig, ...] = ()
     """Rule rewards."""
-    micro_batch_size: Positive = 8
-    """Sequences per forward."""
+    micro_batch_size: Positive | None = None
+    """Sequences per forward on one worker, at most. None is 8, and no bound beside max_tokens_per_micro_batch."""
+    max_tokens_per_micro_batch: Positive | None = None
+    """Tokens per forward on one worker, at most: all that it computes, padding included; a longer sequence, by the
+    reward model's own tokenizer, is a forward of its own. None does not bound."""
     clip: PositiveFloat | None = None
     """Scores are cut to [-clip, clip]."""
     normalize: bool = False

@@ -8,15 +8,17 @@ from alignment.config.base import Config, NonNegativeFloat, Positive
 from alignment.config.data import PreferenceDataConfig
 from alignment.config.model import (
     AdapterConfig,
+    MicroBatchConfig,
     ModelConfig,
     OptimizerConfig,
     refuse_adaptive_rate,
     refuse_float16_training,
+    refuse_small_budget,
 )
 from alignment.config.run import RunConfig
 
 
-class RewardModelTrainingConfig(Config):
+class RewardModelTrainingConfig(MicroBatchConfig):
     """The Bradley-Terry stage."""
 
     adapter: AdapterConfig = AdapterConfig()
@@ -25,8 +27,11 @@ class RewardModelTrainingConfig(Config):
     """Its optimiser."""
     batch_size: Positive = 8
     """Pairs per optimiser step."""
-    micro_batch_size: Positive = 4
-    """Pairs per forward."""
+    micro_batch_size: Positive | None = None
+    """Pairs per forward on one worker, at most. None is 4, and no bound where max_tokens_per_micro_batch is set."""
+    max_tokens_per_micro_batch: Positive | None = None
+    """Tokens per forward on one worker, at most: of both answers of every pair, padding included. None does not
+    bound."""
     center_coef: NonNegativeFloat = 0.01
     """Weight of the squared sum of the two scores (Eisenstein 2023)."""
 
@@ -51,4 +56,10 @@ class RewardModelRunConfig(Config):
     @model_validator(mode="after")
     def _dtype_can_be_trained(self) -> RewardModelRunConfig:
         refuse_float16_training(self.model)
+        return self
+
+    @model_validator(mode="after")
+    def _micro_batches_hold_a_pair(self) -> RewardModelRunConfig:
+        what = f"the longest pair, twice data.max_tokens {self.data.max_tokens}"
+        refuse_small_budget(self.training, "training", 2 * self.data.max_tokens, what)
         return self

@@ -36,7 +36,7 @@ class Schedule:
             update,
             total_updates=self.total_updates,
             warmup_ratio=self.warmup_ratio,
-            decay=self.decay,  # type: ignore[arg-type]
+            decay=self.decay,
             min_lr_ratio=self.min_lr_ratio,
         )
         return self.lr * factor

@@ -95,7 +95,9 @@ class DeepSpeedEngine(Engine):
         """This rank's float32 masters, as ZeRO lays them out."""
         optimizer = self.engine.optimizer
         flat: list[Tensor] = (
-            optimizer.fp32_partitioned_groups_flat if self.zero_stage == 3 else optimizer.single_partition_of_fp32_groups
+            optimizer.fp32_partitioned_groups_flat
+            if self.zero_stage == 3
+            else optimizer.single_partition_of_fp32_groups
         )
         return flat
 
@@ -182,8 +184,8 @@ def _import_deepspeed(device: str) -> Any:
         import deepspeed
     except ImportError as error:
         raise ValueError(
-            "engine: got deepspeed, which is not installed, expected it or torch; pip install 'raylign[deepspeed]', or "
-            "engine: torch, which splits by FSDP2"
+            "engine: got deepspeed, which is not installed, expected it or torch; pip install "
+            "'raylign[deepspeed]', or engine: torch, which splits by FSDP2"
         ) from error
     deepspeed.utils.logger.setLevel(logging.ERROR)
     deepspeed.init_distributed(dist_backend="gloo" if device == "cpu" else "nccl", dist_init_required=False)

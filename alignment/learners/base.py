@@ -11,6 +11,7 @@ from alignment.batching import micro_batches, rollout_batch, rollout_lengths
 from alignment.distributed import Alone, Ranks
 from alignment.engines.base import Engine
 from alignment.models import CausalModel, idle_output
+from alignment.packing import MicroBatchLimit
 from alignment.types import Rollout
 
 
@@ -69,8 +70,7 @@ def keep_in_step(
     backward: bool = True,
     device: torch.device | str = "cpu",
 ) -> None:
-    """Before this rank's own `num_passes` of a minibatch: agree on a number, and take part, with nothing, in those that
-    others have more."""
+    """Before this rank's own `num_passes` of a minibatch: take part, with nothing, in those that others have more."""
     for _ in range(missing_passes(num_passes, engine.lockstep)):
         output = idle_output(model, device)
         if backward:
@@ -87,7 +87,7 @@ def per_response(
     rollouts: Sequence[Rollout],
     forward: Callable[[Tensor, Tensor, Tensor], Tensor],
     *,
-    micro_batch_size: int,
+    limit: MicroBatchLimit,
     device: torch.device | str = "cpu",
     lockstep: Ranks | None = None,
 ) -> list[Tensor]:
@@ -99,7 +99,7 @@ def per_response(
     """
     results: list[Tensor | None] = [None] * len(rollouts)
     lengths = rollout_lengths(rollouts)
-    batches = micro_batches(torch.arange(len(rollouts)), lengths, micro_batch_size)
+    batches = micro_batches(torch.arange(len(rollouts)), lengths, limit)
     nothing = torch.zeros(1, 2, dtype=torch.int64, device=device)
     for _ in range(missing_passes(len(batches), lockstep)):
         forward(nothing, nothing == 0, nothing == 1)

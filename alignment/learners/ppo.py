@@ -16,6 +16,7 @@ from alignment.engines.base import Engine
 from alignment.learners.base import Tally, keep_in_step, per_response
 from alignment.losses import Metrics, aggregate, ppo_policy_loss, ppo_value_loss
 from alignment.models import CausalModel, response_logprobs, response_values
+from alignment.packing import MicroBatchLimit
 from alignment.rollout_correction import correction_weights, mismatch_metrics, require_match
 from alignment.schedules import KlAdaptiveRate
 from alignment.types import Experience, Rollout
@@ -24,7 +25,7 @@ from alignment.types import Experience, Rollout
 class PolicyLearner:
     """Clipped policy gradient over `ppo_epochs` x minibatches x micro-batches.
 
-    Losses are divided by the minibatch's count of response tokens, so that the micro-batch size changes memory only.
+    Losses are divided by the minibatch's count of response tokens, so that the micro-batches change memory only.
     """
 
     def __init__(
@@ -34,7 +35,7 @@ class PolicyLearner:
         *,
         temperature: float = 1.0,
         minibatch_size: int,
-        micro_batch_size: int,
+        micro_batch_limit: MicroBatchLimit,
         ppo_epochs: int = 1,
         clip_ratio: float = 0.2,
         clip_ratio_high: float | None = None,
@@ -53,7 +54,7 @@ class PolicyLearner:
             logprob_gap_limit: largest mean gap to the sampler that `update_on_policy` accepts.
         """
         self.model, self.engine, self.temperature = model, engine, temperature
-        self.minibatch_size, self.micro_batch_size, self.ppo_epochs = minibatch_size, micro_batch_size, ppo_epochs
+        self.minibatch_size, self.micro_batch_limit, self.ppo_epochs = minibatch_size, micro_batch_limit, ppo_epochs
         self.clip = {"clip_ratio": clip_ratio, "clip_ratio_high": clip_ratio_high, "dual_clip": dual_clip}
         self.entropy_coef, self.kl_stop, self.adaptive_rate = entropy_coef, kl_stop, adaptive_rate
         self.correction, self.logprob_gap_limit = correction, logprob_gap_limit
@@ -66,7 +67,7 @@ class PolicyLearner:
             lambda ids, mask, response: response_logprobs(
                 self.model, ids, mask, response, temperature=self.temperature
             )[0],
-            micro_batch_size=self.micro_batch_size,
+            limit=self.micro_batch_limit,
             device=self.device,
             lockstep=self.engine.lockstep,
         )
@@ -159,7 +160,7 @@ class PolicyLearner:
 
     def _own_micro_batches(self, index: Tensor, lengths: Tensor) -> list[Tensor]:
         """Of the rows of a minibatch that are this rank's."""
-        return micro_batches(own_rows(index, lengths, self.engine.ranks), lengths, self.micro_batch_size)
+        return micro_batches(own_rows(index, lengths, self.engine.ranks), lengths, self.micro_batch_limit)
 
     def _token_count(self, experience: Experience, index: Tensor) -> float:
         return max(float(experience.response_mask[index].sum()), 1.0)
@@ -222,7 +223,7 @@ class CriticLearner:
         engine: Engine,
         *,
         minibatch_size: int,
-        micro_batch_size: int,
+        micro_batch_limit: MicroBatchLimit,
         ppo_epochs: int = 1,
         value_clip: float | None = 0.2,
         vf_coef: float = 1.0,
@@ -230,7 +231,7 @@ class CriticLearner:
         device: torch.device | str = "cpu",
     ) -> None:
         self.model, self.engine = model, engine
-        self.minibatch_size, self.micro_batch_size, self.ppo_epochs = minibatch_size, micro_batch_size, ppo_epochs
+        self.minibatch_size, self.micro_batch_limit, self.ppo_epochs = minibatch_size, micro_batch_limit, ppo_epochs
         self.value_clip, self.vf_coef, self.seed, self.device = value_clip, vf_coef, seed, device
 
     def values(self, rollouts: Sequence[Rollout]) -> list[Tensor]:
@@ -238,7 +239,7 @@ class CriticLearner:
         return per_response(
             rollouts,
             lambda ids, mask, _: response_values(self.model, ids, mask),
-            micro_batch_size=self.micro_batch_size,
+            limit=self.micro_batch_limit,
             device=self.device,
             lockstep=self.engine.lockstep,
         )
@@ -254,7 +255,7 @@ class CriticLearner:
             if count == 0:
                 continue
             tally.begin_minibatch()
-            own = micro_batches(own_rows(index, lengths, self.engine.ranks), lengths, self.micro_batch_size)
+            own = micro_batches(own_rows(index, lengths, self.engine.ranks), lengths, self.micro_batch_limit)
             keep_in_step(self.model, self.engine, len(own), device=self.device)
             for rows in own:
                 batch = _to(experience.rows(rows), self.device)
@@ -293,7 +294,7 @@ class CriticLearner:
         tally.begin_minibatch()
         lengths = rollout_lengths(rollouts)
         index = own_rows(torch.arange(len(rollouts)), lengths, self.engine.ranks)
-        own = micro_batches(index, lengths, self.micro_batch_size)
+        own = micro_batches(index, lengths, self.micro_batch_limit)
         keep_in_step(self.model, self.engine, len(own), device=self.device, backward=count > 0)
         for rows in own:
             chosen = [rollouts[i] for i in rows.tolist()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from alignment.engines.base import Engine
 from alignment.learners.base import Tally, keep_in_step, missing_passes
 from alignment.losses import reward_model_loss
 from alignment.models import CausalModel, idle_output, sequence_scores
+from alignment.packing import MicroBatchLimit
 from alignment.types import PreferencePair
 
 
@@ -24,20 +26,22 @@ class RewardModelLearner:
         model: CausalModel,
         engine: Engine,
         *,
-        micro_batch_size: int,
+        micro_batch_limit: MicroBatchLimit,
         center_coef: float = 0.0,
         device: torch.device | str = "cpu",
     ) -> None:
         self.model, self.engine, self.device = model, engine, device
-        self.micro_batch_size, self.center_coef = micro_batch_size, center_coef
+        self.micro_batch_limit, self.center_coef = micro_batch_limit, center_coef
 
     def update(self, pairs: Sequence[PreferencePair], *, step: int) -> dict[str, float]:
-        """One optimiser step on `pairs`; the loss is the mean over all of them whatever the micro-batch size."""
+        """One optimiser step on `pairs`; the loss is the mean over all of them whatever the micro-batches."""
         tally = Tally(self.engine.ranks)
         tally.begin_minibatch()
-        lengths = torch.tensor([len(p.prompt_ids) + max(len(p.chosen_ids), len(p.rejected_ids)) for p in pairs])
-        rows = own_rows(torch.arange(len(pairs)), lengths, self.engine.ranks)
-        own = micro_batches(rows, lengths, self.micro_batch_size)
+        lengths = torch.tensor(
+            [[len(p.prompt_ids) + len(ids) for ids in (p.chosen_ids, p.rejected_ids)] for p in pairs]
+        )
+        rows = own_rows(torch.arange(len(pairs)), lengths.sum(1), self.engine.ranks)
+        own = micro_batches(rows, lengths, self.micro_batch_limit)
         keep_in_step(self.model, self.engine, len(own), device=self.device)
         for index in own:
             chosen = [pairs[i] for i in index.tolist()]
@@ -53,15 +57,11 @@ class RewardModelLearner:
         return tally.result("reward_model")
 
     @torch.no_grad()
-    def score(self, sequences: Sequence[Sequence[int]], *, micro_batch_size: int | None = None) -> list[float]:
-        """One score per sequence of ids, in the order given."""
-        return score_sequences(
-            self.model,
-            sequences,
-            micro_batch_size=micro_batch_size or 2 * self.micro_batch_size,
-            device=self.device,
-            lockstep=self.engine.lockstep,
-        )
+    def score(self, sequences: Sequence[Sequence[int]]) -> list[float]:
+        """One score per sequence of ids, in the order given. As many a forward as an update's pairs have."""
+        rows = self.micro_batch_limit.rows
+        limit = dataclasses.replace(self.micro_batch_limit, rows=rows and 2 * rows)
+        return score_sequences(self.model, sequences, limit=limit, device=self.device, lockstep=self.engine.lockstep)
 
     def state_dict(self) -> dict[str, Any]:
         return {"engine": self.engine.state_dict()}
@@ -75,14 +75,14 @@ def score_sequences(
     model: CausalModel,
     sequences: Sequence[Sequence[int]],
     *,
-    micro_batch_size: int,
+    limit: MicroBatchLimit,
     device: torch.device | str = "cpu",
     lockstep: Ranks | None = None,
 ) -> list[float]:
     """Scores at the last token of each sequence, in the order given. `lockstep`: as for `per_response`."""
     scores = torch.zeros(len(sequences))
     lengths = torch.tensor([len(s) for s in sequences])
-    batches = micro_batches(torch.arange(len(sequences)), lengths, micro_batch_size)
+    batches = micro_batches(torch.arange(len(sequences)), lengths, limit)
     for _ in range(missing_passes(len(batches), lockstep)):
         idle_output(model, device)
     for index in batches:

@@ -16,6 +16,7 @@ from alignment.engines.torch import TorchEngine
 from alignment.experience import make_experience
 from alignment.learners import ppo as ppo_module
 from alignment.learners.ppo import PolicyLearner
+from alignment.packing import MicroBatchLimit
 
 BETA = 0.5
 PER_PROMPT, STEPS = 48, 120
@@ -59,8 +60,15 @@ def distance_after_training(*, steps=STEPS, mutate_experience=None) -> float:
         betas=(0.9, 0.99),
     )
     batch = NUM_PROMPTS * PER_PROMPT
-    learner = PolicyLearner(policy, engine, minibatch_size=batch, micro_batch_size=batch, ppo_epochs=2, clip_ratio=0.2)
-    frozen = PolicyLearner(reference, engine, minibatch_size=batch, micro_batch_size=batch)
+    learner = PolicyLearner(
+        policy,
+        engine,
+        minibatch_size=batch,
+        micro_batch_limit=MicroBatchLimit(rows=batch),
+        ppo_epochs=2,
+        clip_ratio=0.2,
+    )
+    frozen = PolicyLearner(reference, engine, minibatch_size=batch, micro_batch_limit=MicroBatchLimit(rows=batch))
     generator = torch.Generator().manual_seed(1)
     for step in range(steps):
         drawn = torch.multinomial(policy.answer_logps().exp(), PER_PROMPT, replacement=True, generator=generator)

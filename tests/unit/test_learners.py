@@ -12,6 +12,7 @@ from alignment.engines.torch import TorchEngine
 from alignment.experience import make_experience, reward_rows
 from alignment.learners.reward_model import RewardModelLearner
 from alignment.loops.offline import pair_report, pairs_for_step
+from alignment.packing import MicroBatchLimit
 from alignment.schedules import KlAdaptiveRate
 from alignment.types import PreferencePair
 
@@ -217,7 +218,9 @@ def pairs_of(count):
 def reward_learner(folder, micro_batch_size=4):
     model = models.load_scalar_model(str(folder), head="random", seed=0)
     engine = TorchEngine(model.named_parameters(), lr=3e-3, total_updates=60, max_grad_norm=1e9)
-    return RewardModelLearner(model, engine, micro_batch_size=micro_batch_size, center_coef=0.01)
+    return RewardModelLearner(
+        model, engine, micro_batch_limit=MicroBatchLimit(rows=micro_batch_size), center_coef=0.01
+    )
 
 
 def test_reward_model_gradient_is_that_of_the_whole_batch(tiny):

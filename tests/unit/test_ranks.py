@@ -26,9 +26,11 @@ from alignment.engines.torch import TorchEngine
 from alignment.experience import make_experience
 from alignment.learners.ppo import CriticLearner, PolicyLearner
 from alignment.learners.reward_model import RewardModelLearner
+from alignment.packing import MicroBatchLimit
 from alignment.types import PreferencePair
 
 WORLDS = (2, 3, 4)
+TWO_ROWS = MicroBatchLimit(rows=2)
 
 
 def on_ranks(size: int, work: Callable[[Any], Any]) -> list[Any]:
@@ -50,7 +52,7 @@ def copied(model: models.HfModel) -> models.HfModel:
     """Loading is nothing for several threads at once."""
     inner = copy.deepcopy(model.model)
     pairs = zip(inner.modules(), model.model.modules(), strict=True)
-    return models.HfModel(inner, next(copy_of for copy_of, own in pairs if own is model._head))
+    return models.HfModel(inner, next(copy_of for copy_of, own in pairs if own is model._head), model.layout)
 
 
 def state(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -65,7 +67,7 @@ def policy_update(tiny, **settings):
     def work(ranks):
         model = copied(start)
         engine = TorchEngine(model.named_parameters(), lr=1e-3, total_updates=20, max_grad_norm=0.5, ranks=ranks)
-        learner = PolicyLearner(model, engine, minibatch_size=6, micro_batch_size=2, **settings)
+        learner = PolicyLearner(model, engine, minibatch_size=6, micro_batch_limit=TWO_ROWS, **settings)
         experience = experience_of(rollouts_of(12, seed=3))
         return [learner.update(experience, step=step) for step in range(2)], state(model)
 
@@ -78,7 +80,7 @@ def critic_update(tiny):
     def work(ranks):
         model = copied(start)
         engine = TorchEngine(model.named_parameters(), lr=1e-3, total_updates=20, max_grad_norm=0.5, ranks=ranks)
-        learner = CriticLearner(model, engine, minibatch_size=6, micro_batch_size=2)
+        learner = CriticLearner(model, engine, minibatch_size=6, micro_batch_limit=TWO_ROWS)
         return [learner.update(experience_of(rollouts_of(12, seed=3)), step=0)], state(model)
 
     return work
@@ -95,14 +97,14 @@ def one_pass_update(tiny):
     def work(ranks):
         policy, critic = map(copied, starts)
         engine = TorchEngine(policy.named_parameters(), lr=1e-3, total_updates=20, max_grad_norm=0.5, ranks=ranks)
-        learner = PolicyLearner(policy, engine, minibatch_size=12, micro_batch_size=2)
+        learner = PolicyLearner(policy, engine, minibatch_size=12, micro_batch_limit=TWO_ROWS)
         rollouts = rollouts_of(12, seed=3)
         policy_metrics = learner.update_on_policy(experience_of(rollouts), step=0)
         engine = TorchEngine(critic.named_parameters(), lr=1e-3, total_updates=20, max_grad_norm=0.5, ranks=ranks)
         rewards = [
             torch.linspace(-1, 1, len(r.response_ids)) if i != 1 else torch.empty(0) for i, r in enumerate(rollouts)
         ]
-        values, critic_metrics = CriticLearner(critic, engine, minibatch_size=12, micro_batch_size=2).fit(
+        values, critic_metrics = CriticLearner(critic, engine, minibatch_size=12, micro_batch_limit=TWO_ROWS).fit(
             rollouts, rewards, gamma=1.0, gae_lambda=0.9
         )
         row = {"values": torch.cat(values)}
@@ -125,7 +127,7 @@ def reward_update(tiny):
             )
             for a, b in zip(rollouts_of(7, seed=1), rollouts_of(7, seed=2), strict=True)
         ]
-        return [RewardModelLearner(model, engine, micro_batch_size=2).update(pairs, step=0)], state(model)
+        return [RewardModelLearner(model, engine, micro_batch_limit=TWO_ROWS).update(pairs, step=0)], state(model)
 
     return work
 
@@ -172,7 +174,7 @@ def test_ranks_without_a_row_take_part(tiny):
     def work(ranks):
         model = copied(start)
         engine = TorchEngine(model.named_parameters(), lr=1e-3, total_updates=20, ranks=ranks)
-        learner = PolicyLearner(model, engine, minibatch_size=2, micro_batch_size=2)
+        learner = PolicyLearner(model, engine, minibatch_size=2, micro_batch_limit=TWO_ROWS)
         rollouts = rollouts_of(2, seed=3)
         experience = make_experience(
             rollouts,

@@ -15,6 +15,7 @@ from alignment.engines.torch import TorchEngine
 from alignment.experience import make_experience
 from alignment.learners.ppo import PolicyLearner
 from alignment.losses import ppo_policy_loss
+from alignment.packing import MicroBatchLimit
 from alignment.rollout_correction import GAP, correction_weights, mismatch_metrics, require_match
 
 GARBAGE = [torch.nan, torch.inf, -torch.inf, 1e10]
@@ -250,7 +251,12 @@ def expected_gradient(trainer, behaviour, reward, *, length, correction, one_pas
     trainer = TabularPolicy(trainer.table.detach())
     engine = TorchEngine(trainer.named_parameters(), lr=0.1, total_updates=1)
     learner = PolicyLearner(
-        trainer, engine, minibatch_size=len(rollouts), micro_batch_size=24, clip_ratio=0.2, correction=correction
+        trainer,
+        engine,
+        minibatch_size=len(rollouts),
+        micro_batch_limit=MicroBatchLimit(rows=24),
+        clip_ratio=0.2,
+        correction=correction,
     )
     engine.step = lambda: {"skipped_count": 0.0}
     old = learner.logprobs(rollouts)
