@@ -11,9 +11,17 @@ from pydantic import ValidationError
 from tiny_learners import critic_learner, gradients, policy_learner, rollouts_of
 
 from alignment.batching import micro_batches
-from alignment.config import PolicyConfig, PpoRunConfig, RewardConfig, RewardModelRunConfig, RewardModelTrainingConfig
+from alignment.config import (
+    ClusterConfig,
+    PolicyConfig,
+    PpoRunConfig,
+    RewardConfig,
+    RewardModelRunConfig,
+    RewardModelTrainingConfig,
+)
 from alignment.experience import make_experience
 from alignment.packing import MicroBatchLimit, computed_tokens, pack
+from recipes.common import batch_arithmetic
 
 LAYOUTS = ("padded", "packed", "one_row")
 
@@ -139,6 +147,26 @@ def test_a_budget_without_room_for_the_longest_sequence_is_refused():
     RewardModelRunConfig.model_validate({"training": {"max_tokens_per_micro_batch": 512}})
     with pytest.raises(ValidationError, match=r"training\.max_tokens_per_micro_batch: got 511, .* at least the 512"):
         RewardModelRunConfig.model_validate({"training": {"max_tokens_per_micro_batch": 511}})
+
+
+def test_the_dry_run_says_what_the_budget_comes_to():
+    config = PpoRunConfig.model_validate(
+        {
+            "reward": {"model": "x"},
+            "data": {"max_prompt_tokens": 100},
+            "rollout": {"max_new_tokens": 28},
+            "policy": {"max_tokens_per_micro_batch": 400},
+            "critic": {"micro_batch_size": 5},
+        }
+    )
+    alone = batch_arithmetic(config, ClusterConfig(colocate=()))
+    assert (
+        "policy: 16 = up to 6 accumulated micro-batches x at most 400 tokens (3 where each sequence has the longest "
+        "128 tokens, more where they are shorter) x 1 workers"
+    ) in alone
+    assert "critic: 16 = up to 4 accumulated micro-batches x 5 sequences x 1 workers" in alone
+    many = batch_arithmetic(config, ClusterConfig.model_validate({"colocate": [], "policy": {"num_workers": 4}}))
+    assert "policy: 16 = about 2 accumulated micro-batches" in many
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
