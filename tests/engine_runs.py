@@ -1,4 +1,4 @@
-"""Real processes over gloo: the same few updates under every engine, and what a checkpoint of each holds."""
+"""Real processes over gloo, each one rank: the same few updates under every engine, and what passes between them."""
 
 from __future__ import annotations
 
@@ -11,65 +11,126 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from tiny_learners import experience_of, rollouts_of
 
-ENGINES = {
+from actors.loading import load_trained, save_trained
+from alignment import adapters, checkpoint, models
+from alignment.distributed import Alone, GroupRanks
+from alignment.engines.make import make_engine
+from alignment.learners.ppo import PolicyLearner
+from alignment.packing import MicroBatchLimit
+from alignment.sharding import collect
+
+ENGINES: dict[str, dict[str, Any]] = {
     "ddp": {"engine": "torch", "zero_stage": 0},
-    "fsdp2, weights kept": {"engine": "torch", "zero_stage": 2},
+    "fsdp2, layers kept": {"engine": "torch", "zero_stage": 2},
     "fsdp2": {"engine": "torch", "zero_stage": 3},
     "zero 0": {"engine": "deepspeed", "zero_stage": 0},
     "zero 1": {"engine": "deepspeed", "zero_stage": 1},
     "zero 2": {"engine": "deepspeed", "zero_stage": 2},
     "zero 3": {"engine": "deepspeed", "zero_stage": 3},
+    "zero 2, moments in host memory": {"engine": "deepspeed", "zero_stage": 2, "offload": "optimizer"},
+    "zero 3, all in host memory": {"engine": "deepspeed", "zero_stage": 3, "offload": "all"},
 }
+RELAY = ["zero 3", "fsdp2", "zero 1", "ddp", "zero 2", "fsdp2, layers kept", "zero 0", "zero 3"]
+"""Each pair of neighbours is a run that goes on under another engine."""
 
 
 def on_processes(size: int, work: str, *args: Any, folder: Path) -> list[Any]:
     """`work(ranks, *args)`, a function of this file, on `size` processes; what each returned, through JSON."""
+    folder.mkdir()
     mp.spawn(_member, (size, work, args, str(folder)), nprocs=size)
-    return [json.loads((folder / f"{work}_{rank}.json").read_text()) for rank in range(size)]
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(size)]
 
 
 def _member(rank: int, size: int, work: str, args: tuple[Any, ...], folder: str) -> None:
-    from alignment.distributed import GroupRanks
-    from alignment.models import quiet_transformers
-
-    quiet_transformers()
+    models.quiet_transformers()
     torch.set_num_threads(1)
-    store = dist.FileStore(os.path.join(folder, f"store_{work}"), size)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=datetime.timedelta(seconds=40))
+    store = dist.FileStore(os.path.join(folder, "store"), size)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=datetime.timedelta(seconds=120))
     answer = globals()[work](GroupRanks(dist.group.WORLD), *args)
-    Path(folder, f"{work}_{rank}.json").write_text(json.dumps(answer))
+    Path(folder, f"{rank}.json").write_text(json.dumps(answer))
     dist.destroy_process_group()
 
 
-def policy_losses(ranks: Any, folder: str, steps: int = 5) -> dict[str, dict[str, Any]]:
-    """Loss, KL and gradient norm of each step, and the weights at the end, under every engine, full and LoRA."""
-    from tiny_learners import experience_of, rollouts_of
+def learner_of(ranks: Any, folder: str, engine: str, *, lora: bool, dtype: str = "float32") -> PolicyLearner:
+    model = models.load_causal_lm(folder, dtype=models.DTYPES[dtype])
+    if lora:
+        adapters.attach_lora(model.model, r=4, alpha=8, seed=1)
+    settings = {"lr": 1e-3, "total_updates": 40, "max_grad_norm": 0.5, "weight_decay": 0.1}
+    made = make_engine(model, ranks=ranks, **ENGINES[engine], **settings)
+    # 11 rows in minibatches of 6: shares differ in length and in number, and a rank of three may have none.
+    return PolicyLearner(model, made, minibatch_size=6, micro_batch_limit=MicroBatchLimit(rows=2))
 
+
+def update(learner: PolicyLearner, step: int) -> dict[str, float]:
+    return learner.update(experience_of(rollouts_of(11 if step % 2 else 2, seed=step)), step=step)
+
+
+def weights(learner: PolicyLearner) -> dict[str, Any]:
+    trained = [(name, p) for name, p in learner.model.named_parameters() if p.requires_grad]
+    return {name: tensor.tolist() for name, tensor in collect(trained, keep=True).items()}
+
+
+def policy_updates(ranks: Any, folder: str, engines: list[str], steps: int = 5) -> dict[str, Any]:
+    """Metrics of each step, the log-probabilities after them, and the weights, under each engine, full and LoRA."""
     report = {}
-    for name, settings in ENGINES.items():
+    for engine in engines:
         for lora in (False, True):
-            learner = learner_of(ranks, folder, settings, lora=lora)
-            rows = [learner.update(experience_of(rollouts_of(11, seed=s)), step=s) for s in range(steps)]
-            report[f"{name}, {'LoRA' if lora else 'full'}"] = {"rows": rows, "weights": weights(learner)}
+            learner = learner_of(ranks, folder, engine, lora=lora)
+            rows = [update(learner, step) for step in range(steps)]
+            # As many rollouts as the first rank has, and none on the others: they take part all the same.
+            own = rollouts_of(5, seed=9) if ranks.rank == 0 else []
+            logprobs = torch.cat(learner.logprobs(own)).tolist() if own else learner.logprobs(own)
+            report[f"{engine}, {'LoRA' if lora else 'full'}"] = {
+                "rows": rows,
+                "logprobs": logprobs,
+                "weights": weights(learner),
+            }
     return report
 
 
-def learner_of(ranks: Any, folder: str, settings: dict[str, Any], *, lora: bool) -> Any:
-    from alignment import adapters, models
-    from alignment.engines.make import make_engine
-    from alignment.learners.ppo import PolicyLearner
-    from alignment.packing import MicroBatchLimit
+def relay_of(ranks: Any, folder: str, saved: str, lora: bool) -> list[dict[str, float]]:
+    """Step 0 alone has been saved in `saved`; each engine of the relay makes one more step and hands over."""
+    rows = []
+    for step, engine in enumerate(RELAY, start=1):
+        learner = learner_of(ranks, folder, engine, lora=lora)
+        load_trained(learner.model, learner, Path(saved))
+        rows.append(update(learner, step))
+        ranks.gather("loaded")  # nobody writes while another still reads
+        save_trained(learner.model, learner, Path(saved), folder)
+        ranks.gather("saved")
+    return rows
 
-    model = models.load_causal_lm(folder)
-    if lora:
-        adapters.attach_lora(model.model, r=4, alpha=8, seed=1)
-    engine = make_engine(model, ranks=ranks, **settings, lr=1e-3, total_updates=20, max_grad_norm=0.5)
-    return PolicyLearner(model, engine, minibatch_size=6, micro_batch_limit=MicroBatchLimit(rows=2))
+
+def trips_of(ranks: Any, folder: str, saved: str, lora: bool, dtype: str) -> dict[str, bool]:
+    """Whether what each engine loads from `saved` is what it would save."""
+    expected = checkpoint.load_state(Path(saved) / "learner.pt")["engine"]
+    report = {}
+    for engine in ENGINES:
+        if dtype != "float32" and engine in ("zero 0", "zero 1"):
+            continue  # refused
+        learner = learner_of(ranks, folder, engine, lora=lora, dtype=dtype)
+        load_trained(learner.model, learner, Path(saved))
+        state = learner.engine.state_dict()
+        report[engine] = ranks.rank > 0 or same(state, expected)
+    return report
 
 
-def weights(learner: Any) -> dict[str, Any]:
-    from alignment.sharding import collect
+def same(ours: Any, theirs: Any) -> bool:
+    """Equal to the last bit."""
+    if isinstance(ours, dict):
+        return ours.keys() == theirs.keys() and all(same(ours[key], theirs[key]) for key in ours)
+    return torch.equal(ours, theirs) if isinstance(ours, torch.Tensor) else ours == theirs
 
-    trained = [(name, p) for name, p in learner.model.named_parameters() if p.requires_grad]
-    return {name: tensor.tolist() for name, tensor in collect(trained, keep=True).items()}
+
+def alone(folder: str, saved: Path, steps: int, *, lora: bool, dtype: str = "float32") -> list[dict[str, float]]:
+    """So many steps in one process of plain torch, the first of them saved."""
+    learner = learner_of(Alone(), folder, "ddp", lora=lora, dtype=dtype)
+    rows = []
+    for step in range(steps):
+        rows.append(update(learner, step))
+        if step == 0:
+            saved.mkdir()
+            save_trained(learner.model, learner, saved, folder)
+    return rows

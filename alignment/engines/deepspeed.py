@@ -41,7 +41,7 @@ class DeepSpeedEngine(Engine):
             settings: those of `Schedule`.
 
         Raises:
-            ValueError: stage 0 below float32, for which DeepSpeed has no step that skips what is not finite.
+            ValueError: a stage below 2 for parameters below float32.
         """
         super().__init__(Schedule(**settings), ranks)
         # Stage 2 meets in every backward pass, stage 3 in every forward pass too.
@@ -49,11 +49,8 @@ class DeepSpeedEngine(Engine):
         deepspeed = _import_deepspeed(device)
         self._trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._low = [name for name, p in self._trained.items() if p.dtype.itemsize < 4]
-        if self._low and not zero_stage:
-            raise ValueError(
-                f"zero_stage: got 0 with {self._trained[self._low[0]].dtype}, expected float32 or zero_stage 1 to 3; "
-                "set zero_stage: 1, or engine: torch"
-            )
+        if self._low:
+            refuse_low_stage(zero_stage)
         if zero_stage == 3:
             # `head` reads it outside of the module that owns it.
             deepspeed.zero.register_external_parameter(model, model.head_weight)
@@ -168,6 +165,15 @@ class DeepSpeedEngine(Engine):
             utils.safe_set_local_fp32_param(parameter, part)
         else:
             utils.safe_set_local_optimizer_state(parameter, part, moment)
+
+
+def refuse_low_stage(zero_stage: int) -> None:
+    """Below float32: stages 0 and 1 sum gradients in the narrow dtype, and step on what is not finite."""
+    if zero_stage < 2:
+        raise ValueError(
+            f"zero_stage: got {zero_stage} of engine deepspeed with model.dtype bfloat16, expected 2 or 3, which sum "
+            "gradients in float32; set zero_stage: 2, or engine: torch"
+        )
 
 
 def _import_deepspeed(device: str) -> Any:
