@@ -76,12 +76,13 @@ def _gloo(store: dist.Store, *, rank: int, world_size: int, timeout: timedelta) 
     Gloo's own choice is what the host name resolves to: another network, or a loopback address that other machines
     take for themselves.
     """
+    gloo: Any = dist.ProcessGroupGloo  # whose options the type stubs name otherwise
     if os.environ.get("GLOO_SOCKET_IFNAME"):
-        return dist.ProcessGroupGloo(store, rank, world_size, timeout)
-    options: Any = dist.ProcessGroupGloo._Options()
+        return gloo(store, rank, world_size, timeout)
+    options = gloo._Options()
     options._timeout = timeout
-    options._devices = [dist.ProcessGroupGloo.create_device(hostname=node_address())]
-    return dist.ProcessGroupGloo(store, rank, world_size, options)
+    options._devices = [gloo.create_device(hostname=node_address())]
+    return gloo(store, rank, world_size, options)
 
 
 def join_ranks(meeting: Rendezvous, *, rank: int, store: dist.Store | None) -> GroupRanks:
