@@ -116,15 +116,16 @@ def connect() -> bool:
 
 
 def open_to_others(address: str) -> str | None:
-    """What to say of a cluster at `address`, host:port, that other machines reach without a token; None where all is
-    well. Ray puts RAY_AUTH_MODE into the environment of whoever joins with a token.
+    """What to say of a cluster at `address`, host:port, that other machines reach without a token; None of another.
+
+    Ray puts RAY_AUTH_MODE into the environment of whoever joins with a token.
     """
     host = address.rpartition(":")[0].strip("[]")
     if os.environ.get("RAY_AUTH_MODE", "").lower() == "token" or is_loopback(host):
         return None
     return (
-        f"WARNING: joined {address} without a token: whoever reaches the ports of that cluster can run code on all its "
-        "machines and read what this run reads and writes; start Ray there with RAY_AUTH_MODE=token, see "
+        f"WARNING: joined {address} without a token: whoever reaches the ports of that cluster can run code on all "
+        "its machines and read what this run reads and writes; start Ray there with RAY_AUTH_MODE=token, see "
         "cluster/README.md"
     )
 
