@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import signal
@@ -9,12 +10,15 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 NETWORK = "10.213.77"
 """Of the switch: the machine's own network neither sees nor routes it."""
+
+
+_NUMBERS = itertools.count()
 
 
 def reason_to_skip() -> str | None:
@@ -59,15 +63,20 @@ class Machine:
         done = subprocess.run(["ip", "netns", "pids", self.namespace], capture_output=True, text=True)
         return [int(pid) for pid in done.stdout.split()]
 
+    def ends(self, seconds: float) -> bool:
+        """Whether all that runs on it has ended on its own by then."""
+        deadline = time.monotonic() + seconds
+        while self.processes() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        return not self.processes()
+
     def stop(self) -> None:
         """Kill what runs on it, again until nothing does: a process may start another meanwhile."""
         deadline = time.monotonic() + 30
         while (running := self.processes()) and time.monotonic() < deadline:
             for pid in running:
-                try:
+                with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
-                except ProcessLookupError:
-                    pass
             time.sleep(0.05)
         assert not running, f"{self.namespace}: {running} do not end"
 
@@ -75,7 +84,7 @@ class Machine:
 @contextmanager
 def machines(count: int) -> Iterator[list[Machine]]:
     """`count` machines that reach each other and nothing else. They, and what runs on them, are gone at the end."""
-    prefix = f"rl{os.getpid()}"
+    prefix = f"rl{os.getpid()}x{next(_NUMBERS)}"
     switch = f"{prefix}s"
     with ExitStack() as stack:
         _ip("netns", "add", switch)

@@ -96,8 +96,24 @@ def test_a_job_from_outside_has_the_weights_of_one_process(cluster, inputs, envi
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
     assert "succeeded" in done.stdout
     assert f"joined the Ray cluster at {head.address}:6379" in done.stdout
+    assert "WARNING: joined" not in done.stdout
     listed = head.run(["python", "-c", LIST_ACTORS, f"http://{head.address}:8265"], environment, cwd=ROOT, timeout=60)
     nodes = nodes_of_actors(listed.stdout)
     assert len(set(nodes["PolicyActor_ReferenceActor"])) == 2, "the ranks share a machine: nothing crossed the network"
     assert len(nodes["CriticActor"]) == len(nodes["RolloutActor"]) == 2
     assert largest_difference(tmp_path / "many", one) < 1e-4
+
+
+def test_joining_a_cluster_that_asks_for_no_token_is_loud(environment, tmp_path):
+    if reason := reason_to_skip():
+        pytest.skip(reason)
+    anonymous = {name: value for name, value in environment.items() if not name.startswith("RAY_AUTH")}
+    anonymous |= {"HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    with machines(1) as (head,):
+        start = ["ray", "start", "--head", "--node-ip-address", head.address, "--include-dashboard", "false"]
+        done = head.run([*start, "--object-store-memory", "80000000"], anonymous, cwd=ROOT, timeout=120)
+        assert done.returncode == 0, done.stderr[-2000:]
+        join = ["python", "-c", "from actors.launch import connect; connect()"]
+        joined = head.run(join, {**anonymous, "RAY_ADDRESS": f"{head.address}:6379"}, cwd=ROOT, timeout=120)
+    assert joined.returncode == 0, joined.stderr[-2000:]
+    assert f"WARNING: joined {head.address}:6379 without a token" in joined.stderr
