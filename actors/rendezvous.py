@@ -79,10 +79,25 @@ def join_group(
     if store is None:
         store = dist.TCPStore(meeting.address, meeting.port, is_master=False, timeout=MEETING_TIMEOUT)
     if meeting.backend == "gloo":
-        return dist.ProcessGroupGloo(store, rank, meeting.world_size, timeout), store
+        return _gloo(store, rank=rank, world_size=meeting.world_size, timeout=timeout), store
     options = dist.ProcessGroupNCCL.Options()
     options._timeout = timeout
     return dist.ProcessGroupNCCL(store, rank, meeting.world_size, options), store
+
+
+def _gloo(store: dist.Store, *, rank: int, world_size: int, timeout: timedelta) -> Any:
+    """A gloo group that listens on this node's address in the cluster, or on the interfaces of GLOO_SOCKET_IFNAME.
+
+    Gloo's own choice is what the host name resolves to: another network, or a loopback address that other machines
+    take for themselves.
+    """
+    gloo: Any = dist.ProcessGroupGloo  # whose options the type stubs name otherwise
+    if os.environ.get("GLOO_SOCKET_IFNAME"):
+        return gloo(store, rank, world_size, timeout)
+    options = gloo._Options()
+    options._timeout = timeout
+    options._devices = [gloo.create_device(hostname=node_address())]
+    return gloo(store, rank, world_size, options)
 
 
 def join_ranks(meeting: Rendezvous, *, rank: int, store: dist.Store | None) -> GroupRanks:

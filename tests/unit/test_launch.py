@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from actors.launch import check_address, connect
+from actors.launch import check_address, connect, open_to_others
 from actors.plan import PlacementError
 
 
@@ -64,3 +64,19 @@ def test_connecting_asks_first(monkeypatch):
         monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{closed.getsockname()[1]}")
         with pytest.raises(PlacementError, match="refused"):
             connect()
+
+
+@pytest.mark.parametrize("mode", [None, "disabled"])
+def test_a_cluster_that_others_reach_without_a_token_is_named(monkeypatch, mode):
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    if mode is not None:
+        monkeypatch.setenv("RAY_AUTH_MODE", mode)
+    for address in ("10.0.0.1:6379", "head.example.com:6379", "[2001:db8::1]:6379", "0.0.0.0:6379"):
+        warning = open_to_others(address)
+        assert warning is not None
+        assert address in warning
+        assert "RAY_AUTH_MODE=token" in warning
+    for address in ("127.0.0.1:6379", "127.8.0.1:6379", "[::1]:6379", "localhost:6379"):
+        assert open_to_others(address) is None
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    assert open_to_others("10.0.0.1:6379") is None
