@@ -31,6 +31,7 @@ from actors.build import PpoRoles, ppo_roles
 from actors.engine_pool import Capacity
 from actors.group import ActorGroup, EngineGroup
 from actors.launch import session
+from actors.object_store import Shelf
 from actors.worker import Actor
 from alignment.config import PpoRunConfig
 from alignment.loops.ppo import PpoState, experience_of, score_metrics, shaped_scores
@@ -188,12 +189,12 @@ def prompts_of(count: int) -> list[Prompt]:
 @contextlib.contextmanager
 def started(num_engines: int) -> Iterator[PpoRoles]:
     """The roles, on Ray."""
-    small = {"cpus_per_worker": 0.01, "threads": 1}
+    small: dict[str, Any] = {"cpus_per_worker": 0.01, "threads": 1, "shelf": Shelf()}
     groups: dict[str, ActorGroup] = {
         "rollout": HostedEngines({"rollout": Sampler()}, num_workers=num_engines, **small)
     }  # type: ignore[arg-type]
     for role in ("policy", "critic", "reference", "reward_model"):
-        groups[role] = ActorGroup({role: Reader(role)}, num_workers=WORKERS, **small)  # type: ignore[arg-type]
+        groups[role] = ActorGroup({role: Reader(role)}, num_workers=WORKERS, **small)
     try:
         for group in groups.values():
             processes = list(dict.fromkeys(group.workers))
