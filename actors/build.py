@@ -112,13 +112,18 @@ def reward_training_actors(
     }
 
 
-def ppo_roles(groups: Mapping[str, Group], *, weight_route: RouteChoice = "auto") -> PpoRoles:
+def ppo_roles(
+    groups: Mapping[str, Group],
+    *,
+    weight_route: RouteChoice = "auto",
+    engine_limits: tuple[int, int] | None = None,
+) -> PpoRoles:
     return PpoRoles(
         policy=PolicyHandle(groups["policy"], weight_route),
         critic=CriticHandle(groups["critic"]),
         reference=ReferenceHandle(groups["reference"]),
         reward=RewardHandle(groups["reward_model"]),
-        rollout=RolloutHandle(groups["rollout"]),
+        rollout=RolloutHandle(groups["rollout"], engine_limits),
     )
 
 

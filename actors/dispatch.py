@@ -6,6 +6,7 @@ first. A sample has a seed of its own, so neither shows in the samples.
 
 from __future__ import annotations
 
+import heapq
 import math
 import time
 from collections import deque
@@ -50,16 +51,17 @@ def make_shares(
     order = sorted(range(len(jobs)), key=lambda i: -cost[i])
     num_shares = min(len(jobs), num_engines * math.ceil(len(jobs) / (num_engines * sequences)))
     shares: list[Share] = []
-    left = sum(cost)
-    while order:
-        others = num_shares - len(shares) - 1
+    start, left = 0, sum(cost)
+    while start < len(order):
+        others, remaining = num_shares - len(shares) - 1, len(order) - start
         target, size, tokens = left / (others + 1), 0, 0
         # A sequence belongs to the share that most of it fits into, as far as the others can take what is left.
-        fewest, most = max(1, len(order) - others * sequences), min(sequences, len(order) - others)
-        while size < most and (size < fewest or tokens + cost[order[size]] / 2 <= target):
-            tokens += cost[order[size]]
+        fewest, most = max(1, remaining - others * sequences), min(sequences, remaining - others)
+        while size < most and (size < fewest or tokens + cost[order[start + size]] / 2 <= target):
+            tokens += cost[order[start + size]]
             size += 1
-        chosen, order, left = order[:size], order[size:], left - tokens
+        chosen = order[start : start + size]
+        start, left = start + size, left - tokens
         shares.append(
             Share(
                 positions=chosen,
@@ -90,6 +92,8 @@ class Dispatch:
         """`settings`: what else `RolloutActor.generate` takes."""
         self.pool, self.settings = pool, {"step": step, **settings}
         pool.begin_step(step)
+        pool.note_work(len(prompts) * num_samples)
+        pool.under_way.add(self)
         many = pool.num_engines > 1
         capacity = pool.capacity() if many else Capacity(sequences=0, max_new_tokens=0)
         self._waiting = deque(
@@ -102,6 +106,12 @@ class Dispatch:
             )
         )
         self._calls: list[deque[_Call]] = [deque() for _ in range(pool.num_engines)]
+        self._ahead = [0] * pool.num_engines
+        """Tokens of each engine's calls."""
+        self._room: list[tuple[int, int]] = []
+        """A heap: tokens ahead and rank of the engines with room. An entry whose tokens are others by now is void."""
+        self._held_back = set(range(pool.num_engines))
+        """Engines that were loading their models when they last had room."""
         self._rollouts: dict[int, Rollout] = {}
         self._began = time.monotonic()
         self._seconds = [0.0] * pool.num_engines
@@ -112,16 +122,16 @@ class Dispatch:
         while self._waiting or any(self._calls):
             sampling = [rank for rank, calls in enumerate(self._calls) if calls]
             starting = list(self.pool.starting)
-            done = self.pool.first_done(
-                [self._calls[rank][0].answer for rank in sampling] + [self.pool.starting[rank] for rank in starting]
-            )
-            if done < len(sampling):
-                self._take(sampling[done])
-            else:
-                self.pool.finish_restart(starting[done - len(sampling)])
+            answers = [self._calls[rank][0].answer for rank in sampling]
+            for done in self.pool.done(answers + [self.pool.starting[rank] for rank in starting]):
+                if done < len(sampling):
+                    self._take(sampling[done])
+                else:
+                    self.pool.finish_restart(starting[done - len(sampling)])
             self._send_shares()
         self.pool.note_seconds(self._seconds)
-        self._seconds = [0.0] * self.pool.num_engines
+        self._seconds = [0.0] * len(self._seconds)
+        self.pool.under_way.discard(self)
         return [self._rollouts[i] for i in range(len(self._rollouts))]
 
     def _take(self, rank: int) -> None:
@@ -133,22 +143,30 @@ class Dispatch:
             self._waiting.extendleft(call.share for call in reversed(calls))
             life = calls[0].life
             calls.clear()
+            self._has_room(rank)
             self.pool.restart(rank, error, life=life)
             return
         self._rollouts.update(zip(calls.popleft().share.positions, rollouts, strict=True))
         self._seconds[rank] = time.monotonic() - self._began
+        self._has_room(rank)
+
+    def _has_room(self, rank: int) -> None:
+        self._ahead[rank] = sum(call.share.tokens for call in self._calls[rank])
+        heapq.heappush(self._room, (self._ahead[rank], rank))
 
     def _send_shares(self) -> None:
         """The next share goes to the engine with the fewest tokens ahead of it, until no engine has room."""
-        while self._waiting:
-            room = [
-                rank
-                for rank, calls in enumerate(self._calls)
-                if len(calls) < SHARES_UNDER_WAY and rank not in self.pool.starting
-            ]
-            if not room:
-                return
-            rank = min(room, key=lambda rank: sum(call.share.tokens for call in self._calls[rank]))
+        for rank in self._held_back - self.pool.starting.keys():
+            self._held_back.remove(rank)
+            self._has_room(rank)
+        while self._waiting and self._room:
+            ahead, rank = heapq.heappop(self._room)
+            if ahead != self._ahead[rank] or len(self._calls[rank]) == SHARES_UNDER_WAY:
+                continue
+            if rank in self.pool.starting:
+                self._held_back.add(rank)
+                continue
             share = self._waiting.popleft()
             answer = self.pool.generate(rank, share.prompts, **share.samples, **self.settings)
             self._calls[rank].append(_Call(share=share, answer=answer, life=self.pool.lives[rank]))
+            self._has_room(rank)

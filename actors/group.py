@@ -6,15 +6,19 @@ import copy
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import ray
 from ray.exceptions import RayActorError, RayTaskError
-from ray.util.placement_group import PlacementGroup
+from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from actors.object_store import Shelf, packed
+from actors.placement import Place
 from actors.worker import Actor, ActorDiedError, Host
 from alignment.distributed import balanced_parts
+from alignment.types import Experience
 
 PROCESS_ENVIRONMENT = {
     # Ray runs actor methods off the main thread, whose own arena would give every freed block back to the kernel.
@@ -27,6 +31,13 @@ SILENCE = 60.0
 """Seconds without an answer after which a line on the screen says so, again and again."""
 RESTART_TIMEOUT = 120.0
 """Seconds that a process which died may take to be placed and to exist again; loading its models comes after."""
+
+
+class RayHost(Host):
+    """A host whose answers travel packed."""
+
+    def call(self, role: str, method: str, *args: Any, **kwargs: Any) -> Any:
+        return packed(super().call(role, method, *args, **kwargs))
 
 
 class RefPending:
@@ -88,9 +99,15 @@ class ActorGroup:
         threads: int | None = None,
         takes_turns: bool = False,
         shares_memory: bool = False,
-        placement: PlacementGroup | None = None,
-        bundles: Sequence[int] = (),
+        resources: Mapping[str, float] | None = None,
+        places: Sequence[Place] = (),
+        shelf: Shelf | None = None,
     ) -> None:
+        """
+        Args:
+            places: of each process; without them Ray puts each where there is room.
+            shelf: of all groups that are given the same batches; without it they are sent to each group anew.
+        """
         self.roles, self.num_workers = tuple(actors), num_workers
         self._meets = any(actor.meets(num_workers) for actor in actors.values())
         self._actors = dict(actors)
@@ -98,21 +115,19 @@ class ActorGroup:
         self._options: dict[str, Any] = {
             "num_cpus": cpus_per_worker,
             "num_gpus": gpus_per_worker,
+            "resources": dict(resources or {}),
             "runtime_env": {"env_vars": PROCESS_ENVIRONMENT},
         }
-        self._placement, self._bundles = placement, bundles
-        self.workers: list[Any] = [self._new_worker(rank) for rank in range(num_workers)]
+        self._places: list[Place | None] = list(places) or [None] * num_workers
+        self._shelf = shelf or Shelf()
+        self.workers: list[Any] = [self._new_worker(rank, place) for rank, place in enumerate(self._places)]
 
-    def _new_worker(self, rank: int) -> Any:
-        """A process with the roles, not yet set up, in the bundle of its rank."""
+    def _new_worker(self, rank: int, place: Place | None) -> Any:
+        """A process with the roles, not yet set up."""
         # The class name is what `ray list actors` and the logs show: the roles, not "Host".
         name = "_".join(type(actor).__name__ for actor in self._actors.values())
-        remote: Any = ray.remote(type(name, (Host,), {"__module__": Host.__module__}))
-        strategy = (
-            PlacementGroupSchedulingStrategy(self._placement, placement_group_bundle_index=self._bundles[rank])
-            if self._placement is not None
-            else None
-        )
+        remote: Any = ray.remote(type(name, (RayHost,), {"__module__": RayHost.__module__}))
+        strategy = place and PlacementGroupSchedulingStrategy(place[0], placement_group_bundle_index=place[1])
         options = remote.options(scheduling_strategy=strategy, **self._options)
         return options.remote(self._actors, rank=rank, **self._settings)
 
@@ -135,6 +150,8 @@ class ActorGroup:
 
     def _shared(self, argument: Any) -> Any:
         """In the object store once, not sent with each of several calls."""
+        if isinstance(argument, Experience):
+            return self._shelf.whole(argument)
         return ray.put(argument) if self.num_workers > 1 else argument
 
     def first(self, role: str, method: str, *args: Any, **kwargs: Any) -> RefPending:
@@ -148,7 +165,7 @@ class ActorGroup:
         parts = balanced_parts(lengths or [1] * len(items), self.num_workers)
         # Those that hold a model in parts are all needed, whoever has items.
         busy = [(w, part) for w, part in zip(self.workers, parts, strict=True) if part or not items or self._meets]
-        refs = [worker.call.remote(role, method, [items[i] for i in part], **kwargs) for worker, part in busy]
+        refs = [worker.call.remote(role, method, self._shelf.part(items, part), **kwargs) for worker, part in busy]
         return RefPending(refs, self._name(method, role), parts=[part for _, part in busy])
 
     def stop(self) -> None:
@@ -159,8 +176,73 @@ class ActorGroup:
         return f"{role or '+'.join(self.roles)} actor, {method}"
 
 
+@dataclass(frozen=True, slots=True)
+class Newcomer:
+    """An engine that is started while the others work."""
+
+    worker: Any
+    place: Place
+    loaded: RefPending
+    """Once it has its models."""
+
+
 class EngineGroup(ActorGroup):
-    """Processes that hold nothing that cannot be had again: one that died is started again in its place."""
+    """Processes that hold nothing that cannot be had again: one that died is started again in its place, and their
+    number may change."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._own_places = list(self._places)
+        """Those that were reserved for the whole run, by rank."""
+        self._newcomer: Newcomer | None = None
+
+    def begin_engine(self) -> Newcomer:
+        """Start the engine of the next rank, as soon as the cluster has room: Ray's autoscaler counts a placement
+        group that waits among what it has to find machines for."""
+        rank = self.num_workers
+        place = self._own_places[rank] if rank < len(self._own_places) else None
+        if place is None:
+            bundle = {"CPU": self._options["num_cpus"], "GPU": self._options["num_gpus"], **self._options["resources"]}
+            place = (placement_group([{kind: amount for kind, amount in bundle.items() if amount}]), 0)
+        worker = self._new_worker(rank, place)
+        self._newcomer = Newcomer(worker, place, RefPending([worker.setup.remote()], self._name("setup")))
+        return self._newcomer
+
+    def stage(self, newcomer: Newcomer) -> Literal["waits", "loads", "ready"]:
+        """Whether it has a place, and its models. One that died is ready: `loaded` tells."""
+        if ray.wait(newcomer.loaded.refs, timeout=0)[0]:
+            return "ready"
+        return "loads" if placement_group_table(newcomer.place[0])["state"] == "CREATED" else "waits"
+
+    def admit(self, newcomer: Newcomer) -> None:
+        """From now on it is one of the group."""
+        self.workers.append(newcomer.worker)
+        self._places.append(newcomer.place)
+        self.num_workers += 1
+        self._newcomer = None
+
+    def dismiss(self, newcomer: Newcomer) -> None:
+        """End one that was not admitted."""
+        ray.kill(newcomer.worker)
+        self._give_back(newcomer.place)
+        self._newcomer = None
+
+    def retire(self) -> None:
+        """End the engine of the last rank."""
+        ray.kill(self.workers.pop())
+        self._give_back(self._places.pop())
+        self.num_workers -= 1
+
+    def _give_back(self, place: Place | None) -> None:
+        if place is not None and place not in self._own_places:
+            remove_placement_group(place[0])
+
+    def stop(self) -> None:
+        super().stop()
+        if self._newcomer is not None:
+            self.dismiss(self._newcomer)
+        for place in self._places:
+            self._give_back(place)
 
     def only(self, rank: int) -> EngineGroup:
         """The same, of one process."""
@@ -175,7 +257,7 @@ class EngineGroup(ActorGroup):
             ActorDiedError: the cluster has no room for it any more.
         """
         ray.kill(self.workers[rank])  # an unreachable one may still be there
-        self.workers[rank] = worker = self._new_worker(rank)
+        self.workers[rank] = worker = self._new_worker(rank, self._places[rank])
         placed, _ = ray.wait([worker.pid.remote()], timeout=RESTART_TIMEOUT)
         if not placed:
             raise ActorDiedError(self._name("restart"), f"and found no place again within {RESTART_TIMEOUT:g} s")
@@ -191,11 +273,14 @@ class EngineGroup(ActorGroup):
                 ranks.append(rank)
         return ranks
 
-    def first_done(self, pendings: Sequence[RefPending]) -> int:
-        """Index of a pending of one worker that has its answer, or failed; waits for one."""
-        refs = [pending.refs[0] for pending in pendings]
+    def done(self, pendings: Sequence[RefPending]) -> list[int]:
+        """Indices of the pendings of one worker each that have their answer, or failed; waits for one."""
+        index = {pending.refs[0]: i for i, pending in enumerate(pendings)}
+        refs = list(index)
         began = time.monotonic()
-        while not (ready := ray.wait(refs, num_returns=1, timeout=SILENCE)[0]):
+        while not ray.wait(refs, num_returns=1, timeout=SILENCE)[0]:
             seconds = time.monotonic() - began
             print(f"{'+'.join(self.roles)}: no answer for {seconds:.0f} s, still waiting", file=sys.stderr, flush=True)
-        return refs.index(ready[0])
+        # Asking about all of them for each that is done would cost the square of their number.
+        ready, _ = ray.wait(refs, num_returns=len(refs), timeout=0)
+        return [index[ref] for ref in ready]

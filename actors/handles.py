@@ -69,9 +69,10 @@ class RolloutHandle(Handle):
     role = "rollout"
     _sync_kind: SyncKind | None = None
 
-    def __init__(self, group: Group) -> None:
+    def __init__(self, group: Group, engine_limits: tuple[int, int] | None = None) -> None:
+        """`engine_limits`: the fewest and the most engines, where their number follows the work."""
         super().__init__(group)
-        self.pool = EnginePool(group) if isinstance(group, Engines) else None
+        self.pool = EnginePool(group, engine_limits) if isinstance(group, Engines) else None
 
     def sync_kind(self) -> SyncKind:
         if self._sync_kind is None:
@@ -88,7 +89,8 @@ class RolloutHandle(Handle):
         """A group for each engine, and what tells its process from the one that it replaced."""
         if self.pool is None:
             return [self.group], [0]
-        return [self.pool.group.only(rank) for rank in range(self.pool.num_engines)], list(self.pool.lives)
+        ranks = range(self.pool.num_engines)
+        return [self.pool.group.only(rank) for rank in ranks], [self.pool.lives[rank] for rank in ranks]
 
     def receive(self, send: Callable[[Any], Pending[int]]) -> Pending[int]:
         """Let `send` bring weights to the group it is given: all engines now, and one that has to be started again."""

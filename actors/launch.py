@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 
 from actors.handles import Group
 from actors.local import LocalGroup
-from actors.plan import PlacementError, check_gpus, plan_processes
+from actors.plan import PlacementError, plan_processes
 from actors.worker import Actor
 from alignment.config import ClusterConfig
 
@@ -38,20 +38,17 @@ def local_groups(actors: Mapping[str, Actor], cluster: ClusterConfig) -> Iterato
 
 @contextlib.contextmanager
 def ray_groups(actors: Mapping[str, Actor], cluster: ClusterConfig) -> Iterator[dict[str, Group]]:
-    """Every colocated group as Ray processes inside one placement group; all are gone when the block ends."""
-    import ray
-    from ray.util.placement_group import remove_placement_group
-
+    """Every colocated group as Ray processes in places reserved for them; all are gone when the block ends."""
     from actors.group import ActorGroup, EngineGroup
-    from actors.placement import reserve
+    from actors.object_store import Shelf
+    from actors.placement import reserved
 
     plans = plan_processes(cluster, tuple(actors))
     with session(), contextlib.ExitStack() as stack:
-        check_gpus(plans, ray.cluster_resources().get("GPU", 0.0))
-        placement, bundles = reserve(plans, timeout=cluster.placement_timeout)
-        stack.callback(remove_placement_group, placement)
-        groups: list[ActorGroup] = []
-        for plan, indices in zip(plans, bundles, strict=True):
+        reservation = reserved(plans, placement=cluster.placement, timeout=cluster.placement_timeout)
+        places = stack.enter_context(reservation)
+        shelf, groups = Shelf(), list[ActorGroup]()
+        for plan, own in zip(plans, places, strict=True):
             # An engine beside other roles cannot be started again without them.
             kind = EngineGroup if plan.roles == ("rollout",) else ActorGroup
             group = kind(
@@ -62,8 +59,9 @@ def ray_groups(actors: Mapping[str, Actor], cluster: ClusterConfig) -> Iterator[
                 threads=plan.threads,
                 takes_turns=plan.takes_turns,
                 shares_memory=sum(other.num_workers for other in plans) > 1,
-                placement=placement,
-                bundles=indices,
+                resources=plan.resources,
+                places=own,
+                shelf=shelf,
             )
             stack.callback(group.stop)
             groups.append(group)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from actors.engines import choose_engine
 from actors.worker import LEARNERS
 from alignment.config import ROLES, ClusterConfig, PpoRunConfig
-from alignment.config.cluster import RoleConfig, RolloutRoleConfig
+from alignment.config.cluster import Placement, RoleConfig, RolloutRoleConfig
 
 
 class PlacementError(ValueError):
@@ -25,6 +25,15 @@ class ProcessPlan:
     cpus: float
     gpus: float
     threads: int
+    placement: Placement | None = None
+    """Of these processes by themselves; None: together with all others."""
+    resources: Mapping[str, float] = field(default_factory=dict)
+    """Custom ones, of each."""
+
+    @property
+    def bundle(self) -> dict[str, float]:
+        """What each reserves, under Ray's names."""
+        return {"CPU": self.cpus} | ({"GPU": self.gpus} if self.gpus else {}) | dict(self.resources)
 
     @property
     def takes_turns(self) -> bool:
@@ -53,9 +62,16 @@ def plan_processes(cluster: ClusterConfig, roles: Sequence[str] = ROLES) -> list
                 cpus=sum(s.cpus_per_worker for s in settings),
                 gpus=max(gpus_per_process(s) for s in settings),
                 threads=max(threads_of(s) for s in settings),
+                placement=next((s.placement for s in settings if s.placement), None),
+                resources=_largest([s.resources for s in settings]),
             )
         )
     return plans
+
+
+def _largest(amounts: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Roles of one process are pinned together, so they share what pins them."""
+    return {name: max(one.get(name, 0.0) for one in amounts) for name in sorted(set().union(*amounts))}
 
 
 def threads_of(settings: RoleConfig | RolloutRoleConfig) -> int:
@@ -76,17 +92,19 @@ def gpus_per_process(settings: RoleConfig | RolloutRoleConfig) -> float:
 def describe_plan(plans: Sequence[ProcessPlan]) -> str:
     """A table of processes and what each reserves."""
     rows = [f"{'processes':<40} {'workers':>7} {'cpus':>6} {'gpus':>6} {'threads':>7}"]
-    rows += [f"{' + '.join(p.roles):<40} {p.num_workers:>7} {p.cpus:>6g} {p.gpus:>6g} {p.threads:>7}" for p in plans]
+    for p in plans:
+        where = "".join(f"  {name} {amount:g}" for name, amount in p.resources.items())
+        where += f"  {p.placement}" if p.placement else ""
+        rows.append(f"{' + '.join(p.roles):<40} {p.num_workers:>7} {p.cpus:>6g} {p.gpus:>6g} {p.threads:>7}{where}")
     asked = demand(plans)
     rows.append(f"{'total':<40} {sum(p.num_workers for p in plans):>7} {asked['CPU']:>6g} {asked['GPU']:>6g}")
     return "\n".join(rows)
 
 
 def demand(plans: Sequence[ProcessPlan]) -> dict[str, float]:
-    return {
-        "CPU": round(sum(p.cpus * p.num_workers for p in plans), 6),
-        "GPU": round(sum(p.gpus * p.num_workers for p in plans), 6),
-    }
+    """What all processes reserve together, CPU and GPU first."""
+    names = dict.fromkeys(["CPU", "GPU", *(name for plan in plans for name in plan.bundle)])
+    return {name: round(sum(p.bundle.get(name, 0.0) * p.num_workers for p in plans), 6) for name in names}
 
 
 def check_gpus(plans: Sequence[ProcessPlan], have: float) -> None:

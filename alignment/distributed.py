@@ -7,6 +7,7 @@ rank without a single row takes part like the others.
 
 from __future__ import annotations
 
+import heapq
 import json
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -91,11 +92,11 @@ def balanced_parts(lengths: Sequence[int], parts: int) -> list[list[int]]:
     (Graham 1969). A pure function: every rank computes the same.
     """
     shares: list[list[int]] = [[] for _ in range(parts)]
-    tokens = [0] * parts
+    heap = [(0, 0, part) for part in range(parts)]
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        least = min(range(parts), key=lambda part: (tokens[part], len(shares[part]), part))
+        tokens, count, least = heap[0]
         shares[least].append(i)
-        tokens[least] += lengths[i]
+        heapq.heapreplace(heap, (tokens + lengths[i], count + 1, least))
     return [sorted(share) for share in shares]
 
 

@@ -6,6 +6,7 @@ else is in the batch; `Experience` is the one padded record.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
@@ -105,10 +106,23 @@ class Experience:
     def __len__(self) -> int:
         return self.input_ids.shape[0]
 
+    def __reduce__(self) -> Any:
+        """As arrays, which an object store lends to every process on a machine without a copy. What arrives is
+        therefore for reading alone."""
+        return _of_arrays, tuple(getattr(self, f.name).cpu().numpy() for f in fields(self))
+
     def rows(self, index: Tensor) -> Experience:
         """The chosen rows, cut to their longest sequence. `index` (b,) int64."""
         longest = int(self.attention_mask[index].sum(1).max())
         return Experience(**{f.name: getattr(self, f.name)[index, :longest] for f in fields(self)})
+
+
+def _of_arrays(*arrays: Any) -> Experience:
+    with warnings.catch_warnings():
+        # Of memory that may not be written to.
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        tensors = [torch.from_numpy(array) for array in arrays]
+    return Experience(**{f.name: tensor for f, tensor in zip(fields(Experience), tensors, strict=True)})
 
 
 def pad_rows(rows: list[Tensor], *, value: float | int | bool = 0, length: int | None = None) -> Tensor:

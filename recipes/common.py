@@ -108,7 +108,8 @@ def end_with(name: str, job: Job[Any] | None, error: Exception) -> int:
         _say(f"{name}: refused: {error}")
         return 2
     traceback.print_exception(error)
-    _say(f"{name}: failed: {type(error).__name__}: {error}")
+    where = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
+    _say(f"{name}: failed: {type(error).__name__}: {error}{where}")
     return 1
 
 

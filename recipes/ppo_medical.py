@@ -92,7 +92,8 @@ def run_ppo(job: common.Job[PpoRunConfig]) -> None:
 
     actors = ppo_actors(config, job.cluster, model_path=model.path, critic_path=config.critic.path or model.path)
     with job.groups(actors) as groups:
-        roles = ppo_roles(groups, weight_route=job.cluster.rollout.weight_route)
+        machines = job.cluster.rollout
+        roles = ppo_roles(groups, weight_route=machines.weight_route, engine_limits=machines.engine_limits)
         ends = eos_ids_of_model(start.tokenizer, model.path, model.revision)
         trained = eos_is_trained(start.tokenizer, eos_ids=ends)
         run = common.make_run(directory, config.run, model_path=model.path, eos_is_trained=trained)

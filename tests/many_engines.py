@@ -43,6 +43,8 @@ class FaultyRollout(RolloutActor):
     faults: Path
 
     def setup(self, peers):
+        if self.rank and (self.faults / "no second engine").exists():
+            os.kill(os.getpid(), signal.SIGKILL)
         super().setup(peers)
         self.forwards = 0
         if self.engine_kind == "transformers":
@@ -116,11 +118,11 @@ class Started:
 
 
 @contextlib.contextmanager
-def started_engines(config: PpoRunConfig, faults: Path) -> Iterator[Started]:
-    """`NUM_ENGINES` engines with a thread each, and one process for the other roles."""
+def started_engines(config: PpoRunConfig, faults: Path, num_engines: int = NUM_ENGINES) -> Iterator[Started]:
+    """Engines with a thread each, and one process for the other roles."""
     cluster = ClusterConfig.model_validate(
         {
-            "rollout": {"num_engines": NUM_ENGINES, "threads_per_worker": 1},
+            "rollout": {"num_engines": num_engines, "threads_per_worker": 1},
             "colocate": [["policy", "reference", "critic", "reward_model"]],
         }
     )
@@ -135,13 +137,23 @@ def started_engines(config: PpoRunConfig, faults: Path) -> Iterator[Started]:
 class Training:
     """A run of `train_ppo` with fresh models in the processes that are there."""
 
-    def __init__(self, started: Started, folder: Path) -> None:
+    def __init__(
+        self,
+        started: Started,
+        folder: Path,
+        *,
+        num_steps: int = 3,
+        engine_limits: tuple[int, int] | None = None,
+    ) -> None:
         for pending in [group.start() for group in dict.fromkeys(started.groups.values())]:
             pending.result()
         self.started, self.folder = started, folder
-        self.roles = ppo_roles(started.groups)
+        self.roles = ppo_roles(started.groups, engine_limits=engine_limits)
+        self.num_steps = num_steps
         self.state = PpoState.start(started.config)
-        self.run = Run(RunDirectory(folder / "run"), num_steps=3, checkpoint_every=3, keep_checkpoints=1)
+        self.run = Run(
+            RunDirectory(folder / "run"), num_steps=num_steps, checkpoint_every=num_steps, keep_checkpoints=1
+        )
 
     def up_to(self, num_steps: int) -> None:
         run = self.started.config.run.model_copy(update={"num_steps": num_steps})
@@ -151,7 +163,7 @@ class Training:
 
     def end(self) -> dict[str, bytes]:
         """Every file with trained numbers, and every sample."""
-        self.up_to(3)
+        self.up_to(self.num_steps)
         self.run.close()
         files = [*self.run.store.folder.rglob("*.safetensors"), *self.run.store.folder.rglob("*.pt")]
         assert len(files) == 4

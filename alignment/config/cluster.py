@@ -4,12 +4,34 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import model_validator
+from pydantic import field_validator, model_validator
 
 from alignment.config.base import Config, NonNegativeFloat, Positive, PositiveFloat
 
+Placement = Literal["pack", "spread", "strict_pack"]
+"""Of processes on nodes: on as few as possible, on as many, or all on one."""
 
-class RoleConfig(Config):
+
+class PlacedConfig(Config):
+    """Where the processes of one role go."""
+
+    placement: Placement | None = None
+    """`pack` (as few nodes as possible), `spread` (as many) or `strict_pack` (one) for this role's processes by
+    themselves; None places them together with all others of the run, as the cluster's own `placement` says."""
+    resources: dict[str, PositiveFloat] = {}
+    """Custom Ray resources that each process reserves: they pin a role to the nodes that were started with them."""
+
+    @field_validator("resources")
+    @classmethod
+    def _no_resource_twice(cls, resources: dict[str, float]) -> dict[str, float]:
+        if own := sorted({"CPU", "GPU", "memory", "object_store_memory"} & resources.keys()):
+            raise ValueError(
+                f"got {own}, expected names of custom Ray resources; set cpus_per_worker and gpus_per_worker instead"
+            )
+        return resources
+
+
+class RoleConfig(PlacedConfig):
     """The machines of one role."""
 
     num_workers: Positive = 1
@@ -46,7 +68,7 @@ class RoleConfig(Config):
         return self
 
 
-class RolloutRoleConfig(Config):
+class RolloutRoleConfig(PlacedConfig):
     """The machines of the rollout engines."""
 
     engine: Literal["auto", "transformers", "vllm"] = "auto"
@@ -55,6 +77,10 @@ class RolloutRoleConfig(Config):
     """Engines, each a process with a copy of the weights. They share out the sequences of a step, and one that dies is
     started again; beside other roles in one process there is one engine. On a CPU also set `threads_per_worker` to
     the cores of each: engines that use every core take turns."""
+    min_engines: Positive | None = None
+    """Fewest engines, where their number follows the work; None: `num_engines`, with which a run starts."""
+    max_engines: Positive | None = None
+    """Most engines: one more is started while shares wait, as far as the cluster has room; None: `num_engines`."""
     tensor_parallel_size: Positive = 1
     """GPUs that one engine is split over."""
     cpus_per_worker: PositiveFloat = 0.2
@@ -97,9 +123,24 @@ class RolloutRoleConfig(Config):
             )
         return self
 
+    @model_validator(mode="after")
+    def _starts_within_limits(self) -> RolloutRoleConfig:
+        least, most = self.engine_limits
+        if not least <= self.num_engines <= most:
+            raise ValueError(
+                f"min_engines, num_engines, max_engines: got {least}, {self.num_engines}, {most}, expected them in "
+                "ascending order; num_engines is how many a run starts with"
+            )
+        return self
+
     @property
     def num_workers(self) -> int:
         return self.num_engines
+
+    @property
+    def engine_limits(self) -> tuple[int, int]:
+        """Fewest and most engines; equal where their number is fixed."""
+        return self.min_engines or self.num_engines, self.max_engines or self.num_engines
 
 
 ROLES = ("policy", "critic", "reference", "reward_model", "rollout")
@@ -121,8 +162,11 @@ class ClusterConfig(Config):
     colocate: tuple[tuple[str, ...], ...] = (("policy", "reference"),)
     """Groups of roles that live in one process and share what they can: with LoRA the reference is the policy with
     its adapters off; policy and rollout share one copy of the weights."""
-    placement_timeout: PositiveFloat = 15.0
-    """Seconds to wait for the machines before giving up."""
+    placement: Placement = "pack"
+    """How the processes of all roles go to nodes: `pack` (as few as possible), `spread` (as many) or `strict_pack`
+    (one). A role with a `placement` of its own is left out."""
+    placement_timeout: PositiveFloat = 10.0
+    """Seconds to wait for the machines before giving up; longer where nodes are still to join."""
 
     @model_validator(mode="after")
     def _colocate_names_roles(self) -> ClusterConfig:
@@ -133,11 +177,17 @@ class ClusterConfig(Config):
                 f"colocate: got {self.colocate}, expected each of {ROLES} at most once; correct the groups"
             )
         for group in self.colocate:
-            if "rollout" in group and len(group) > 1 and self.rollout.num_engines > 1:
+            if "rollout" in group and len(group) > 1 and (most := self.rollout.engine_limits[1]) > 1:
+                key = "num_engines" if self.rollout.num_engines > 1 else "max_engines"
                 raise ValueError(
-                    f"rollout.num_engines: got {self.rollout.num_engines} with rollout in the group {group} of "
+                    f"rollout.{key}: got {most} with rollout in the group {group} of "
                     "colocate, expected 1: an engine that shares a process with other roles is one; take rollout out "
-                    "of the group, or set num_engines: 1"
+                    f"of the group, or set {key}: 1"
+                )
+            if len({getattr(self, role).placement for role in group} - {None}) > 1:
+                raise ValueError(
+                    f"colocate: got different placements in {group}, which is one group of processes, expected one; "
+                    "set placement for one of its roles alone"
                 )
             if "rollout" in group and "policy" in group and self.policy.zero_stage == 3:
                 raise ValueError(

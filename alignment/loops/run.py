@@ -26,10 +26,14 @@ class StepLog:
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Time a phase as `timing/name` and show it."""
+        """Time a phase as `timing/name` and show it. An error that leaves it is told where it came up."""
         self._progress.phase(self.step, self.num_steps, name)
         began = time.monotonic()
-        yield
+        try:
+            yield
+        except Exception as error:
+            error.add_note(f"in step {self.step}, {name}")
+            raise
         self.metrics[f"timing/{name}"] = time.monotonic() - began
 
     def close(self) -> dict[str, float]:

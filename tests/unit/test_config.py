@@ -118,6 +118,14 @@ def test_minibatches_divide_a_step(minibatch_size, fits):
             r"rollout\.num_engines: got 2 with roll",
         ),
         ({"rollout": {"num_engines": 2}, "colocate": (("reference", "rollout"),)}, "take rollout out of the group"),
+        (
+            {"rollout": {"max_engines": 2}, "colocate": (("reference", "rollout"),)},
+            r"rollout\.max_engines: got 2 with",
+        ),
+        (
+            {"policy": {"placement": "pack"}, "reference": {"placement": "spread"}},
+            "different placements in .*'reference'",
+        ),
     ],
 )
 def test_colocation_that_cannot_be_is_refused(values, reason):
@@ -136,6 +144,29 @@ def test_colocation_that_cannot_be_is_refused(values, reason):
 def test_an_engine_that_cannot_be_split_is_refused(values, reason):
     with pytest.raises(ValidationError, match=reason):
         ClusterConfig.model_validate({"rollout": {"tensor_parallel_size": 2, **values}})
+
+
+@pytest.mark.parametrize(
+    "values", [{"min_engines": 2}, {"num_engines": 3, "max_engines": 2}, {"min_engines": 3, "max_engines": 2}]
+)
+def test_limits_that_leave_no_number_to_start_with_are_refused(values):
+    with pytest.raises(ValidationError, match=r"min_engines, num_engines, max_engines: got \d, \d, \d, expected them"):
+        ClusterConfig.model_validate({"rollout": values})
+
+
+def test_a_number_of_engines_is_fixed_unless_limits_are_given():
+    def limits(**rollout: int) -> tuple[int, int]:
+        return ClusterConfig.model_validate({"rollout": rollout}).rollout.engine_limits
+
+    assert limits(num_engines=2) == (2, 2)
+    assert limits(num_engines=2, max_engines=4) == (2, 4)
+    assert limits(num_engines=2, min_engines=1) == (1, 2)
+
+
+def test_a_resource_of_ray_itself_is_no_pin():
+    assert ClusterConfig.model_validate({"critic": {"resources": {"gold": 0.5}}}).critic.resources == {"gold": 0.5}
+    with pytest.raises(ValidationError, match=r"got \['GPU'\], expected names of custom Ray resources"):
+        ClusterConfig.model_validate({"critic": {"resources": {"GPU": 1}}})
 
 
 @pytest.mark.parametrize(
