@@ -25,6 +25,8 @@ class ProcessPlan:
     cpus: float
     gpus: float
     threads: int
+    split: bool = False
+    """Whether each holds a part of a model only."""
     placement: Placement | None = None
     """Of these processes by themselves; None: together with all others."""
     resources: Mapping[str, float] = field(default_factory=dict)
@@ -43,8 +45,8 @@ class ProcessPlan:
 
     @property
     def has_ranks(self) -> bool:
-        """Whether its processes are the ranks of a learner."""
-        return self.num_workers > 1 and not LEARNERS.isdisjoint(self.roles)
+        """Whether its processes are the ranks of a learner, or hold a model in parts."""
+        return self.num_workers > 1 and (self.split or not LEARNERS.isdisjoint(self.roles))
 
 
 def plan_processes(cluster: ClusterConfig, roles: Sequence[str] = ROLES) -> list[ProcessPlan]:
@@ -62,6 +64,7 @@ def plan_processes(cluster: ClusterConfig, roles: Sequence[str] = ROLES) -> list
                 cpus=sum(s.cpus_per_worker for s in settings),
                 gpus=max(gpus_per_process(s) for s in settings),
                 threads=max(threads_of(s) for s in settings),
+                split=any(isinstance(s, RoleConfig) and s.zero_stage == 3 for s in settings),
                 placement=next((s.placement for s in settings if s.placement), None),
                 resources=_largest([s.resources for s in settings]),
             )

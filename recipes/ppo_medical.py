@@ -49,6 +49,11 @@ def check(job: common.Job[PpoRunConfig]) -> Start:
     hosts = [role for role in ROLES if role != "reward_model" or job.config.reward.model is not None]
     checks.check_machines(job.cluster, ROLES, local=job.local)
     checks.check_attention(job.config.model, job.cluster, hosts)
+    if not job.local:
+        policy, critic = job.config.policy.adapter, job.config.critic.adapter
+        checks.check_splitting(
+            job.config.model, job.cluster, {"policy": policy, "reference": policy, "critic": critic}
+        )
     check_trackers(job.config.run.trackers)
     choose_engine(job.config.rollout.engine, job.cluster.rollout.engine)
     config = checks.resolve_paths(job.config)

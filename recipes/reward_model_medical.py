@@ -35,6 +35,8 @@ def train(job: common.Job[RewardModelRunConfig]) -> None:
     config = job.config
     checks.check_machines(job.cluster, ("reward_model",), local=job.local)
     checks.check_attention(config.model, job.cluster, ("reward_model",))
+    if not job.local:
+        checks.check_splitting(config.model, job.cluster, {"reward_model": config.training.adapter})
     check_trackers(config.run.trackers)
     model_path = resolve_model(config.model.path, config.model.revision)
     tokenizer = load_tokenizer(model_path, config.model.revision)
