@@ -27,6 +27,7 @@ LAYERS = {
     **dict.fromkeys(["alignment.memory", "alignment.fingerprint", "alignment.quantization"], 1),
     **dict.fromkeys(["alignment.experience", "alignment.models", "alignment.engines", "alignment.checkpoint"], 2),
     **dict.fromkeys(["alignment.learners", "alignment.generation", "alignment.model_checks"], 2),
+    **dict.fromkeys(["alignment.planning", "alignment.plan"], 2),
     "alignment.loops": 3,
     "actors": 4,
     **dict.fromkeys(["recipes", "benchmarks"], 5),
