@@ -169,9 +169,17 @@ def config_shapes(config: RunAnyConfig) -> dict[str, ModelShape]:
 
 
 def this_machine() -> Machines:
-    """The one this runs on; its GPUs are asked for only where torch sees some."""
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GB
-    return Machines(cpus_per_node=float(os.cpu_count() or 1), node_memory_gb=round(memory, 1))
+    """The one this runs on."""
+    import torch
+
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    device = torch.cuda.get_device_properties(0).total_memory / GB if gpus else 80.0
+    return Machines(
+        gpus_per_node=gpus,
+        gpu_memory_gb=round(device, 1),
+        cpus_per_node=float(os.cpu_count() or 1),
+        node_memory_gb=round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GB, 1),
+    )
 
 
 def described(args: argparse.Namespace) -> Machines:

@@ -18,7 +18,8 @@ numbers of the model's dtype unless it says float32:
 | input of down | f | f where it is adapted |
 | between A and B of each adapter | | r each |
 
-Layers below the first adapter keep nothing. With gradient checkpointing every layer keeps its input, d, and one layer
+Layers below the first adapter keep nothing; an adapter on late matrices alone (`down_proj`) also spares most of its
+first layer, which is counted in full. With gradient checkpointing every layer keeps its input, d, and one layer
 at a time keeps the rest. Where a batch has no padding keys and values are not repeated and there is no mask.
 """
 
@@ -64,11 +65,17 @@ def layer_bytes(
     return norms + numbers * width + shape.heads * FLOAT32
 
 
-def outer_bytes(shape: ModelShape, *, width: int, longest: int, r: int = 0, rows: int = 1) -> float:
-    """Bytes per token outside the layers: the last norm, the ids, and once per row sine, cosine and the mask."""
+def outer_bytes(shape: ModelShape, *, width: int, r: int = 0, checkpointing: bool = False) -> float:
+    """Bytes per token outside the layers: the last norm, the ids, sine and cosine.
+
+    Under LoRA the last norm stands in for the first norm of the first adapted layer, which keeps nothing, since no
+    gradient goes below it; a layer that is checkpointed keeps its input all the same.
+    """
     d = shape.hidden
-    norm = 0 if r else (d + 1) * FLOAT32 + d * width
-    return norm + 2 * shape.head_dim * width + (0 if r else 8)
+    rope = 2 * shape.head_dim * width
+    if r:
+        return rope + (d + 1) * FLOAT32 * checkpointing
+    return rope + (d + 1) * FLOAT32 + d * width + 8
 
 
 def saved_bytes(
@@ -90,7 +97,7 @@ def saved_bytes(
     tokens = rows * longest
     targets = shape.targets(target_modules) if r else ()
     one = layer_bytes(shape, width=width, longest=longest, r=r, targets=targets, padded=padded)
-    outer = outer_bytes(shape, width=width, longest=longest, r=r)
+    outer = outer_bytes(shape, width=width, r=r, checkpointing=checkpointing)
     layers = shape.adapted_layers(last_layers) if r else shape.layers
     if checkpointing:
         return tokens * (layers * shape.hidden * width + outer + one)

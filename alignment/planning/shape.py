@@ -148,7 +148,7 @@ def named_shape(name: str) -> ModelShape:
 
 
 def read_shape(path: str, revision: str | None = None) -> ModelShape:
-    """The shape of a model folder or hub model (`asset:NAME` resolved before), from its config.json; no weight is read.
+    """The shape of a model folder or hub model, from its config.json; reads no weight.
 
     Other families than Llama's have their own matrices counted and are otherwise taken for Llamas.
     """

@@ -170,7 +170,8 @@ def speed_table(phases: Mapping[str, float], *, steps: int, gpus: float, rates: 
     lines.append(f"{'step':<28} {step:>10.2f} s")
     hours = step * steps / 3600
     lines.append(
-        f"{steps} steps: {hours:.2f} hours, {hours * gpus:.2f} GPU-hours on {gpus:g} GPUs, at {rates.tflops:g} TFLOP/s "
-        f"x {rates.efficiency:g} and {rates.gbps:g} GB/s; held-out answers, checkpoints and waiting not counted"
+        f"{steps} steps: {hours:.2f} hours, {hours * gpus:.2f} GPU-hours on {gpus:g} GPUs; held-out answers, "
+        "checkpoints and waiting not counted"
     )
+    lines.append(f"at {rates.tflops:.3g} TFLOP/s x {rates.efficiency:g} and {rates.gbps:.3g} GB/s")
     return "\n".join(lines)
