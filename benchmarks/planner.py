@@ -101,9 +101,11 @@ def measure(case: Case, model_path: str) -> dict[str, float]:
 
     group = LocalGroup({case.role: _actor(case, model_path)}, threads=None)
     group.start()
-    call = _reward_model_update(case) if case.role == "reward_model" else _ppo_update(case, group)
+    batch = _pairs(case) if case.role == "reward_model" else _experience(case, group)
+    if case.role == "reward_model":  # one optimiser step an update: the second is the first that has moments
+        group.call(case.role, "update", batch, step=0)
     start = time.perf_counter()
-    group.call(case.role, "update", call, step=0)
+    group.call(case.role, "update", batch, step=1)
     seconds = time.perf_counter() - start
     status = Path("/proc/self/status").read_text().splitlines()
     peak = next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
@@ -134,7 +136,7 @@ def _ids(generator: random.Random, length: int) -> tuple[int, ...]:
     return tuple(generator.randrange(3, 49_000) for _ in range(length))
 
 
-def _ppo_update(case: Case, group: Any) -> Any:
+def _experience(case: Case, group: Any) -> Any:
     """An experience of rollouts of up to `case.tokens` tokens, after a forward pass over them."""
     import torch
 
@@ -173,7 +175,7 @@ def _ppo_update(case: Case, group: Any) -> Any:
     )
 
 
-def _reward_model_update(case: Case) -> Any:
+def _pairs(case: Case) -> Any:
     from alignment.types import PreferencePair
 
     generator = random.Random(0)

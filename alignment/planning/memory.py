@@ -166,6 +166,7 @@ def learner_memory(
     else:
         passing = passing_of_layers(shape, training, micro, width=width)
         spare = HEAP_SHARE * (passing + gradients + logits)
+        spare += file_pages(shape, training, width=width)
     return RoleMemory(
         weights=weights,
         masters=0.0 if training.offload else states[0],
@@ -199,8 +200,19 @@ def passing_of_layers(shape: ModelShape, training: Training, micro: MicroBatch, 
     """What a forward pass allocates and frees between what it keeps: in every layer that keeps something."""
     targets = shape.targets(training.target_modules) if training.r else ()
     one = activations.passing_bytes(shape, rows=micro.rows, longest=micro.longest, width=width, targets=targets)
+    if training.quantization != "none":
+        # Each matrix is multiplied with as numbers of the model's dtype.
+        one += width * sum(matrix.weights for matrix in shape.matrices)
     layers = shape.adapted_layers(training.last_layers) if training.r else shape.layers
     return one * (1 if training.checkpointing else layers)
+
+
+def file_pages(shape: ModelShape, training: Training, *, width: int) -> float:
+    """On a CPU: pages of the model's file that were read to be rounded. They stay mapped beside the embedding, which
+    lies in the same file, and count as resident, though the kernel may drop them."""
+    if training.quantization == "none":
+        return 0.0
+    return width * shape.layers * sum(matrix.weights for matrix in shape.matrices)
 
 
 def scorer_memory(

@@ -104,6 +104,8 @@ def test_four_bits_are_for_the_matrices_of_the_layers():
     quantized = 2 * (TINY_LAYER - 16)
     expected = quantized * (0.5 + 1 / 64 + 1 / 4096) + 4 * (TINY_WEIGHTS - quantized)
     assert weight_bytes(TINY, dtype="float32", quantization="nf4") == expected
+    assert memory.file_pages(TINY, Training(r=1, quantization="nf4"), width=4) == 4 * quantized
+    assert memory.file_pages(TINY, Training(r=1), width=4) == 0
 
 
 def test_cache_by_hand():
