@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from alignment.config import ClusterConfig, Config, PpoRunConfig, RewardModelRunConfig
+from alignment.config import ROLES, ClusterConfig, Config, PpoRunConfig, RewardModelRunConfig
 from alignment.planning.placement import Machines, Placed, place
 from alignment.planning.processes import ProcessMemory, Splitting
 
@@ -94,6 +94,8 @@ def changes(scenario: Scenario) -> Iterator[tuple[str, Change]]:
     if full := [key for key in keys if not getattr(config, key).adapter.r]:
         yield _settings({f"{key}.adapter.r": LORA_RANK for key in full})
     yield _settings({f"{key}.adapter.{name}": value for key in keys for name, value in _qlora(config, key).items()})
+    if shared := [role for role in ROLES if 0 < getattr(scenario.cluster, role).gpus_per_worker < 1]:
+        yield f"gpus_per_worker: 1 for {', '.join(shared)}", _whole_gpus(shared)
     for times in (2, 4, 8):
         yield f"{times} x num_workers of the learners, zero_stage: 3", _more_workers(scenario, times)
     for times in (2, 4, 8):
@@ -134,6 +136,11 @@ def _more_workers(scenario: Scenario, times: int) -> Change:
         return replace(other, cluster=changed(other.cluster, widened), splitting=splitting)
 
     return change
+
+
+def _whole_gpus(roles: list[str]) -> Change:
+    settings = {f"{role}.gpus_per_worker": 1.0 for role in roles}
+    return lambda scenario: replace(scenario, cluster=changed(scenario.cluster, settings))
 
 
 def _more_nodes(nodes: int) -> Change:
