@@ -129,8 +129,7 @@ def ppo_processes(
             cluster,
             group,
             {role: _ppo_role(role, group, config, cluster, shapes, engine, gpu_bytes, splitting) for role in group},
-            adapter=bool(config.policy.adapter.r or config.critic.adapter.r),
-            quantized="nf4" in (config.policy.adapter.quantization, config.critic.adapter.quantization),
+            adapters=[getattr(config, role).adapter for role in ("policy", "critic") if role in group],
         )
         for group in role_groups(cluster, roles)
     ]
@@ -221,12 +220,7 @@ def reward_model_processes(
         scalar_head=True,
         on_gpu=settings.gpus_per_worker > 0,
     )
-    quantized = own.adapter.quantization == "nf4"
-    return [
-        _process(
-            cluster, ("reward_model",), {"reward_model": memory}, adapter=bool(own.adapter.r), quantized=quantized
-        )
-    ]
+    return [_process(cluster, ("reward_model",), {"reward_model": memory}, adapters=[own.adapter])]
 
 
 def _process(
@@ -234,11 +228,14 @@ def _process(
     group: tuple[str, ...],
     roles: Mapping[str, RoleMemory],
     *,
-    adapter: bool,
-    quantized: bool,
+    adapters: Sequence[AdapterConfig],
 ) -> ProcessMemory:
     settings = [getattr(cluster, role) for role in group]
-    bases = {"imports": PROCESS_BASE, "peft": ADAPTER_BASE * adapter, "bitsandbytes": QUANTIZATION_BASE * quantized}
+    bases = {
+        "imports": PROCESS_BASE,
+        "peft": ADAPTER_BASE * any(adapter.r for adapter in adapters),
+        "bitsandbytes": QUANTIZATION_BASE * any(adapter.quantization != "none" for adapter in adapters),
+    }
     return ProcessMemory(
         roles=roles,
         num_workers=settings[0].num_workers,

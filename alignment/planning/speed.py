@@ -173,5 +173,5 @@ def speed_table(phases: Mapping[str, float], *, steps: int, gpus: float, rates: 
         f"{steps} steps: {hours:.2f} hours, {hours * gpus:.2f} GPU-hours on {gpus:g} GPUs; held-out answers, "
         "checkpoints and waiting not counted"
     )
-    lines.append(f"at {rates.tflops:.3g} TFLOP/s x {rates.efficiency:g} and {rates.gbps:.3g} GB/s")
+    lines.append(f"at {rates.tflops:.4g} TFLOP/s x {rates.efficiency:g} and {rates.gbps:.4g} GB/s")
     return "\n".join(lines)
