@@ -44,7 +44,9 @@ class Node:
 
     @property
     def used(self) -> float:
-        return sum(process.host_bytes for process in self.processes)
+        """At the peak: of processes that take turns, one call's memory at a time."""
+        turns = [process.passing for process in self.processes if process.takes_turns]
+        return sum(process.host_bytes for process in self.processes) - sum(turns) + max(turns, default=0.0)
 
     def devices_for(self, process: ProcessMemory) -> list[Device] | None:
         """The GPUs that the process would get, [] where it asks for none, None where there are not enough.

@@ -53,6 +53,8 @@ class ProcessMemory:
     """GPUs that one process' engine is split over."""
     bases: Mapping[str, float] = field(default_factory=dict)
     """Bytes of imports beside the roles."""
+    takes_turns: bool = False
+    """On a CPU: it uses every core and waits for others that do, and gives back what a call has freed."""
 
     @property
     def name(self) -> str:
@@ -61,7 +63,12 @@ class ProcessMemory:
     @property
     def roles_bytes(self) -> float:
         """Models live side by side; calls take turns, so one peak counts."""
-        return sum(m.held for m in self.roles.values()) + max(m.passing for m in self.roles.values())
+        return sum(m.held for m in self.roles.values()) + self.passing
+
+    @property
+    def passing(self) -> float:
+        """The most that a call needs beside what is held between calls."""
+        return max(m.passing for m in self.roles.values())
 
     @property
     def device_bytes(self) -> float:
@@ -243,6 +250,9 @@ def _process(
         gpus=max(gpus_per_process(s) for s in settings),
         parallel=cluster.rollout.tensor_parallel_size if "rollout" in group else 1,
         bases=bases,
+        takes_turns=all(
+            s.num_workers == 1 and not s.gpus_per_worker and s.threads_per_worker is None for s in settings
+        ),
     )
 
 

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from alignment import plan
-from alignment.config import ROLES, ClusterConfig, PpoRunConfig, RewardModelRunConfig
+from alignment.config import ROLES, ClusterConfig, PpoRunConfig, RewardModelRunConfig, RoleConfig
 from alignment.planning import memory, speed
 from alignment.planning.memory import Training, weight_bytes
 from alignment.planning.placement import GB, Machines, place
@@ -81,6 +81,21 @@ def test_what_is_missing_is_named_with_its_size():
     assert placed.missing == [f"policy, critic: {3 + context:.1f} GB missing on GPU 0 of node 0, which has 10"]
     assert placed.short_of == {"policy", "critic"}
     assert place([process_of(0.0, cpus=9)], machines).missing != []
+
+
+def test_calls_that_take_turns_are_not_at_their_peaks_together():
+    small, large = (memory.RoleMemory(weights=4.0 * GB, activations=peak * GB) for peak in (1.0, 3.0))
+
+    def used(**settings):
+        both = [
+            ProcessMemory(roles={name: role}, num_workers=1, cpus=1, gpus=0, **settings)
+            for name, role in (("policy", small), ("critic", large))
+        ]
+        return place(both, Machines(cpus_per_node=2)).nodes[0].used / GB
+
+    assert (used(), used(takes_turns=True)) == (12, 11)
+    turns = {p.name: p.takes_turns for p in processes(config_of(), ClusterConfig(critic=RoleConfig(num_workers=2)))}
+    assert turns == {"policy + reference": True, "critic": False, "reward_model": True, "rollout": True}
 
 
 def scenario(config, *, cluster=None, **machines):
