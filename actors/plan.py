@@ -6,10 +6,10 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from actors.engines import choose_engine
 from actors.worker import LEARNERS
 from alignment.config import ROLES, ClusterConfig, PpoRunConfig
 from alignment.config.cluster import Placement, RoleConfig, RolloutRoleConfig
+from alignment.planning.processes import gpus_per_process, role_groups
 
 
 class PlacementError(ValueError):
@@ -51,11 +51,8 @@ class ProcessPlan:
 
 def plan_processes(cluster: ClusterConfig, roles: Sequence[str] = ROLES) -> list[ProcessPlan]:
     """Colocated roles share a process and add up their reservations; every other role has its own."""
-    groups = [tuple(role for role in group if role in roles) for group in cluster.colocate]
-    colocated = {role for group in groups for role in group}
-    groups = [group for group in groups if group] + [(role,) for role in roles if role not in colocated]
     plans = []
-    for group in groups:
+    for group in role_groups(cluster, roles):
         settings = [getattr(cluster, role) for role in group]
         plans.append(
             ProcessPlan(
@@ -83,13 +80,6 @@ def threads_of(settings: RoleConfig | RolloutRoleConfig) -> int:
     return settings.threads_per_worker or (
         max(1, cores // settings.num_workers) if isinstance(settings, RoleConfig) else cores
     )
-
-
-def gpus_per_process(settings: RoleConfig | RolloutRoleConfig) -> float:
-    """A tensor-parallel engine holds all its GPUs in one process, so on one node."""
-    if isinstance(settings, RolloutRoleConfig):
-        return settings.gpus_per_worker * settings.tensor_parallel_size
-    return settings.gpus_per_worker
 
 
 def describe_plan(plans: Sequence[ProcessPlan]) -> str:
@@ -128,32 +118,6 @@ def check_cpus(plans: Sequence[ProcessPlan], have: float) -> None:
             f"cluster: got CPU asked {asked:g} / have {have:g}, expected room for\n{describe_plan(plans)}\n"
             "lower num_workers or cpus_per_worker in the cluster YAML, or join a cluster that has them (RAY_ADDRESS)"
         )
-
-
-def estimate_memory(config: PpoRunConfig, cluster: ClusterConfig, num_parameters: int) -> str:
-    """GB per process for weights, gradients and AdamW moments; activations of a micro-batch come on top.
-
-    A trained weight costs its own bytes, a gradient and 2 moments in float32, and a float32 master where it is not
-    float32 itself (see `TorchEngine`); a frozen one its own bytes. A four-bit base is counted in full.
-    """
-    width = 4 if config.model.dtype == "float32" else 2
-    master = 0 if width == 4 else 4
-    frozen = num_parameters * width / 1e9
-    learning = num_parameters * (width + 4 + 8 + master) / 1e9
-    trained = {"policy": not config.policy.adapter.r, "critic": not config.critic.adapter.r}
-    embedded = choose_engine(config.rollout.engine, cluster.rollout.engine) == "transformers"
-    lines = []
-    for plan in plan_processes(cluster):
-        total = 0.0
-        for role in plan.roles:
-            shares_policy = "policy" in plan.roles and (
-                (role == "rollout" and embedded) or (role == "reference" and config.policy.adapter.r > 0)
-            )
-            if role == "reward_model" and config.reward.model is None:
-                continue
-            total += 0.0 if shares_policy else learning if trained.get(role) else frozen
-        lines.append(f"memory of {' + '.join(plan.roles):<36} {total:6.2f} GB of weights, gradients and moments each")
-    return "\n".join(lines)
 
 
 def checkpoint_bytes(config: PpoRunConfig, num_parameters: int) -> int:

@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import io
 import json
+import os
 import signal
 import sys
 import time
@@ -348,9 +349,22 @@ def engine_in_words(config: Any, cluster: ClusterConfig) -> str:
     return f"{which} (recipe {config.rollout.engine}, cluster {cluster.rollout.engine})"
 
 
+def memory_plan(job: Job[Any]) -> str:
+    """The memory of every role and process, and whether it fits, where the machine is known to be this one."""
+    from alignment.plan import config_shapes, processes_of, this_machine, verdict
+    from alignment.planning.processes import Splitting, memory_table
+    from alignment.planning.suggest import Scenario
+
+    here = Scenario(config=job.config, cluster=job.cluster, splitting=Splitting(), machines=this_machine())
+    shapes = config_shapes(job.config)
+    if os.environ.get("RAY_ADDRESS") and not job.local:
+        return memory_table(processes_of(here, shapes))
+    return verdict(here, shapes)[1]
+
+
 def ppo_plan(job: Job[Any], num_parameters: int, data: str) -> str:
     """What `--dry-run` prints."""
-    from actors.plan import describe_plan, estimate_memory, plan_processes
+    from actors.plan import describe_plan, plan_processes
 
     reward = job.config.reward.model
     untrained = reward is not None and checks.is_own_reward_model(reward)
@@ -361,7 +375,7 @@ def ppo_plan(job: Job[Any], num_parameters: int, data: str) -> str:
             *([f"{reward} is not there yet: it would be trained first"] if reward and untrained else []),
             batch_arithmetic(job.config, job.cluster),
             describe_plan(plan_processes(job.cluster)),
-            estimate_memory(job.config, job.cluster, num_parameters),
+            memory_plan(job),
             "dry run: no actor was started",
         ]
     )
@@ -378,6 +392,7 @@ def reward_model_plan(job: Job[Any], num_parameters: int, data: str) -> str:
             f"pairs: {data}; {num_parameters / 1e6:.1f} M parameters",
             f"{training.batch_size} pairs a step = {in_words}",
             describe_plan(plan_processes(job.cluster, ("reward_model",))),
+            memory_plan(job),
             "dry run: no actor was started",
         ]
     )

@@ -32,6 +32,7 @@ LAYERS = {
         2,
     ),
     **dict.fromkeys(["alignment.learners", "alignment.generation", "alignment.model_checks"], 2),
+    **dict.fromkeys(["alignment.planning", "alignment.plan"], 2),
     "alignment.loops": 3,
     "actors": 4,
     **dict.fromkeys(["recipes", "benchmarks"], 5),
