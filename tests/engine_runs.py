@@ -53,10 +53,15 @@ def _member(rank: int, size: int, work: str, args: tuple[Any, ...], folder: str)
     dist.destroy_process_group()
 
 
-def learner_of(ranks: Any, folder: str, engine: str, *, lora: bool, dtype: str = "float32") -> PolicyLearner:
+def learner_of(
+    ranks: Any, folder: str, engine: str, *, lora: bool, dtype: str = "float32", checkpointing: bool = False
+) -> PolicyLearner:
     model = models.load_causal_lm(folder, dtype=models.DTYPES[dtype])
     if lora:
-        adapters.attach_lora(model.model, r=4, alpha=8, seed=1)
+        # The layer below has nothing to train, and the backward pass ends above it.
+        adapters.attach_lora(model.model, r=4, alpha=8, last_layers=1, seed=1)
+    if checkpointing:
+        models.enable_gradient_checkpointing(model)
     settings = {"lr": 1e-3, "total_updates": 40, "max_grad_norm": 0.5, "weight_decay": 0.1}
     made = make_engine(model, ranks=ranks, **ENGINES[engine], **settings)
     # 11 rows in minibatches of 6: shares differ in length and in number, and a rank of three may have none.
@@ -72,13 +77,13 @@ def weights(learner: PolicyLearner) -> dict[str, Any]:
     return {name: tensor.tolist() for name, tensor in collect(trained, keep=True).items()}
 
 
-def policy_updates(ranks: Any, folder: str, engines: list[str], steps: int = 5) -> dict[str, Any]:
+def policy_updates(ranks: Any, folder: str, engines: list[str], checkpointing: bool) -> dict[str, Any]:
     """Metrics of each step, the log-probabilities after them, and the weights, under each engine, full and LoRA."""
     report = {}
     for engine in engines:
         for lora in (False, True):
-            learner = learner_of(ranks, folder, engine, lora=lora)
-            rows = [update(learner, step) for step in range(steps)]
+            learner = learner_of(ranks, folder, engine, lora=lora, checkpointing=checkpointing)
+            rows = [update(learner, step) for step in range(5)]
             # As many rollouts as the first rank has, and none on the others: they take part all the same.
             own = rollouts_of(5, seed=9) if ranks.rank == 0 else []
             logprobs = torch.cat(learner.logprobs(own)).tolist() if own else learner.logprobs(own)

@@ -31,8 +31,8 @@ def folder(tmp_path_factory):
     ("cluster", "flags"),
     [
         (EVERY_MODEL_IN_PARTS, []),
-        (EVERY_MODEL_IN_PARTS, ["--policy.adapter.r", "4"]),
-        (ONE_WORKER_WITH_MOMENTS_IN_HOST_MEMORY, []),
+        pytest.param(EVERY_MODEL_IN_PARTS, ["--policy.adapter.r", "4"], marks=pytest.mark.slow),
+        pytest.param(ONE_WORKER_WITH_MOMENTS_IN_HOST_MEMORY, [], marks=pytest.mark.slow),
     ],
     ids=["in parts, full", "in parts, LoRA", "in host memory"],
 )
