@@ -69,6 +69,15 @@ class Change:
     def splits(self) -> bool:
         return any(key.endswith(".zero_stage") for key in self.cluster)
 
+    def includes(self, other: Change) -> bool:
+        """Whether it sets all that `other` does."""
+        same_nodes = other.nodes in (None, self.nodes)
+        return (
+            same_nodes
+            and other.config.items() <= self.config.items()
+            and other.cluster.items() <= self.cluster.items()
+        )
+
     def of(self, scenario: Scenario) -> Scenario:
         """The scenario after it.
 
@@ -106,9 +115,12 @@ def suggestions(scenario: Scenario, count: Count, *, limit: int = 3) -> list[str
     if place(count(scenario), scenario.machines).fits:
         return []
     candidates = list(changes(scenario))
-    alone = [change.words for change in candidates if fits_after(scenario, [change], count)]
+    alone: list[Change] = []
+    for change in candidates:
+        if not any(change.includes(other) for other in alone) and fits_after(scenario, [change], count):
+            alone.append(change)
     if alone:
-        return alone[:limit]
+        return [change.words for change in alone[:limit]]
     # What is split cannot be stored in four bits, so one row is tried with each.
     for tried in (candidates, [change for change in candidates if not change.splits]):
         if row := _row(scenario, tried, count):

@@ -146,6 +146,9 @@ def test_the_first_suggestion_is_the_smallest_change_that_fits(settings, cluster
     words = [change.words for change in tried]
     assert all(fits_after(here, [tried[words.index(one)]], count) for one in found)
     assert not any(fits_after(here, [change], count) for change in tried[: words.index(first)])
+    # What sets more than a change that is enough is no suggestion of its own.
+    settings = [set(one.split(", ")) for one in found]
+    assert not any(one < other for one in settings for other in settings)
 
 
 def test_a_row_of_changes_when_no_single_one_fits():
