@@ -146,9 +146,18 @@ def test_the_first_suggestion_is_the_smallest_change_that_fits(settings, cluster
     words = [change.words for change in tried]
     assert all(fits_after(here, [tried[words.index(one)]], count) for one in found)
     assert not any(fits_after(here, [change], count) for change in tried[: words.index(first)])
-    # What sets more than a change that is enough is no suggestion of its own.
-    settings = [set(one.split(", ")) for one in found]
-    assert not any(one < other for one in settings for other in settings)
+
+
+def test_what_sets_more_than_is_enough_is_no_suggestion_of_its_own():
+    cluster = changed(gpus(num_workers=2), {"reference.num_workers": 2})
+    here = scenario(
+        config_of(model={"dtype": "bfloat16"}), cluster=cluster, gpus_per_node=8, cpus_per_node=8, node_memory_gb=512
+    )
+    enough, more = {"policy.zero_stage": 3, "critic.zero_stage": 3}, {"reference.zero_stage": 3}
+    assert fits_after(here, [Change(cluster={**enough, **more})], count)
+    found = suggestions(here, count)
+    assert found[0] == "policy.zero_stage: 3, critic.zero_stage: 3"
+    assert not any("reference.zero_stage" in words for words in found)
 
 
 def test_a_row_of_changes_when_no_single_one_fits():
