@@ -150,9 +150,8 @@ def test_the_first_suggestion_is_the_smallest_change_that_fits(settings, cluster
 
 def test_what_sets_more_than_is_enough_is_no_suggestion_of_its_own():
     cluster = changed(gpus(num_workers=2), {"reference.num_workers": 2})
-    here = scenario(
-        config_of(model={"dtype": "bfloat16"}), cluster=cluster, gpus_per_node=8, cpus_per_node=8, node_memory_gb=512
-    )
+    config = config_of(model={"dtype": "bfloat16"})
+    here = scenario(config, cluster=cluster, gpus_per_node=8, gpu_memory_gb=68, cpus_per_node=8, node_memory_gb=512)
     enough, more = {"policy.zero_stage": 3, "critic.zero_stage": 3}, {"reference.zero_stage": 3}
     assert fits_after(here, [Change(cluster={**enough, **more})], count)
     found = suggestions(here, count)
