@@ -21,7 +21,6 @@ from alignment.config_io import load_config
 from alignment.planning.placement import Machines, place, placement_table
 from alignment.planning.processes import (
     ProcessMemory,
-    Splitting,
     memory_table,
     ppo_processes,
     reward_model_processes,
@@ -68,10 +67,6 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--gpu-memory-gb", type=float, default=here.gpu_memory_gb)
     made.add_argument("--cpus-per-node", type=float, default=here.cpus_per_node)
     made.add_argument("--node-memory-gb", type=float, default=here.node_memory_gb)
-    made.add_argument(
-        "--zero-stage", type=int, default=0, choices=range(4), help="how the ranks of a learner share it"
-    )
-    made.add_argument("--offload", action="store_true", help="the optimiser lives in the host's memory")
     made.add_argument("--calibrate", action="store_true", help="measure this machine's rates, a few seconds")
     made.add_argument("--gpu", choices=sorted(KNOWN), help="take the rates of a known GPU")
     made.add_argument("--matmul-tflops", type=float, help="rate of matrix products of one GPU (or CPU)")
@@ -87,14 +82,13 @@ def plan(args: argparse.Namespace, overrides: list[str]) -> int:
     scenario = Scenario(
         config=config,
         cluster=cluster,
-        splitting=Splitting(zero_stage=args.zero_stage, offload=args.offload),
         machines=described(args),
     )
     print(f"{shapes['policy'].num_parameters() / 1e6:.1f} M parameters, {config.model.dtype}")
     fits, text = verdict(scenario, shapes)
     print(text)
     if (rates := rates_of(args, config, cluster, shapes)) is not None and isinstance(config, PpoRunConfig):
-        phases = phase_seconds(config, cluster, shapes, rates, splitting=scenario.splitting)
+        phases = phase_seconds(config, cluster, shapes, rates)
         gpus = sum(p.gpus * p.num_workers for p in processes_of(scenario, shapes))
         print(speed_table(phases, steps=config.run.num_steps, gpus=gpus, rates=rates))
     return 0 if fits else 2
@@ -116,14 +110,13 @@ def verdict(scenario: Scenario, shapes: Mapping[str, ModelShape]) -> tuple[bool,
 def processes_of(scenario: Scenario, shapes: Mapping[str, ModelShape]) -> list[ProcessMemory]:
     config, cluster = scenario.config, scenario.cluster
     if isinstance(config, RewardModelRunConfig):
-        return reward_model_processes(config, cluster, shapes["policy"], splitting=scenario.splitting)
+        return reward_model_processes(config, cluster, shapes["policy"])
     return ppo_processes(
         config,
         cluster,
         shapes,
         engine=sampling_engine(config, cluster),
         gpu_bytes=scenario.machines.gpu_memory_gb * GB,
-        splitting=scenario.splitting,
     )
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from alignment.config import AdapterConfig, ClusterConfig, ModelConfig, PpoRunConfig, RewardConfig
+from alignment.config.splitting import refuse_splitting
 from alignment.config_io import diff_configs, read_yaml
 
 if TYPE_CHECKING:
@@ -153,24 +154,14 @@ def check_splitting(model: ModelConfig, cluster: ClusterConfig, adapters: Mappin
     """Refuse what a role's engine cannot split over its workers. `adapters`: of each role that may be split."""
     import importlib.util
 
-    from alignment.engines.deepspeed import refuse_low_stage
-
     for role, adapter in adapters.items():
         machines = getattr(cluster, role)
-        if machines.engine == "deepspeed" and role != "reference":
-            if importlib.util.find_spec("deepspeed") is None:
-                raise ValueError(
-                    f"{role}.engine: got deepspeed, which is not installed, expected it or torch; "
-                    "pip install 'raylign[deepspeed]', or engine: torch, which splits by FSDP2"
-                )
-            if model.dtype != "float32":
-                refuse_low_stage(machines.zero_stage)
-        if adapter.quantization != "none" and (machines.zero_stage or machines.engine == "deepspeed"):
+        if machines.engine == "deepspeed" and role != "reference" and importlib.util.find_spec("deepspeed") is None:
             raise ValueError(
-                f"{role}.zero_stage: got {machines.zero_stage} of engine {machines.engine} with adapter.quantization "
-                f"{adapter.quantization}, expected 0 of engine torch: weights of four bits are not split; let "
-                "every worker hold all of them, an eighth of float32"
+                f"{role}.engine: got deepspeed, which is not installed, expected it or torch; "
+                "pip install 'raylign[deepspeed]', or engine: torch, which splits by FSDP2"
             )
+        refuse_splitting(role, machines, adapter, dtype=model.dtype)
 
 
 def check_reward_functions(reward: RewardConfig, prompts: Iterable[Prompt]) -> None:

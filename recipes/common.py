@@ -9,7 +9,6 @@ import argparse
 import contextlib
 import io
 import json
-import os
 import signal
 import sys
 import time
@@ -19,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Protocol, Self, TypeVar
 
-from alignment.config import ClusterConfig, Config, MicroBatchConfig, RunConfig
+from alignment.config import ClusterConfig, Config, RunConfig
 from alignment.config_io import describe, dump_config, load_config
 from alignment.memory import MemoryMeter
 from alignment.run_directory import RunDirectory, trained
@@ -306,96 +305,6 @@ def write_summary(job: Job[Any], directory: RunDirectory, held_out: Mapping[str,
     if held_out:
         print("\n".join(lines))
     print(f"wrote {directory.path}/summary.json, model in {directory.final}", flush=True)
-
-
-def batch_arithmetic(config: Any, cluster: ClusterConfig) -> str:
-    """One line per role: what the batch words come to."""
-    ppo = config.ppo
-    sequences = ppo.rollout_batch_size * ppo.num_samples_per_prompt
-    updates = sequences // ppo.minibatch_size
-    lines = [
-        f"{ppo.rollout_batch_size} prompts x {ppo.num_samples_per_prompt} samples = {sequences} sequences a step",
-        f"{sequences} sequences = {updates} minibatches x {ppo.minibatch_size}, {ppo.ppo_epochs} epochs: "
-        f"{updates * ppo.ppo_epochs} optimiser steps a step, {updates * ppo.ppo_epochs * config.run.num_steps} in all",
-    ]
-    for role, settings in (("policy", config.policy), ("critic", config.critic)):
-        workers = getattr(cluster, role).num_workers
-        longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
-        in_words = _micro_batches_in_words(settings, ppo.minibatch_size, workers, longest, "sequence")
-        lines.append(f"{role}: {ppo.minibatch_size} = {in_words}")
-    return "\n".join(lines)
-
-
-def _micro_batches_in_words(settings: MicroBatchConfig, rows: int, workers: int, longest: int, row: str) -> str:
-    """How many forwards a worker accumulates over its share of `rows`, each row of at most `longest` tokens."""
-    limit, share = settings.micro_batch_limit(), -(-rows // workers)
-    size = min(limit.rows or share, share if limit.tokens is None else limit.tokens // longest)
-    # Workers share out tokens, not rows: one with short rows has more of them.
-    count = f"{'up to' if workers == 1 else 'about'} {-(-share // size)} accumulated micro-batches"
-    if limit.tokens is None:
-        return f"{count} x {size} {row}s x {workers} workers"
-    bound = f" and {limit.rows} {row}s" if limit.rows else ""
-    full = f"{limit.tokens // longest} where each {row} has the longest {longest} tokens, more where they are shorter"
-    return f"{count} x at most {limit.tokens} tokens{bound} ({full}) x {workers} workers"
-
-
-def engine_in_words(config: Any, cluster: ClusterConfig) -> str:
-    """What samples, and by which settings it was chosen."""
-    from actors.engines import choose_engine
-    from actors.engines.vllm_compat import installed
-
-    kind = choose_engine(config.rollout.engine, cluster.rollout.engine)
-    which = f"vLLM {installed()}" if kind == "vllm" else "transformers"
-    return f"{which} (recipe {config.rollout.engine}, cluster {cluster.rollout.engine})"
-
-
-def memory_plan(job: Job[Any]) -> str:
-    """The memory of every role and process, and whether it fits, where the machine is known to be this one."""
-    from alignment.plan import config_shapes, processes_of, this_machine, verdict
-    from alignment.planning.processes import Splitting, memory_table
-    from alignment.planning.suggest import Scenario
-
-    here = Scenario(config=job.config, cluster=job.cluster, splitting=Splitting(), machines=this_machine())
-    shapes = config_shapes(job.config)
-    if os.environ.get("RAY_ADDRESS") and not job.local:
-        return memory_table(processes_of(here, shapes))
-    return verdict(here, shapes)[1]
-
-
-def ppo_plan(job: Job[Any], num_parameters: int, data: str) -> str:
-    """What `--dry-run` prints."""
-    from actors.plan import describe_plan, plan_processes
-
-    reward = job.config.reward.model
-    untrained = reward is not None and checks.is_own_reward_model(reward)
-    return "\n".join(
-        [
-            f"prompts: {data}; {num_parameters / 1e6:.1f} M parameters",
-            f"rollout engine: {engine_in_words(job.config, job.cluster)}",
-            *([f"{reward} is not there yet: it would be trained first"] if reward and untrained else []),
-            batch_arithmetic(job.config, job.cluster),
-            describe_plan(plan_processes(job.cluster)),
-            memory_plan(job),
-            "dry run: no actor was started",
-        ]
-    )
-
-
-def reward_model_plan(job: Job[Any], num_parameters: int, data: str) -> str:
-    """What `--dry-run` prints."""
-    from actors.plan import describe_plan, plan_processes
-
-    training, workers = job.config.training, job.cluster.reward_model.num_workers
-    in_words = _micro_batches_in_words(training, training.batch_size, workers, 2 * job.config.data.max_tokens, "pair")
-    return "\n".join(
-        [
-            f"pairs: {data}; {num_parameters / 1e6:.1f} M parameters",
-            f"{training.batch_size} pairs a step = {in_words}",
-            describe_plan(plan_processes(job.cluster, ("reward_model",))),
-            memory_plan(job),
-            "dry run: no actor was started",
-        ]
-    )
 
 
 def compare_items(before: Mapping[str, Any], after: Mapping[str, Any], seed: int) -> dict[str, Any]:

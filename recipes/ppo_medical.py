@@ -25,7 +25,7 @@ from alignment.loops.evaluation import HeldOut, answer_table, compare, evaluate
 from alignment.loops.ppo import PpoState, stop_on_blow_up, train_ppo, train_ppo_one_pass
 from alignment.loops.run import Run
 from alignment.metrics import check_trackers
-from recipes import checks, common, reward_model_medical
+from recipes import checks, common, planning, reward_model_medical
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -84,10 +84,10 @@ def run_ppo(job: common.Job[PpoRunConfig]) -> None:
     config, model = start.config, start.config.model
     if job.dry_run:
         checks.check_start(job)
-        print(common.ppo_plan(job, start.num_parameters, start.prompts.summary()))
+        print(planning.ppo_plan(job, start.num_parameters, start.prompts.summary()))
         return
     print(f"prompts: {start.prompts.summary()}", flush=True)
-    print(f"rollout engine: {common.engine_in_words(config, job.cluster)}", flush=True)
+    print(f"rollout engine: {planning.engine_in_words(config, job.cluster)}", flush=True)
     space = checkpoint_bytes(config, start.num_parameters)
     directory, resume_from = common.open_run_directory(job, num_bytes=space)
     if start.upstream is not None:

@@ -24,7 +24,7 @@ from alignment.loops.offline import pair_report, train_reward_model
 from alignment.metrics import check_trackers
 from alignment.model_checks import check_model
 from alignment.types import PreferencePair
-from recipes import checks, common
+from recipes import checks, common, planning
 
 Scores = list[tuple[float, float]]
 NUM_STANDARD = 64
@@ -54,7 +54,7 @@ def train(job: common.Job[RewardModelRunConfig]) -> None:
     )
     if job.dry_run:
         checks.check_start(job)
-        print(common.reward_model_plan(job, num_parameters, pairs.summary()))
+        print(planning.reward_model_plan(job, num_parameters, pairs.summary()))
         return
     print(f"pairs: {pairs.summary()}", flush=True)
     directory, resume_from = common.open_run_directory(job)

@@ -133,6 +133,36 @@ def most_alive(learner: PolicyLearner) -> int:
     return most
 
 
+def bytes_of_ranks(ranks: Any, folder: str, dtype: str) -> dict[str, dict[str, int]]:
+    """What this rank holds after an update under each engine: weights, masters and moments."""
+    report = {}
+    for engine in ENGINES:
+        if dtype != "float32" and engine in ("zero 0", "zero 1"):
+            continue  # refused
+        learner = learner_of(ranks, folder, engine, lora=False, dtype=dtype)
+        update(learner, 1)
+        made: Any = learner.engine
+        if hasattr(made, "_masters"):
+            masters, optimizer = list(made._masters.values()), made.optimizer
+        else:
+            masters = made._flat_parts() if made.zero_stage else []
+            optimizer = made.engine.optimizer.optimizer if made.zero_stage else made.engine.optimizer
+        moments = [state[key] for state in optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")]
+        parameters = list(learner.model.parameters())
+        report[engine] = {
+            name: sum(_part(tensor).nbytes for tensor in tensors)
+            for name, tensors in (("weights", parameters), ("masters", masters), ("moments", moments))
+        }
+    return report
+
+
+def _part(tensor: Any) -> torch.Tensor:
+    """What of a parameter is in this process."""
+    if hasattr(tensor, "ds_tensor"):
+        tensor = tensor.ds_tensor
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
 def same(ours: Any, theirs: Any) -> bool:
     """Equal to the last bit."""
     if isinstance(ours, dict):

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from alignment.config.splitting import refuse_low_stage
 from alignment.distributed import Ranks
 from alignment.engines.base import Engine, Schedule
 from alignment.engines.torch import MOMENTS, load_torch_state, make_adamw, torch_state
@@ -165,15 +166,6 @@ class DeepSpeedEngine(Engine):
             utils.safe_set_local_fp32_param(parameter, part)
         else:
             utils.safe_set_local_optimizer_state(parameter, part, moment)
-
-
-def refuse_low_stage(zero_stage: int) -> None:
-    """Below float32: stages 0 and 1 sum gradients in the narrow dtype, and step on what is not finite."""
-    if zero_stage < 2:
-        raise ValueError(
-            f"zero_stage: got {zero_stage} of engine deepspeed with model.dtype bfloat16, expected 2 or 3, which sum "
-            "gradients in float32; set zero_stage: 2, or engine: torch"
-        )
 
 
 def _import_deepspeed(device: str) -> Any:

@@ -81,7 +81,7 @@ def outer_bytes(shape: ModelShape, *, width: int, r: int = 0, checkpointing: boo
 def saved_bytes(
     shape: ModelShape,
     *,
-    rows: int,
+    rows: float,
     longest: int,
     width: int,
     r: int = 0,
@@ -104,12 +104,14 @@ def saved_bytes(
     return tokens * (layers * one + outer)
 
 
-def forward_bytes(shape: ModelShape, *, rows: int, longest: int, width: int) -> float:
+def forward_bytes(shape: ModelShape, *, rows: float, longest: int, width: int) -> float:
     """Bytes alive at once in a forward pass without gradient: the residual, a norm, and the feed-forward layer."""
     return rows * longest * width * (2 * shape.hidden + 3 * shape.intermediate)
 
 
-def passing_bytes(shape: ModelShape, *, rows: int, longest: int, width: int, targets: Sequence[Matrix] = ()) -> float:
+def passing_bytes(
+    shape: ModelShape, *, rows: float, longest: int, width: int, targets: Sequence[Matrix] = ()
+) -> float:
     """Bytes that one layer's forward pass allocates between what it keeps, and frees again: rope's parts, keys and
     values before they are repeated, outputs added to the residual, and three outputs of every adapted matrix."""
     q, k = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
@@ -119,7 +121,7 @@ def passing_bytes(shape: ModelShape, *, rows: int, longest: int, width: int, tar
 
 
 def logits_bytes(
-    shape: ModelShape, *, positions: int, width: int, chunk: int, scaled: bool, entropy: bool, training: bool
+    shape: ModelShape, *, positions: float, width: int, chunk: int, scaled: bool, entropy: bool, training: bool
 ) -> float:
     """Bytes of (positions, V) matrices at their peak: only `chunk` positions exist at a time.
 

@@ -1,13 +1,15 @@
 """Memory of one role, in bytes: weights, optimiser, activations, logits, cache. Arithmetic on a shape.
 
 ZeRO's stages (Rajbhandari 2020, arXiv 1910.02054) divide by the ranks: 1 the optimiser's states, 2 gradients as well,
-3 weights as well, with one layer gathered at a time.
+3 weights as well, gathered a layer at a time. torch's FSDP2 divides all of them; with stage 2 a layer stays gathered
+from its forward to its backward.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
+from alignment.packing import MicroBatchLimit
 from alignment.planning import activations
 from alignment.planning.shape import ModelShape
 
@@ -20,6 +22,8 @@ NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 HEAP_SHARE = 0.7
 """On a CPU: of what is allocated between longer-lived blocks and freed, the share that glibc cannot use again: an
 aligned block asks for a hole larger than the one that an equal block left. Measured, see docs/planner.md."""
+LIVE_WEIGHTS = 1_000_000_000
+"""Weights that DeepSpeed's stage 3 leaves gathered for their next use: its own default."""
 CUDA_SHARE = 0.05
 """On a GPU: what torch's caching allocator holds beyond what is alive, as a share of it. An assumption."""
 
@@ -28,15 +32,34 @@ CUDA_SHARE = 0.05
 class MicroBatch:
     """What goes through a model at one time."""
 
-    rows: int
+    rows: float
+    """Sequences of the longest kind that come to as many tokens: with a budget not always a whole number."""
     longest: int
     """Tokens of the longest row."""
     answer: int
     """Of those, response tokens: the positions with logits."""
 
     @property
-    def tokens(self) -> int:
+    def tokens(self) -> float:
+        """All that a forward computes, padding included."""
         return self.rows * self.longest
+
+
+def largest_micro_batch(
+    limit: MicroBatchLimit, *, available: int, longest: int, answer: int, sequences: int = 1
+) -> MicroBatch:
+    """The most that `limit` lets through of `available` rows of up to `longest` tokens.
+
+    Packed or padded, a budget counts the tokens that are computed: full of shorter sequences it is full all the same.
+
+    Args:
+        sequences: of one row; 2 for pairs.
+    """
+    rows = sequences * min(available, limit.rows or available)
+    if limit.tokens is None:
+        return MicroBatch(rows=rows, longest=longest, answer=answer)
+    # One row goes through whatever it takes.
+    return MicroBatch(rows=min(rows, max(sequences, limit.tokens / longest)), longest=longest, answer=answer)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,9 +75,16 @@ class Training:
     accumulates: bool = True
     """More than one micro-batch per optimiser step: gradients are there while the next one's activations are."""
     ranks: int = 1
+    engine: str = "torch"
     zero_stage: int = 0
-    offload: bool = False
-    """The optimiser's states, and masters, live in the host's memory."""
+    offload: str = "none"
+
+    @property
+    def shards_weights(self) -> bool:
+        """Whether a rank holds a part of the weights only. FSDP2 has no other way to split."""
+        if self.engine == "torch":
+            return self.ranks > 1 and self.zero_stage >= 2
+        return self.zero_stage >= 3
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,6 +92,9 @@ class RoleMemory:
     """Bytes of one role in one process."""
 
     weights: float = 0.0
+    """At rest."""
+    gathered: float = 0.0
+    """Of split weights, what is whole while a pass runs."""
     masters: float = 0.0
     moments: float = 0.0
     gradients: float = 0.0
@@ -72,7 +105,7 @@ class RoleMemory:
     spare: float = 0.0
     """What the allocator holds and cannot use."""
     host: float = 0.0
-    """Of a role on a GPU, in the host's memory: the optimiser, where it is offloaded."""
+    """Of a role on a GPU, in the host's memory: what is offloaded."""
     apart: float = 0.0
     """Of the gradients, what is not there yet while activations are at their peak."""
 
@@ -84,7 +117,7 @@ class RoleMemory:
     @property
     def passing(self) -> float:
         """At the peak of a call, on top of `held`. Roles of one process take turns at it."""
-        return self.gradients + self.activations + self.logits + self.cache + self.spare - self.apart
+        return self.gathered + self.gradients + self.activations + self.logits + self.cache + self.spare - self.apart
 
     @property
     def total(self) -> float:
@@ -130,7 +163,8 @@ def learner_memory(
     """
     width = WIDTHS[dtype]
     count = trained_parameters(shape, training, scalar_head=scalar_head)
-    weights, states, gradients = split_states(shape, training, count, dtype=dtype, scalar_head=scalar_head)
+    states = split_states(shape, training, count, dtype=dtype, scalar_head=scalar_head, on_gpu=on_gpu)
+    gradients = states.gradients
     kept = activations.saved_bytes(
         shape,
         rows=micro.rows,
@@ -167,33 +201,57 @@ def learner_memory(
         passing = passing_of_layers(shape, training, micro, width=width)
         spare = HEAP_SHARE * (passing + gradients + logits)
         spare += file_pages(shape, training, width=width)
-    return RoleMemory(
-        weights=weights,
-        masters=0.0 if training.offload else states[0],
-        moments=0.0 if training.offload else states[1],
-        gradients=gradients,
-        activations=kept,
-        logits=logits,
-        spare=spare,
-        host=sum(states) if training.offload else 0.0,
-        apart=apart,
-    )
+    return replace(states, activations=kept, logits=logits, spare=spare, apart=apart)
 
 
 def split_states(
-    shape: ModelShape, training: Training, count: int, *, dtype: str, scalar_head: bool
-) -> tuple[float, tuple[float, float], float]:
-    """(weights, (masters, moments), gradients) of one rank: 4 bytes of gradient and 8 of moments per trained weight,
-    4 of master where it is not float32 itself (see `alignment.engines.torch`)."""
-    width, ranks = WIDTHS[dtype], training.ranks
-    base = weight_bytes(shape, dtype=dtype, quantization=training.quantization, scalar_head=scalar_head)
-    weights = base + (count * width if training.r else 0)
-    if training.zero_stage >= 3:
-        weights = weights / ranks + shape.layer * width
-    part = ranks if training.zero_stage >= 1 else 1
-    masters = 0.0 if width == 4 else 4.0 * count / part
-    gradients = 4.0 * count / (ranks if training.zero_stage >= 2 else 1)
-    return weights, (masters, 8.0 * count / part), gradients
+    shape: ModelShape, training: Training, count: int, *, dtype: str, scalar_head: bool, on_gpu: bool = False
+) -> RoleMemory:
+    """What one rank holds of weights and optimiser: 4 bytes of gradient and 8 of moments per trained weight, 4 of
+    master where it is not float32 itself (see `alignment.engines.torch`).
+
+    Args:
+        count: trained weights.
+        on_gpu: what is offloaded has somewhere else to go.
+    """
+    width, stage = WIDTHS[dtype], training.zero_stage
+    deepspeed = training.engine == "deepspeed"
+    # Stage 1 and above of DeepSpeed step on a copy of their part, of float32 weights too.
+    masters = 4.0 * count * (width < 4 or (deepspeed and stage >= 1))
+    gradients, moments = 4.0 * count, 8.0 * count
+    weights = weight_bytes(shape, dtype=dtype, quantization=training.quantization, scalar_head=scalar_head)
+    weights += count * width if training.r else 0
+    gathered = 0.0
+    if training.shards_weights:
+        if deepspeed:
+            gathered = max(whole_at_once(shape, width, scalar_head=scalar_head), min(weights, LIVE_WEIGHTS * width))
+        else:
+            gathered = weights if stage == 2 else whole_at_once(shape, width, scalar_head=scalar_head)
+    whole, parts = 1, training.ranks
+    states = RoleMemory(
+        weights=weights / (parts if training.shards_weights else whole),
+        gathered=gathered,
+        masters=masters / (parts if stage >= 1 else whole),
+        moments=moments / (parts if stage >= 1 else whole),
+        gradients=gradients / (parts if stage >= 2 else whole),
+    )
+    return offloaded(states, training) if on_gpu else states
+
+
+def whole_at_once(shape: ModelShape, width: int, *, scalar_head: bool) -> float:
+    """Bytes of split weights that are whole at a time: one layer, and what no layer holds, embedding and head."""
+    return width * (shape.num_parameters(scalar_head=scalar_head) - (shape.layers - 1) * shape.layer)
+
+
+def offloaded(states: RoleMemory, training: Training) -> RoleMemory:
+    """Masters and moments on the host, gradients beside them where they are split; with `all` weights too."""
+    names = {"none": [], "optimizer": ["masters", "moments"], "all": ["masters", "moments", "weights"]}[
+        training.offload
+    ]
+    if names and training.zero_stage >= 2:
+        names.append("gradients")
+    host = sum(getattr(states, name) for name in names)
+    return replace(states, host=host, **dict.fromkeys(names, 0.0))
 
 
 def passing_of_layers(shape: ModelShape, training: Training, micro: MicroBatch, *, width: int) -> float:
@@ -224,8 +282,13 @@ def scorer_memory(
     quantization: str = "none",
     scaled: bool = False,
     shares_weights: bool = False,
+    parts: int = 1,
 ) -> RoleMemory:
-    """A role that only runs forward: the reference, a reward model."""
+    """A role that only runs forward: the reference, a reward model.
+
+    Args:
+        parts: workers that the weights are split over, by FSDP2.
+    """
     width = WIDTHS[dtype]
     logits = 0.0
     if not scalar_head:
@@ -240,7 +303,8 @@ def scorer_memory(
         )
     weights = weight_bytes(shape, dtype=dtype, quantization=quantization, scalar_head=scalar_head)
     return RoleMemory(
-        weights=0.0 if shares_weights else weights,
+        weights=0.0 if shares_weights else weights / parts,
+        gathered=whole_at_once(shape, width, scalar_head=scalar_head) if parts > 1 and not shares_weights else 0.0,
         activations=activations.forward_bytes(shape, rows=micro.rows, longest=micro.longest, width=width),
         logits=logits,
     )

@@ -8,12 +8,13 @@ from dataclasses import dataclass, field
 from alignment.config import ROLES, ClusterConfig, PpoRunConfig, RewardModelRunConfig
 from alignment.config.cluster import RoleConfig, RolloutRoleConfig
 from alignment.config.model import AdapterConfig
+from alignment.config.splitting import refuse_splitting
 from alignment.planning.memory import (
     COLUMNS,
     MB,
-    MicroBatch,
     RoleMemory,
     Training,
+    largest_micro_batch,
     learner_memory,
     sampler_memory,
     scorer_memory,
@@ -31,14 +32,6 @@ CUDA_HOST_BASE = 2500 * MB
 """Host memory of a process with a CUDA context. An assumption."""
 CUDA_BASE = 600 * MB
 """A CUDA context and the libraries' workspaces, on the device. An assumption."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Splitting:
-    """How the ranks of a learner share it: ZeRO's stage, and whether the optimiser lives in the host's memory."""
-
-    zero_stage: int = 0
-    offload: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,7 +91,7 @@ def gpus_per_process(settings: RoleConfig | RolloutRoleConfig) -> float:
 
 
 def training_of(
-    adapter: AdapterConfig, *, checkpointing: bool, micro_batches: float, ranks: int, splitting: Splitting
+    adapter: AdapterConfig, machines: RoleConfig, *, checkpointing: bool, micro_batches: float
 ) -> Training:
     return Training(
         r=adapter.r,
@@ -107,9 +100,10 @@ def training_of(
         quantization=adapter.quantization,
         checkpointing=checkpointing,
         accumulates=micro_batches > 1,
-        ranks=ranks,
-        zero_stage=splitting.zero_stage,
-        offload=splitting.offload,
+        ranks=machines.num_workers,
+        engine=machines.engine,
+        zero_stage=machines.zero_stage,
+        offload=machines.offload,
     )
 
 
@@ -120,7 +114,6 @@ def ppo_processes(
     *,
     engine: str,
     gpu_bytes: float = 80 * 2**30,
-    splitting: Splitting | None = None,
 ) -> list[ProcessMemory]:
     """Every kind of process of a PPO run.
 
@@ -128,14 +121,19 @@ def ppo_processes(
         shapes: of `policy`, `critic` and `reward_model`.
         engine: what samples, "transformers" or "vllm".
         gpu_bytes: memory of one GPU, of which vLLM takes its share.
+
+    Raises:
+        ValueError: a model that cannot be split as its role's machines say.
     """
-    splitting = splitting or Splitting()
+    adapters = {"policy": config.policy.adapter, "critic": config.critic.adapter, "reference": config.policy.adapter}
+    for role, adapter in adapters.items():
+        refuse_splitting(role, getattr(cluster, role), adapter, dtype=config.model.dtype)
     roles = [role for role in ROLES if role != "reward_model" or config.reward.model is not None]
     return [
         _process(
             cluster,
             group,
-            {role: _ppo_role(role, group, config, cluster, shapes, engine, gpu_bytes, splitting) for role in group},
+            {role: _ppo_role(role, group, config, cluster, shapes, engine, gpu_bytes) for role in group},
             adapters=[getattr(config, role).adapter for role in ("policy", "critic") if role in group],
         )
         for group in role_groups(cluster, roles)
@@ -150,44 +148,13 @@ def _ppo_role(
     shapes: Mapping[str, ModelShape],
     engine: str,
     gpu_bytes: float,
-    splitting: Splitting,
 ) -> RoleMemory:
-    dtype, new = config.model.dtype, config.rollout.max_new_tokens
-    longest = config.data.max_prompt_tokens + new
-    settings = getattr(cluster, role)
-    on_gpu, scaled = settings.gpus_per_worker > 0, config.rollout.temperature != 1
-    beside_policy = "policy" in group
     if role in ("policy", "critic"):
-        own = getattr(config, role)
-        return learner_memory(
-            shapes[role],
-            training_of(
-                own.adapter,
-                checkpointing=config.model.gradient_checkpointing,
-                micro_batches=config.ppo.minibatch_size / (own.micro_batch_size * settings.num_workers),
-                ranks=settings.num_workers,
-                splitting=splitting,
-            ),
-            MicroBatch(rows=min(own.micro_batch_size, config.ppo.minibatch_size), longest=longest, answer=new),
-            dtype=dtype,
-            scalar_head=role == "critic",
-            scaled=scaled,
-            entropy=config.ppo.entropy_coef > 0,
-            on_gpu=on_gpu,
-        )
-    if role == "reference":
-        return scorer_memory(
-            shapes["policy"],
-            MicroBatch(rows=config.policy.micro_batch_size, longest=longest, answer=new),
-            dtype=dtype,
-            scalar_head=False,
-            quantization=config.policy.adapter.quantization,
-            scaled=scaled,
-            shares_weights=beside_policy and config.policy.adapter.r > 0,
-        )
-    if role == "reward_model":
-        micro = MicroBatch(rows=config.reward.micro_batch_size, longest=longest, answer=new)
-        return scorer_memory(shapes[role], micro, dtype=dtype, scalar_head=True)
+        return _ppo_learner(role, config, getattr(cluster, role), shapes[role])
+    if role in ("reference", "reward_model"):
+        shares = role == "reference" and "policy" in group and config.policy.adapter.r > 0
+        return _ppo_scorer(role, config, getattr(cluster, role), shapes, shares_weights=shares)
+    dtype, on_gpu = config.model.dtype, cluster.rollout.gpus_per_worker > 0
     if engine == "vllm":
         return vllm_memory(
             shapes["policy"],
@@ -197,35 +164,98 @@ def _ppo_role(
             cache_gb=config.rollout.vllm.kv_cache_gb,
             parallel=cluster.rollout.tensor_parallel_size,
         )
-    sequences = -(-config.ppo.rollout_batch_size * config.ppo.num_samples_per_prompt // cluster.rollout.num_engines)
+    sequences = -(-sequences_of_a_step(config) // cluster.rollout.num_engines)
     return sampler_memory(
         shapes["policy"],
         sequences=min(config.rollout.max_batch, sequences),
-        longest=longest,
+        longest=config.data.max_prompt_tokens + config.rollout.max_new_tokens,
         dtype=dtype,
         on_gpu=on_gpu,
-        shares_weights=beside_policy,
+        shares_weights="policy" in group,
     )
 
 
+def _ppo_learner(role: str, config: PpoRunConfig, machines: RoleConfig, shape: ModelShape) -> RoleMemory:
+    """The policy or the critic."""
+    own, new = getattr(config, role), config.rollout.max_new_tokens
+    size, longest = config.ppo.minibatch_size, config.data.max_prompt_tokens + new
+    micro = largest_micro_batch(own.micro_batch_limit(), available=size, longest=longest, answer=new)
+    training = training_of(
+        own.adapter,
+        machines,
+        checkpointing=config.model.gradient_checkpointing,
+        micro_batches=size / (micro.rows * machines.num_workers),
+    )
+    return learner_memory(
+        shape,
+        training,
+        micro,
+        dtype=config.model.dtype,
+        scalar_head=role == "critic",
+        scaled=config.rollout.temperature != 1,
+        entropy=config.ppo.entropy_coef > 0,
+        on_gpu=machines.gpus_per_worker > 0,
+    )
+
+
+def _ppo_scorer(
+    role: str,
+    config: PpoRunConfig,
+    machines: RoleConfig,
+    shapes: Mapping[str, ModelShape],
+    *,
+    shares_weights: bool,
+) -> RoleMemory:
+    """The reference, with the policy's micro-batches, or the reward model."""
+    reference, new = role == "reference", config.rollout.max_new_tokens
+    micro = largest_micro_batch(
+        (config.policy if reference else config.reward).micro_batch_limit(),
+        available=sequences_of_a_step(config),
+        longest=config.data.max_prompt_tokens + new,
+        answer=new,
+    )
+    return scorer_memory(
+        shapes["policy" if reference else role],
+        micro,
+        dtype=config.model.dtype,
+        scalar_head=not reference,
+        quantization=config.policy.adapter.quantization if reference else "none",
+        scaled=config.rollout.temperature != 1,
+        shares_weights=shares_weights,
+        parts=machines.num_workers if machines.zero_stage == 3 else 1,
+    )
+
+
+def sequences_of_a_step(config: PpoRunConfig) -> int:
+    return config.ppo.rollout_batch_size * config.ppo.num_samples_per_prompt
+
+
 def reward_model_processes(
-    config: RewardModelRunConfig, cluster: ClusterConfig, shape: ModelShape, *, splitting: Splitting | None = None
+    config: RewardModelRunConfig, cluster: ClusterConfig, shape: ModelShape
 ) -> list[ProcessMemory]:
-    """The learners of a reward model; both answers of a pair share a forward."""
-    own, settings = config.training, cluster.reward_model
+    """The learners of a reward model; both answers of a pair share a forward.
+
+    Raises:
+        ValueError: a model that cannot be split as its role's machines say.
+    """
+    own, machines, longest = config.training, cluster.reward_model, config.data.max_tokens
+    refuse_splitting("reward_model", machines, own.adapter, dtype=config.model.dtype)
+    micro = largest_micro_batch(
+        own.micro_batch_limit(), available=own.batch_size, longest=longest, answer=0, sequences=2
+    )
+    training = training_of(
+        own.adapter,
+        machines,
+        checkpointing=config.model.gradient_checkpointing,
+        micro_batches=2 * own.batch_size / (micro.rows * machines.num_workers),
+    )
     memory = learner_memory(
         shape,
-        training_of(
-            own.adapter,
-            checkpointing=config.model.gradient_checkpointing,
-            micro_batches=own.batch_size / (own.micro_batch_size * settings.num_workers),
-            ranks=settings.num_workers,
-            splitting=splitting or Splitting(),
-        ),
-        MicroBatch(rows=2 * min(own.micro_batch_size, own.batch_size), longest=config.data.max_tokens, answer=0),
+        training,
+        micro,
         dtype=config.model.dtype,
         scalar_head=True,
-        on_gpu=settings.gpus_per_worker > 0,
+        on_gpu=machines.gpus_per_worker > 0,
     )
     return [_process(cluster, ("reward_model",), {"reward_model": memory}, adapters=[own.adapter])]
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from alignment.config import ClusterConfig, PpoRunConfig
 from alignment.planning.memory import WIDTHS, Training, weight_bytes
-from alignment.planning.processes import Splitting, training_of
+from alignment.planning.processes import sequences_of_a_step, training_of
 from alignment.planning.shape import ModelShape
 
 
@@ -80,14 +80,13 @@ def phase_seconds(
     shapes: Mapping[str, ModelShape],
     rates: Rates,
     *,
-    splitting: Splitting | None = None,
     prompt_tokens: float | None = None,
 ) -> dict[str, float]:
     """Seconds of each phase of a step; without GPUs the roles of a machine follow one another.
 
     `prompt_tokens`: mean length of a prompt; None takes the limit.
     """
-    sequences = config.ppo.rollout_batch_size * config.ppo.num_samples_per_prompt
+    sequences = sequences_of_a_step(config)
     new, prompt = config.rollout.max_new_tokens, prompt_tokens or config.data.max_prompt_tokens
     longest, answers = prompt + new, sequences * new
     rate = rates.tflops * 1e12 * rates.efficiency
@@ -102,10 +101,9 @@ def phase_seconds(
     def update(role: str, positions: float) -> float:
         training = training_of(
             getattr(config, role).adapter,
+            getattr(cluster, role),
             checkpointing=config.model.gradient_checkpointing,
             micro_batches=2,
-            ranks=getattr(cluster, role).num_workers,
-            splitting=splitting or Splitting(),
         )
         operations = update_operations(
             shapes[role], training, sequences=sequences, longest=longest, positions=positions

@@ -21,7 +21,7 @@ from alignment.config import (
 )
 from alignment.experience import make_experience
 from alignment.packing import MicroBatchLimit, computed_tokens, pack
-from recipes.common import batch_arithmetic
+from recipes.planning import batch_arithmetic
 
 LAYOUTS = ("padded", "packed", "one_row")
 

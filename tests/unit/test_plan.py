@@ -12,9 +12,18 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from alignment import logprobs
 from alignment.adapters import attach_lora
+from alignment.batching import micro_batches
 from alignment.models import HfModel, enable_gradient_checkpointing
+from alignment.packing import MicroBatchLimit, computed_tokens
 from alignment.planning import activations, memory
-from alignment.planning.memory import MicroBatch, Training, learner_memory, split_states, weight_bytes
+from alignment.planning.memory import (
+    MicroBatch,
+    RoleMemory,
+    Training,
+    largest_micro_batch,
+    split_states,
+    weight_bytes,
+)
 from alignment.planning.shape import SHAPES, llama_shape, read_shape, shape_of
 
 TINY = llama_shape(hidden=8, layers=2, heads=2, kv_heads=1, intermediate=16, vocab=10, tied=True)
@@ -73,25 +82,96 @@ def test_adapter_weights_of_named_matrices_by_hand():
 )
 def test_states_of_full_training_by_hand(dtype, weights, masters):
     found = split_states(TINY, Training(), TINY_WEIGHTS, dtype=dtype, scalar_head=False)
-    assert found == (weights, (masters, 8 * TINY_WEIGHTS), 4 * TINY_WEIGHTS)
+    assert found == RoleMemory(weights=weights, masters=masters, moments=8 * TINY_WEIGHTS, gradients=4 * TINY_WEIGHTS)
 
 
-def test_each_zero_stage_divides_one_thing_more():
-    def states(stage):
-        return split_states(TINY, Training(ranks=4, zero_stage=stage), 1272, dtype="bfloat16", scalar_head=False)
-
-    assert states(0) == (2544, (5088, 10176), 5088)
-    assert states(1) == (2544, (1272, 2544), 5088)
-    assert states(2) == (2544, (1272, 2544), 1272)
-    assert states(3) == (2544 / 4 + 2 * TINY_LAYER, (1272, 2544), 1272)
+WHOLE_AT_ONCE = TINY_LAYER + 80 + 8  # a layer, the embedding and the last norm
 
 
-def test_an_offloaded_optimiser_moves_to_the_host():
+@pytest.mark.parametrize(
+    ("engine", "stage", "dtype", "expected"),
+    [
+        # weights, gathered, masters, moments, gradients of 1272 weights on 4 ranks
+        ("torch", 0, "bfloat16", (2544, 0, 5088, 10176, 5088)),
+        ("torch", 2, "bfloat16", (636, 2544, 1272, 2544, 1272)),
+        ("torch", 3, "bfloat16", (636, 2 * WHOLE_AT_ONCE, 1272, 2544, 1272)),
+        ("torch", 3, "float32", (1272, 4 * WHOLE_AT_ONCE, 0, 2544, 1272)),
+        ("deepspeed", 0, "float32", (5088, 0, 0, 10176, 5088)),
+        ("deepspeed", 1, "float32", (5088, 0, 1272, 2544, 5088)),
+        ("deepspeed", 2, "bfloat16", (2544, 0, 1272, 2544, 1272)),
+        ("deepspeed", 3, "bfloat16", (636, 2544, 1272, 2544, 1272)),
+    ],
+)
+def test_each_engine_and_stage_divides_what_it_divides(engine, stage, dtype, expected):
+    training = Training(ranks=4, engine=engine, zero_stage=stage)
+    found = split_states(TINY, training, TINY_WEIGHTS, dtype=dtype, scalar_head=False)
+    assert (found.weights, found.gathered, found.masters, found.moments, found.gradients) == expected
+
+
+def test_deepspeed_leaves_a_bounded_number_of_weights_gathered():
+    shape = SHAPES["llama-7b"]
+    training = Training(ranks=8, engine="deepspeed", zero_stage=3)
+    found = split_states(shape, training, shape.num_parameters(), dtype="bfloat16", scalar_head=False)
+    assert (found.gathered, found.weights) == (2e9, 6738415616 * 2 / 8)
+
+
+def test_one_rank_of_torch_splits_nothing():
+    alone = split_states(TINY, Training(zero_stage=3), TINY_WEIGHTS, dtype="float32", scalar_head=False)
+    assert alone == split_states(TINY, Training(), TINY_WEIGHTS, dtype="float32", scalar_head=False)
+
+
+@pytest.mark.parametrize(("offload", "host"), [("none", 0), ("optimizer", 16 * 318), ("all", 18 * 318)])
+def test_what_is_offloaded_moves_to_the_host(offload, host):
+    """18 bytes of each of 1272 / 4 weights: 2 of weight, 4 of master, 8 of moments, 4 of gradient."""
+    training = Training(ranks=4, engine="deepspeed", zero_stage=3, offload=offload)
+    found = split_states(TINY, training, TINY_WEIGHTS, dtype="bfloat16", scalar_head=False, on_gpu=True)
+    here = (found.weights, found.masters, found.moments, found.gradients)
+    assert (found.host, sum(here)) == (host, 18 * 318 - host)
+    assert found.gathered == 2 * TINY_WEIGHTS
+    on_cpu = split_states(TINY, training, TINY_WEIGHTS, dtype="bfloat16", scalar_head=False)
+    assert (on_cpu.host, on_cpu.held + on_cpu.gradients) == (0, 18 * 318)
+
+
+def test_a_model_that_does_not_learn_is_split_by_its_workers():
     micro = MicroBatch(rows=1, longest=4, answer=2)
-    here = learner_memory(TINY, Training(), micro, dtype="bfloat16", scalar_head=False, on_gpu=True)
-    away = learner_memory(TINY, Training(offload=True), micro, dtype="bfloat16", scalar_head=False, on_gpu=True)
-    assert (here.host, away.host) == (0, 12 * TINY_WEIGHTS)
-    assert here.total - away.total == 12 * TINY_WEIGHTS
+    one, four = (memory.scorer_memory(TINY, micro, dtype="float32", scalar_head=True, parts=n) for n in (1, 4))
+    assert (one.weights, one.gathered) == (4 * 1280, 0)
+    assert (four.weights, four.gathered) == (1280, 4 * (1280 - TINY_LAYER))
+    assert four.activations == one.activations
+
+
+@pytest.mark.parametrize(
+    ("limit", "sequences", "rows"),
+    [
+        ({"rows": 4}, 1, 4),
+        ({"rows": 64}, 1, 16),
+        ({"tokens": 350}, 1, 3.5),
+        ({"tokens": 350, "rows": 2}, 1, 2),
+        ({"tokens": 90}, 1, 1),
+        ({"tokens": 1_000_000}, 1, 16),
+        ({"rows": 4}, 2, 8),
+        ({"tokens": 350}, 2, 3.5),
+        ({"tokens": 350, "rows": 1}, 2, 2),
+        ({"tokens": 90}, 2, 2),
+    ],
+)
+def test_the_largest_micro_batch(limit, sequences, rows):
+    """Of 16 rows of 100 tokens, each one sequence or a pair of them."""
+    limit = MicroBatchLimit(**limit)
+    micro = largest_micro_batch(limit, available=16, longest=100, answer=10, sequences=sequences)
+    assert (micro.rows, micro.tokens) == (rows, 100 * rows)
+
+
+def test_no_micro_batch_computes_more_than_the_largest():
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(1, 101, (40, 1), generator=generator)
+    for settings in ({"rows": 3}, {"tokens": 350}, {"tokens": 350, "rows": 5}):
+        for layout in ("padded", "packed", "one_row"):
+            limit = MicroBatchLimit(**settings, layout=layout)
+            most = largest_micro_batch(limit, available=40, longest=100, answer=10).tokens
+            batches = micro_batches(torch.arange(40), lengths, limit)
+            computed = [computed_tokens(lengths[batch, 0].tolist(), layout) for batch in batches]
+            assert 0.6 * most < max(computed) <= most
 
 
 def test_four_bits_are_for_the_matrices_of_the_layers():
@@ -158,6 +238,26 @@ def test_activations_are_what_autograd_keeps(dtype, padded, adapter):
     width = memory.WIDTHS[dtype]
     expected = activations.saved_bytes(shape, rows=rows, longest=longest, width=width, padded=padded, **adapter)
     assert expected == pytest.approx(found, rel=0.03)
+
+
+@pytest.mark.parametrize("adapter", [{}, {"r": 8}], ids=str)
+def test_packed_rows_keep_what_their_computed_tokens_do(adapter):
+    """Four sequences that take two rows of 40."""
+    config = tiny_config("llama", 259, hidden_size=64, intermediate_size=96, num_hidden_layers=4)
+    causal = AutoModelForCausalLM.from_config(config).eval()
+    shape = shape_of(causal)
+    if adapter:
+        attach_lora(causal, alpha=8, **adapter)
+    ids, mask = torch.randint(0, 259, (4, 40)), torch.ones(4, 40, dtype=torch.bool)
+    for row, length in enumerate((40, 20, 12, 8)):
+        mask[row, length:] = False
+    found = {
+        layout: saved(HfModel(causal, causal.get_output_embeddings(), layout), ids, mask)
+        for layout in ("padded", "packed")
+    }
+    for layout, rows in (("padded", 4), ("packed", 2)):
+        expected = activations.saved_bytes(shape, rows=rows, longest=40, width=4, **adapter)
+        assert expected == pytest.approx(found[layout], rel=0.03)
 
 
 @pytest.mark.parametrize("adapter", [{}, {"r": 8}], ids=str)

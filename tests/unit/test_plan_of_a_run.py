@@ -14,9 +14,15 @@ from alignment.config import ROLES, ClusterConfig, PpoRunConfig, RewardModelRunC
 from alignment.planning import memory, speed
 from alignment.planning.memory import Training, weight_bytes
 from alignment.planning.placement import GB, Machines, place
-from alignment.planning.processes import ProcessMemory, Splitting, memory_table, ppo_processes, role_groups
+from alignment.planning.processes import (
+    ProcessMemory,
+    memory_table,
+    ppo_processes,
+    reward_model_processes,
+    role_groups,
+)
 from alignment.planning.shape import SHAPES, llama_shape
-from alignment.planning.suggest import Scenario, changed, changes, suggestions
+from alignment.planning.suggest import Change, Scenario, changed, changes, fits_after, suggestions
 
 TINY = llama_shape(hidden=8, layers=2, heads=2, kv_heads=1, intermediate=16, vocab=10, tied=True)
 # One layer: q 8x8, k and v 8x4 each, o 8x8, gate, up, down 8x16 each, norms 2x8.
@@ -99,9 +105,11 @@ def test_calls_that_take_turns_are_not_at_their_peaks_together():
 
 
 def scenario(config, *, cluster=None, **machines):
-    return Scenario(
-        config=config, cluster=cluster or ClusterConfig(), splitting=Splitting(), machines=Machines(**machines)
-    )
+    return Scenario(config=config, cluster=cluster or ClusterConfig(), machines=Machines(**machines))
+
+
+def count(other):
+    return processes(other.config, other.cluster)
 
 
 def gpus(**learner):
@@ -125,43 +133,103 @@ def gpus(**learner):
         (
             {"model": {"dtype": "bfloat16"}}, gpus(num_workers=4),
             {"gpus_per_node": 16, "gpu_memory_gb": 80, "cpus_per_node": 8, "node_memory_gb": 512},
-            "zero_stage: 1",
+            "policy.zero_stage: 2, critic.zero_stage: 2",
         ),
     ],
 )  # fmt: skip
 def test_the_first_suggestion_is_the_smallest_change_that_fits(settings, cluster, machines, first):
     here = scenario(config_of(**settings), cluster=cluster, **machines)
-
-    def count(other):
-        return processes(other.config, other.cluster, splitting=other.splitting)
-
     assert not place(count(here), here.machines).fits
     found = suggestions(here, count)
     assert found[0] == first
-    by_words = dict(changes(here))
-    for words in found:
-        after = by_words[words](here)
-        assert place(count(after), after.machines).fits
-    skipped = list(by_words)[: list(by_words).index(first)]
-    assert all(not place(count(by_words[words](here)), here.machines).fits for words in skipped)
+    tried = list(changes(here))
+    words = [change.words for change in tried]
+    assert all(fits_after(here, [tried[words.index(one)]], count) for one in found)
+    assert not any(fits_after(here, [change], count) for change in tried[: words.index(first)])
+
+
+def test_what_sets_more_than_is_enough_is_no_suggestion_of_its_own():
+    cluster = changed(gpus(num_workers=2), {"reference.num_workers": 2})
+    config = config_of(model={"dtype": "bfloat16"})
+    here = scenario(config, cluster=cluster, gpus_per_node=8, gpu_memory_gb=68, cpus_per_node=8, node_memory_gb=512)
+    enough, more = {"policy.zero_stage": 3, "critic.zero_stage": 3}, {"reference.zero_stage": 3}
+    assert fits_after(here, [Change(cluster={**enough, **more})], count)
+    found = suggestions(here, count)
+    assert found[0] == "policy.zero_stage: 3, critic.zero_stage: 3"
+    assert not any("reference.zero_stage" in words for words in found)
 
 
 def test_a_row_of_changes_when_no_single_one_fits():
     here = scenario(
         config_of(), cluster=gpus(), gpus_per_node=5, gpu_memory_gb=16, cpus_per_node=8, node_memory_gb=512
     )
-    found = suggestions(here, lambda other: processes(other.config, other.cluster, splitting=other.splitting))
+    found = suggestions(here, count)
     assert len(found) == 1
     assert found[0].startswith("all of: ")
     assert "model.dtype: bfloat16" in found[0]
+
+
+@pytest.mark.parametrize("role", ["policy", "critic", "reference", "reward_model"])
+def test_a_role_is_split_as_its_own_settings_say(role):
+    cluster = ClusterConfig.model_validate({role: {"num_workers": 4, "zero_stage": 3}, "colocate": []})
+    whole = {p.name: p.roles[p.name] for p in processes(config_of(), ClusterConfig(colocate=()))}
+    split = {p.name: p.roles[p.name] for p in processes(config_of(), cluster)}
+    assert split[role].weights == whole[role].weights / 4
+    assert split[role].moments == whole[role].moments / 4
+    assert 0 < split[role].gathered < whole[role].weights
+    del split[role], whole[role]
+    assert split == whole
+
+
+def test_a_budget_counts_instead_of_rows():
+    def micro(**settings):
+        both = {"policy": settings, "critic": settings, "reward": {"model": "m", **settings}}
+        return {role: memory.activations for p in processes(config_of(**both)) for role, memory in p.roles.items()}
+
+    longest = config_of().data.max_prompt_tokens + config_of().rollout.max_new_tokens
+    budget, rows = micro(max_tokens_per_micro_batch=3 * longest), micro(micro_batch_size=3)
+    assert budget == rows != micro(micro_batch_size=4)
+
+
+def test_a_pair_is_two_sequences():
+    def micro(**settings):
+        config = RewardModelRunConfig.model_validate({"training": {"batch_size": 8, **settings}})
+        return reward_model_processes(config, ClusterConfig(), TINY)[0].roles["reward_model"].activations
+
+    longest = RewardModelRunConfig().data.max_tokens
+    assert micro(micro_batch_size=3) == micro(max_tokens_per_micro_batch=6 * longest) == 3 * micro(micro_batch_size=1)
+    assert micro(micro_batch_size=99) == micro(micro_batch_size=8)
+
+
+def test_what_cannot_be_split_is_refused_and_not_suggested():
+    four_bits = config_of(policy={"adapter": {"r": 8, "quantization": "nf4"}})
+    cluster = gpus(num_workers=4, zero_stage=3)
+    with pytest.raises(ValueError, match=r"policy\.zero_stage: got 3 of engine torch with adapter\.quantization nf4"):
+        processes(four_bits, cluster)
+    here = scenario(four_bits, cluster=gpus(num_workers=4), gpus_per_node=16, cpus_per_node=64, node_memory_gb=512)
+    assert not fits_after(here, [Change(cluster={"policy.zero_stage": 3})], count)
+    assert fits_after(here, [Change(cluster={"critic.zero_stage": 3})], count)
+    # torch has no stage 1, and to offload takes DeepSpeed.
+    words = [change.words for change in changes(here)]
+    assert "policy.zero_stage: 2" in words
+    assert not any("zero_stage: 1" in one for one in words)
+    assert "critic.engine: deepspeed, critic.zero_stage: 2, critic.offload: optimizer" in words
+
+
+def test_a_budget_is_lowered_to_the_longest_row():
+    config = config_of(policy={"max_tokens_per_micro_batch": 4096}, critic={"micro_batch_size": 8})
+    longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
+    first = next(iter(changes(scenario(config))))
+    assert first.words == f"policy.max_tokens_per_micro_batch: {longest}, critic.micro_batch_size: 1"
+    assert first.of(scenario(config)).config.critic.micro_batch_size == 1
 
 
 def test_roles_that_crowd_one_gpu_get_one_each():
     cluster = ClusterConfig.model_validate({role: {"gpus_per_worker": 0.2} for role in ROLES})
     config = config_of(model={"dtype": "bfloat16"}, policy={"adapter": {"r": 8}}, critic={"adapter": {"r": 8}})
     here = scenario(config, cluster=cluster, gpus_per_node=4, gpu_memory_gb=40, cpus_per_node=8, node_memory_gb=64)
-    found = suggestions(here, lambda other: processes(other.config, other.cluster, splitting=other.splitting))
-    assert "gpus_per_worker: 1 for policy, critic, reference, reward_model, rollout" in found
+    found = suggestions(here, count)
+    assert ", ".join(f"{role}.gpus_per_worker: 1.0" for role in ROLES) in found
 
 
 def test_a_changed_config_is_checked():

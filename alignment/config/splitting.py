@@ -1,0 +1,32 @@
+"""What of a role's splitting its model refuses."""
+
+from __future__ import annotations
+
+from alignment.config.cluster import RoleConfig
+from alignment.config.model import AdapterConfig
+
+
+def refuse_splitting(role: str, machines: RoleConfig, adapter: AdapterConfig, *, dtype: str) -> None:
+    """Refuse what a role's engine cannot split over its workers.
+
+    Args:
+        adapter: what the role trains, or for a reference what its policy does.
+        dtype: of the weights.
+    """
+    if machines.engine == "deepspeed" and role != "reference" and dtype != "float32":
+        refuse_low_stage(machines.zero_stage)
+    if adapter.quantization != "none" and (machines.zero_stage or machines.engine == "deepspeed"):
+        raise ValueError(
+            f"{role}.zero_stage: got {machines.zero_stage} of engine {machines.engine} with adapter.quantization "
+            f"{adapter.quantization}, expected 0 of engine torch: weights of four bits are not split; let "
+            "every worker hold all of them, an eighth of float32"
+        )
+
+
+def refuse_low_stage(zero_stage: int) -> None:
+    """Below float32 DeepSpeed's stages 0 and 1 sum gradients in the narrow dtype, and step on what is not finite."""
+    if zero_stage < 2:
+        raise ValueError(
+            f"zero_stage: got {zero_stage} of engine deepspeed with model.dtype bfloat16, expected 2 or 3, which sum "
+            "gradients in float32; set zero_stage: 2, or engine: torch"
+        )
