@@ -186,6 +186,8 @@ def _import_deepspeed(device: str) -> Any:
             "'raylign[deepspeed]', or engine: torch, which splits by FSDP2"
         ) from error
     deepspeed.utils.logger.setLevel(logging.ERROR)
+    # Its shared-memory kernels are for inference, take a compiler, and expect all ranks on this machine.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend="gloo" if device == "cpu" else "nccl", dist_init_required=False)
     return deepspeed
 
