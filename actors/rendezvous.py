@@ -72,12 +72,16 @@ def open_rendezvous(address: str, *, world_size: int, backend: Backend) -> tuple
     return Rendezvous(address=address, port=port, world_size=world_size, backend=backend), store
 
 
+def _store_of(meeting: Rendezvous) -> dist.Store:
+    """Rank 0's, as the others reach it."""
+    return dist.TCPStore(meeting.address, meeting.port, is_master=False, timeout=MEETING_TIMEOUT)
+
+
 def join_group(
     meeting: Rendezvous, *, rank: int, store: dist.Store | None, timeout: timedelta
 ) -> tuple[Any, dist.Store]:
     """The process group and the store that it must outlive. `store`: rank 0's own, None elsewhere."""
-    if store is None:
-        store = dist.TCPStore(meeting.address, meeting.port, is_master=False, timeout=MEETING_TIMEOUT)
+    store = store or _store_of(meeting)
     if meeting.backend == "gloo":
         return _gloo(store, rank=rank, world_size=meeting.world_size, timeout=timeout), store
     options = dist.ProcessGroupNCCL.Options()
@@ -103,8 +107,7 @@ def _gloo(store: dist.Store, *, rank: int, world_size: int, timeout: timedelta) 
 def join_ranks(meeting: Rendezvous, *, rank: int, store: dist.Store | None) -> GroupRanks:
     """The ranks of a group, once all have come: torch's default process group of this process, which FSDP2 and
     DeepSpeed build on."""
-    if store is None:
-        store = dist.TCPStore(meeting.address, meeting.port, is_master=False, timeout=MEETING_TIMEOUT)
+    store = store or _store_of(meeting)
     if interface := interface_of(meeting.address if rank == 0 else node_address()):
         # Gloo's own choice is what the host name resolves to, which other machines may not reach.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)

@@ -39,7 +39,7 @@ class WeightSender:
     def pack(self, *, version: int, index: int, whole: bool, route: Route) -> WeightBucket | None:
         """Bucket `index` of the plan, packed and hashed; through host memory where the object store carries it.
 
-        Of a model that is split over ranks, no more than this bucket and one more matrix are ever whole.
+        Of a model that is split over ranks, no more than a bucket is gathered at a time.
         """
         weights = adapters.merged_weights(self.model, self._plan[index], whole=whole)
         if not self.leads:

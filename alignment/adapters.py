@@ -83,17 +83,15 @@ def has_adapter(model: nn.Module) -> bool:
 @contextlib.contextmanager
 def adapter_disabled(model: nn.Module) -> Iterator[None]:
     """The base model, for the time of the block: with LoRA this is the reference, at no cost in memory."""
-    layers = list(_lora_layers(model))
-    for _, layer in layers:
-        layer.enable_adapters(False)
+    layers = [layer for _, layer in _lora_layers(model)]
+    # Not by peft's own switch, which also moves requires_grad: of a parameter that is split there are two.
+    for layer in layers:
+        layer._disable_adapters = True
     try:
         yield
     finally:
-        for _, layer in layers:
-            layer.enable_adapters(True)
-            # peft re-enables gradients for the active adapter only when asked.
-            for name, parameter in layer.named_parameters():
-                parameter.requires_grad_("lora_" in name)
+        for layer in layers:
+            layer._disable_adapters = False
 
 
 def _lora_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -102,11 +100,6 @@ def _lora_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer):
             yield name, module
-
-
-def trained_state(model: nn.Module) -> dict[str, Tensor]:
-    """What training changes, by parameter name: the adapter (and the scalar head), or every parameter."""
-    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
 
 def _peft_name(name: str) -> str:
@@ -204,8 +197,9 @@ def merged_state_dict(model: nn.Module, *, keep: bool = True) -> dict[str, Tenso
         # Its state dict has the quantisation constants as well, which mean nothing beside full weights.
         return dict(merged_weights(model, whole=True))
     on_host = is_split_model(model)
+    adapted = {f"{name}.weight" for name, _ in _lora_layers(model)}
     merged = {}
-    for name, tensor in merged_weights(model):
+    for name, tensor in merged_weights(model, adapted):
         if keep:
             merged[name] = tensor.cpu() if on_host else tensor
     state = {}

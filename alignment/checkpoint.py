@@ -134,7 +134,8 @@ def save_state(path: Path, state: Any) -> None:
 
 def load_state(path: Path) -> Any:
     """Read what `save_state` wrote, onto the CPU; a file that asks for code to run is refused by torch."""
-    return torch.load(path, map_location="cpu", weights_only=True)
+    # Mapped: of several ranks on a machine, each takes its part of one copy in the page cache.
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
 
 def save_json(path: Path, data: Any) -> None:

@@ -17,8 +17,9 @@ from tiny_learners import experience_of, rollouts_of
 from actors.loading import load_trained, save_trained
 from alignment import adapters, checkpoint, models
 from alignment.distributed import Alone, GroupRanks
+from alignment.engines import deepspeed
 from alignment.engines.make import make_engine
-from alignment.learners.ppo import PolicyLearner
+from alignment.learners.ppo import CriticLearner, PolicyLearner
 from alignment.packing import MicroBatchLimit
 from alignment.sharding import collect
 
@@ -46,6 +47,7 @@ def on_processes(size: int, work: str, *args: Any, folder: Path) -> list[Any]:
 
 def _member(rank: int, size: int, work: str, args: tuple[Any, ...], folder: str) -> None:
     models.quiet_transformers()
+    deepspeed.PERSISTENT_ELEMENTS = 0  # these models are tiny: otherwise stage 3 would split nothing
     torch.set_num_threads(1)
     store = dist.FileStore(os.path.join(folder, "store"), size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=datetime.timedelta(seconds=120))
@@ -73,7 +75,7 @@ def update(learner: PolicyLearner, step: int) -> dict[str, float]:
     return learner.update(experience_of(rollouts_of(11 if step % 2 else 2, seed=step)), step=step)
 
 
-def weights(learner: PolicyLearner) -> dict[str, Any]:
+def weights(learner: PolicyLearner | CriticLearner) -> dict[str, Any]:
     trained = [(name, p) for name, p in learner.model.named_parameters() if p.requires_grad]
     return {name: tensor.tolist() for name, tensor in collect(trained, keep=True).items()}
 
@@ -84,15 +86,42 @@ def policy_updates(ranks: Any, folder: str, engines: list[str], checkpointing: b
     for engine in engines:
         for lora in (False, True):
             learner = learner_of(ranks, folder, engine, lora=lora, checkpointing=checkpointing)
-            rows = [update(learner, step) for step in range(5)]
-            # As many rollouts as the first rank has, and none on the others: they take part all the same.
+            # All rollouts are the first rank's, and none the others': they take part all the same.
             own = rollouts_of(5, seed=9) if ranks.rank == 0 else []
-            logprobs = torch.cat(learner.logprobs(own)).tolist() if own else learner.logprobs(own)
+            # A reference that is the policy without its adapter comes first in a step of one pass.
+            with adapters.adapter_disabled(learner.model.model):
+                reference = learner.logprobs(own)
+            rows = [update(learner, step) for step in range(5)]
+            experience = experience_of(rollouts_of(7, seed=5))
+            rows.append(learner.update_on_policy(experience, step=5))
             report[f"{engine}, {'LoRA' if lora else 'full'}"] = {
                 "rows": rows,
-                "logprobs": logprobs,
+                "logprobs": [row.tolist() for row in [*reference, *learner.logprobs(own)]],
                 "weights": weights(learner),
             }
+    return report
+
+
+def value_updates(ranks: Any, folder: str, engines: list[str]) -> dict[str, Any]:
+    """The critic's values and update in one pass, twice, under each engine; and a gradient that is not a number."""
+    report = {}
+    for engine in engines:
+        model = models.load_scalar_model(folder, head="random", seed=3)
+        settings = {"lr": 1e-3, "total_updates": 20, "max_grad_norm": 0.5}
+        made = make_engine(model, ranks=ranks, **ENGINES[engine], **settings)
+        learner = CriticLearner(model, made, minibatch_size=7, micro_batch_limit=MicroBatchLimit(rows=2))
+        rows, values = [], []
+        for step in range(2):
+            rollouts = rollouts_of(7, seed=step)
+            rewards = [torch.linspace(-1, 1, len(rollout.response_ids)) for rollout in rollouts]
+            now, metrics = learner.fit(rollouts, [torch.empty(0), *rewards[1:]], gamma=1.0, gae_lambda=0.9)
+            rows.append(metrics)
+            values.append(torch.cat(now).tolist())
+        before = weights(learner)
+        # On one rank alone.
+        made.backward(models.idle_output(model) * (float("nan") if ranks.rank == ranks.size - 1 else 1.0))
+        skipped = made.step()["skipped_count"]
+        report[engine] = {"rows": rows, "values": values, "skipped": skipped, "same": weights(learner) == before}
     return report
 
 
@@ -119,8 +148,18 @@ def trips_of(ranks: Any, folder: str, saved: str, lora: bool, dtype: str) -> dic
         learner = learner_of(ranks, folder, engine, lora=lora, dtype=dtype)
         load_trained(learner.model, learner, Path(saved))
         state = learner.engine.state_dict()
-        report[engine] = (ranks.rank > 0 or same(state, expected)) and most_alive(learner) <= 2
+        alive = most_alive(learner)
+        adapters.export_merged(learner.model.model, Path(saved, engine), write=ranks.rank == 0)
+        report[engine] = ranks.rank > 0 or (same(state, expected) and alive <= 2 and exported_alike(saved, engine))
     return report
+
+
+def exported_alike(saved: str, engine: str) -> bool:
+    """Whether the finished model is, byte for byte, what one process exports."""
+    ours, theirs = (
+        Path(folder, "model.safetensors").read_bytes() for folder in (f"{saved}/{engine}", f"{saved}/alone")
+    )
+    return ours == theirs
 
 
 def most_alive(learner: PolicyLearner) -> int:
@@ -179,4 +218,5 @@ def alone(folder: str, saved: Path, steps: int, *, lora: bool, dtype: str = "flo
         if step == 0:
             saved.mkdir()
             save_trained(learner.model, learner, saved, folder)
+            adapters.export_merged(learner.model.model, saved / "alone")
     return rows

@@ -194,6 +194,12 @@ class ClusterConfig(Config):
                     f"policy.zero_stage: got 3 with rollout in the group {group} of colocate, expected at most 2: an "
                     "engine that uses the policy's own weights needs them whole; take rollout out of the group"
                 )
+            settings = [getattr(self, role) for role in group]
+            if settings[0].num_workers > 1 and len({one.gpus_per_worker > 0 for one in settings}) > 1:
+                raise ValueError(
+                    f"colocate: got some roles of {group} with GPUs and some without, expected all or none: "
+                    "the ranks of a process talk over NCCL or over gloo; set gpus_per_worker for all, or separate them"
+                )
             if len({getattr(self, role).num_workers for role in group}) > 1:
                 raise ValueError(
                     f"colocate: got different numbers of workers in {group}, expected one number; align them"

@@ -13,6 +13,12 @@ def refuse_splitting(role: str, machines: RoleConfig, adapter: AdapterConfig, *,
         adapter: what the role trains, or for a reference what its policy does.
         dtype: of the weights.
     """
+    meets = machines.num_workers > 1 and (role != "reference" or machines.zero_stage == 3)
+    if meets and 0 < machines.gpus_per_worker < 1:
+        raise ValueError(
+            f"{role}.gpus_per_worker: got {machines.gpus_per_worker:g} with num_workers {machines.num_workers}, "
+            "expected 1: ranks that share a GPU cannot talk to each other over NCCL; set it to 1, or num_workers: 1"
+        )
     if machines.engine == "deepspeed" and role != "reference" and dtype != "float32":
         refuse_low_stage(machines.zero_stage)
     if adapter.quantization != "none" and (machines.zero_stage or machines.engine == "deepspeed"):

@@ -5,20 +5,20 @@ from __future__ import annotations
 import logging
 import math
 import os
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from alignment.config.splitting import refuse_low_stage
 from alignment.distributed import Ranks
-from alignment.engines.base import Engine, Schedule
+from alignment.engines.base import Engine, Offload, Schedule, ZeroStage
 from alignment.engines.torch import MOMENTS, load_torch_state, make_adamw, torch_state
 from alignment.models import HfModel
 from alignment.sharding import num_elements
 
-ZeroStage = Literal[0, 1, 2, 3]
-Offload = Literal["none", "optimizer", "all"]
+PERSISTENT_ELEMENTS = 100_000
+"""Parameters of stage 3 that are smaller stay whole."""
 
 
 class DeepSpeedEngine(Engine):
@@ -45,8 +45,8 @@ class DeepSpeedEngine(Engine):
             ValueError: a stage below 2 for parameters below float32.
         """
         super().__init__(Schedule(**settings), ranks)
-        # Stage 2 meets in every backward pass, stage 3 in every forward pass too.
-        self.zero_stage, self.in_lockstep = zero_stage, zero_stage >= 2
+        # Stage 1 cannot step where no backward pass was made, stage 2 meets in every one, stage 3 in forwards too.
+        self.zero_stage, self.in_lockstep = zero_stage, zero_stage >= 1
         deepspeed = _import_deepspeed(device)
         self._trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._low = [name for name, p in self._trained.items() if p.dtype.itemsize < 4]
@@ -160,7 +160,8 @@ class DeepSpeedEngine(Engine):
             return
         # Parts are equally long: the last one is padded.
         size = parameter.ds_tensor.ds_numel  # type: ignore[attr-defined]
-        padded = torch.zeros(size * self.ranks.size).index_copy_(0, torch.arange(value.numel()), value.flatten())
+        padded = torch.zeros(size * self.ranks.size)
+        padded[: value.numel()] = value.flatten()
         part = padded[size * self.ranks.rank : size * (self.ranks.rank + 1)]
         if moment is None:
             utils.safe_set_local_fp32_param(parameter, part)
@@ -176,8 +177,8 @@ def _import_deepspeed(device: str) -> Any:
     """
     if device == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
-    # Every process of a run sees its own devices only.
-    os.environ.setdefault("LOCAL_RANK", "0")
+    # A process sees no devices but its own: Ray hides the others.
+    os.environ["LOCAL_RANK"] = "0"
     try:
         import deepspeed
     except ImportError as error:
@@ -194,7 +195,11 @@ def _import_deepspeed(device: str) -> Any:
 
 def _config(schedule: Schedule, zero_stage: int, offload: Offload, *, bfloat16: bool) -> dict[str, Any]:
     host = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
-    zero: dict[str, Any] = {"stage": zero_stage, "overlap_comm": False}
+    zero: dict[str, Any] = {
+        "stage": zero_stage,
+        "overlap_comm": False,
+        "stage3_param_persistence_threshold": PERSISTENT_ELEMENTS,
+    }
     if offload != "none":
         zero["offload_optimizer"] = host
     if offload == "all":

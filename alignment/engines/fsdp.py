@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,17 +27,26 @@ def split_over_ranks(model: HfModel, *, keep_between_passes: bool = False) -> No
     """
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
     mesh = init_device_mesh(device, (dist.get_world_size(),))
-    # Sums of gradients in float32, as everywhere.
+    # Sums over ranks in float32; each is rounded to the parameter's dtype before a float32 master adds it up.
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
     for layer in decoder_layers(model.model)[1]:
         fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=not keep_between_passes)
     # What no layer holds, the tied embedding and head among it, belongs to the whole model.
     fully_shard(model, mesh=mesh, mp_policy=policy)
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            # Plain sums: the loss is divided by the count of all ranks already.
-            module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)
+    parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for part in parts:
+        # Plain sums: the loss is divided by the count of all ranks already.
+        part.set_gradient_divide_factor(1.0)
+        part.set_force_sum_reduction_for_comms(True)
+
+    def enter(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        result = model(function, *args, **kwargs)
+        if not torch.is_grad_enabled():  # no backward pass comes that would free them
+            for part in parts:
+                part.reshard()
+        return result
+
+    model.enter_by(enter)
 
 
 class FsdpEngine(TorchEngine):

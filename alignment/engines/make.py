@@ -5,13 +5,11 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from alignment.distributed import Alone, Ranks
-from alignment.engines.base import Engine
+from alignment.engines.base import Engine, Offload, ZeroStage
 from alignment.engines.torch import TorchEngine
 from alignment.models import HfModel
 
 EngineKind = Literal["torch", "deepspeed"]
-ZeroStage = Literal[0, 1, 2, 3]
-Offload = Literal["none", "optimizer", "all"]
 
 
 def make_engine(

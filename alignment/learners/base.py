@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from alignment.batching import micro_batches, rollout_batch, rollout_lengths
-from alignment.distributed import Alone, Ranks
+from alignment.distributed import Alone, Ranks, own_rows
 from alignment.engines.base import Engine
 from alignment.models import CausalModel, idle_output
 from alignment.packing import MicroBatchLimit
@@ -62,19 +62,27 @@ def _add_up(current: dict[str, float], metrics: Mapping[str, float | Tensor]) ->
             current[name] = current.get(name, 0.0) + number
 
 
-def keep_in_step(
+def own_micro_batches(
     model: CausalModel,
     engine: Engine,
-    num_passes: int,
+    index: Tensor,
+    lengths: Tensor,
+    limit: MicroBatchLimit,
     *,
     backward: bool = True,
     device: torch.device | str = "cpu",
-) -> None:
-    """Before this rank's own `num_passes` of a minibatch: take part, with nothing, in those that others have more."""
-    for _ in range(missing_passes(num_passes, engine.lockstep)):
+) -> list[Tensor]:
+    """This rank's micro-batches of the rows of a minibatch; `lengths` is (B,), or (B, k) for rows of k sequences.
+
+    Where ranks make passes together, it has taken part, with nothing, in those that others have more.
+    """
+    tokens = lengths if lengths.ndim == 1 else lengths.sum(1)
+    own = micro_batches(own_rows(index, tokens, engine.ranks), lengths, limit)
+    for _ in range(missing_passes(len(own), engine.lockstep)):
         output = idle_output(model, device)
         if backward:
             engine.backward(0 * output)
+    return own
 
 
 def missing_passes(num_passes: int, lockstep: Ranks | None) -> int:

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from alignment.advantages import gae
-from alignment.batching import micro_batches, minibatches, rollout_batch, rollout_lengths
-from alignment.distributed import own_rows
+from alignment.batching import minibatches, rollout_batch, rollout_lengths
 from alignment.engines.base import Engine
-from alignment.learners.base import Tally, keep_in_step, per_response
+from alignment.learners.base import Tally, own_micro_batches, per_response
 from alignment.losses import Metrics, aggregate, ppo_policy_loss, ppo_value_loss
 from alignment.models import CausalModel, response_logprobs, response_values
 from alignment.packing import MicroBatchLimit
@@ -86,9 +85,7 @@ class PolicyLearner:
         tally.begin_minibatch()
         index, lengths = torch.arange(len(experience)), experience.attention_mask.sum(1)
         count, old = self._token_count(experience, index), torch.zeros_like(experience.rollout_logprobs)
-        own = self._own_micro_batches(index, lengths)
-        keep_in_step(self.model, self.engine, len(own), device=self.device)
-        for rows in own:
+        for rows in self._own_micro_batches(index, lengths):
             loss, metrics, logprobs = self._loss(experience.rows(rows), count, own_forward_is_old=True)
             self.engine.backward(loss)
             tally.add(metrics)
@@ -115,9 +112,7 @@ class PolicyLearner:
             if not experience.response_mask[index].any():
                 continue
             tally.begin_minibatch()
-            own = self._own_micro_batches(index, lengths)
-            keep_in_step(self.model, self.engine, len(own), device=self.device)
-            for rows in own:
+            for rows in self._own_micro_batches(index, lengths):
                 loss, metrics, _ = self._loss(experience.rows(rows), self._token_count(experience, index))
                 self.engine.backward(loss)
                 tally.add(metrics)
@@ -150,17 +145,15 @@ class PolicyLearner:
                 "both a score and a token; mend the reward before training"
             )
         lengths = experience.attention_mask.sum(1)
-        own = self._own_micro_batches(index, lengths)
-        keep_in_step(self.model, self.engine, len(own), device=self.device, backward=False)
-        for rows in own:
+        for rows in self._own_micro_batches(index, lengths, backward=False):
             _, metrics, _ = self._loss(experience.rows(rows), self._token_count(experience, index))
             tally.add(metrics)
         tally.end_minibatch()
         return tally.result("ppo")
 
-    def _own_micro_batches(self, index: Tensor, lengths: Tensor) -> list[Tensor]:
-        """Of the rows of a minibatch that are this rank's."""
-        return micro_batches(own_rows(index, lengths, self.engine.ranks), lengths, self.micro_batch_limit)
+    def _own_micro_batches(self, index: Tensor, lengths: Tensor, *, backward: bool = True) -> list[Tensor]:
+        limit = self.micro_batch_limit
+        return own_micro_batches(self.model, self.engine, index, lengths, limit, backward=backward, device=self.device)
 
     def _token_count(self, experience: Experience, index: Tensor) -> float:
         return max(float(experience.response_mask[index].sum()), 1.0)
@@ -255,9 +248,7 @@ class CriticLearner:
             if count == 0:
                 continue
             tally.begin_minibatch()
-            own = micro_batches(own_rows(index, lengths, self.engine.ranks), lengths, self.micro_batch_limit)
-            keep_in_step(self.model, self.engine, len(own), device=self.device)
-            for rows in own:
+            for rows in self._own_micro_batches(index, lengths):
                 batch = _to(experience.rows(rows), self.device)
                 loss, metrics = ppo_value_loss(
                     response_values(self.model, batch.input_ids, batch.attention_mask),
@@ -293,10 +284,7 @@ class CriticLearner:
         tally = Tally(self.engine.ranks)
         tally.begin_minibatch()
         lengths = rollout_lengths(rollouts)
-        index = own_rows(torch.arange(len(rollouts)), lengths, self.engine.ranks)
-        own = micro_batches(index, lengths, self.micro_batch_limit)
-        keep_in_step(self.model, self.engine, len(own), device=self.device, backward=count > 0)
-        for rows in own:
+        for rows in self._own_micro_batches(torch.arange(len(rollouts)), lengths, backward=count > 0):
             chosen = [rollouts[i] for i in rows.tolist()]
             ids, mask, response = rollout_batch(chosen, self.device)
             learn = response & torch.tensor([[len(rewards[i]) > 0] for i in rows.tolist()], device=self.device)
@@ -318,6 +306,10 @@ class CriticLearner:
         if count:
             tally.add(self.engine.step())
         return self._of_all_ranks(values, rollouts), tally.result("critic")
+
+    def _own_micro_batches(self, index: Tensor, lengths: Tensor, *, backward: bool = True) -> list[Tensor]:
+        limit = self.micro_batch_limit
+        return own_micro_batches(self.model, self.engine, index, lengths, limit, backward=backward, device=self.device)
 
     def _of_all_ranks(self, values: list[Tensor], rollouts: Sequence[Rollout]) -> list[Tensor]:
         """Every rank's own rows, put together."""

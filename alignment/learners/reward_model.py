@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from alignment.batching import micro_batches, sequence_batch
-from alignment.distributed import Ranks, own_rows
+from alignment.distributed import Ranks
 from alignment.engines.base import Engine
-from alignment.learners.base import Tally, keep_in_step, missing_passes
+from alignment.learners.base import Tally, missing_passes, own_micro_batches
 from alignment.losses import reward_model_loss
 from alignment.models import CausalModel, idle_output, sequence_scores
 from alignment.packing import MicroBatchLimit
@@ -40,10 +40,8 @@ class RewardModelLearner:
         lengths = torch.tensor(
             [[len(p.prompt_ids) + len(ids) for ids in (p.chosen_ids, p.rejected_ids)] for p in pairs]
         )
-        rows = own_rows(torch.arange(len(pairs)), lengths.sum(1), self.engine.ranks)
-        own = micro_batches(rows, lengths, self.micro_batch_limit)
-        keep_in_step(self.model, self.engine, len(own), device=self.device)
-        for index in own:
+        rows, limit = torch.arange(len(pairs)), self.micro_batch_limit
+        for index in own_micro_batches(self.model, self.engine, rows, lengths, limit, device=self.device):
             chosen = [pairs[i] for i in index.tolist()]
             sequences = [p.prompt_ids + p.chosen_ids for p in chosen] + [p.prompt_ids + p.rejected_ids for p in chosen]
             ids, mask = sequence_batch(sequences, self.device)

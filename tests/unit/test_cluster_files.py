@@ -246,7 +246,7 @@ def test_what_is_uploaded_with_a_job(tmp_path):
             ".pytest_cache/x",
             "raylign.egg-info/PKG-INFO",
         ),
-        *("build/lib/x.py", "dist/raylign.whl", ".kit/bin/x", ".ray/auth_token"),
+        *("build/lib/x.py", "dist/raylign.whl", ".ray/auth_token"),
     ]
     for name in [*kept, *left]:
         (checkout / name).parent.mkdir(parents=True, exist_ok=True)
