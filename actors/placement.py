@@ -189,7 +189,8 @@ def _not_placed(plans: Sequence[ProcessPlan], requests: Sequence[Request], timeo
         roles = ", ".join(" + ".join(plan.roles) for plan in request.plans)
         rows.append(f"strict_pack wants one node that holds all workers of {roles}")
     remedy = (
-        "lower cpus_per_worker or gpus_per_worker in the cluster YAML, or add larger nodes"
+        "lower cpus_per_worker, gpus_per_worker or resources in the cluster YAML, or add nodes that have them (custom "
+        "ones: ray start --resources)"
         if impossible
         else "lower num_workers, cpus_per_worker or gpus_per_worker in the cluster YAML, add nodes, or raise "
         "placement_timeout if some are still to join"

@@ -35,8 +35,7 @@ class ActorDiedError(RuntimeError):
 
     def __init__(self, what: str, reason: str) -> None:
         super().__init__(
-            f"{what}: the actor's process died ({reason}); "
-            "the last completed step is on disk: run the same command again with --resume auto"
+            f"{what}: the actor's process died ({reason}); completed steps are on disk: run the same command again"
         )
         self.reason = reason
 

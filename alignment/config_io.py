@@ -343,6 +343,8 @@ def _annotation_name(annotation: Any) -> str:
         return "|".join(str(choice) for choice in arguments)
     if origin in (typing.Union, types.UnionType):
         return " or ".join(_annotation_name(part) for part in arguments)
+    if origin is dict:
+        return f"{{name: {_annotation_name(arguments[1])}}}"
     if origin is tuple:
         if arguments[-1] is Ellipsis:
             return f"list of {_annotation_name(arguments[0])}"

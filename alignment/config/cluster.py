@@ -51,7 +51,7 @@ class RoleConfig(PlacedConfig):
     gradients too; 3 weights too. torch has 0 (DDP), 2 and 3 (FSDP2; 2 keeps a layer whole between its forward and its
     backward). Of a model that does not learn, weights are all there is: 3 splits them, by FSDP2."""
     offload: Literal["none", "optimizer", "all"] = "none"
-    """What DeepSpeed keeps in host memory: masters and moments, or the weights of stage 3 too."""
+    """What DeepSpeed keeps in host memory while a model learns: masters and moments, or the weights of stage 3 too."""
 
     @model_validator(mode="after")
     def _engine_can_split(self) -> RoleConfig:
@@ -200,8 +200,10 @@ class ClusterConfig(Config):
                     f"colocate: got some roles of {group} with GPUs and some without, expected all or none: "
                     "the ranks of a process talk over NCCL or over gloo; set gpus_per_worker for all, or separate them"
                 )
-            if len({getattr(self, role).num_workers for role in group}) > 1:
+            if len({one.num_workers for one in settings}) > 1:
+                numbers = ", ".join(f"{role} {one.num_workers}" for role, one in zip(group, settings, strict=True))
                 raise ValueError(
-                    f"colocate: got different numbers of workers in {group}, expected one number; align them"
+                    f"num_workers: got {numbers} of roles that share a process (colocate), expected one number; align "
+                    "them, or separate the roles, all of them with colocate: []"
                 )
         return self

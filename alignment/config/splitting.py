@@ -20,7 +20,7 @@ def refuse_splitting(role: str, machines: RoleConfig, adapter: AdapterConfig, *,
             "expected 1: ranks that share a GPU cannot talk to each other over NCCL; set it to 1, or num_workers: 1"
         )
     if machines.engine == "deepspeed" and role != "reference" and dtype != "float32":
-        refuse_low_stage(machines.zero_stage)
+        refuse_low_stage(machines.zero_stage, f"{role}.")
     if adapter.quantization != "none" and (machines.zero_stage or machines.engine == "deepspeed"):
         raise ValueError(
             f"{role}.zero_stage: got {machines.zero_stage} of engine {machines.engine} with adapter.quantization "
@@ -29,10 +29,10 @@ def refuse_splitting(role: str, machines: RoleConfig, adapter: AdapterConfig, *,
         )
 
 
-def refuse_low_stage(zero_stage: int) -> None:
+def refuse_low_stage(zero_stage: int, role: str = "") -> None:
     """Below float32 DeepSpeed's stages 0 and 1 sum gradients in the narrow dtype, and step on what is not finite."""
     if zero_stage < 2:
         raise ValueError(
-            f"zero_stage: got {zero_stage} of engine deepspeed with model.dtype bfloat16, expected 2 or 3, which sum "
-            "gradients in float32; set zero_stage: 2, or engine: torch"
+            f"{role}zero_stage: got {zero_stage} of engine deepspeed with model.dtype bfloat16, expected 2 or 3, "
+            "which sum gradients in float32; set zero_stage: 2, or engine: torch"
         )

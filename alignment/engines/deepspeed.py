@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import warnings
 from typing import Any
 
 import torch
@@ -187,6 +188,7 @@ def _import_deepspeed(device: str) -> Any:
             "'raylign[deepspeed]', or engine: torch, which splits by FSDP2"
         ) from error
     deepspeed.utils.logger.setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")  # of its calls to torch
     # Its shared-memory kernels are for inference, take a compiler, and expect all ranks on this machine.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend="gloo" if device == "cpu" else "nccl", dist_init_required=False)

@@ -9,9 +9,9 @@ from safetensors.torch import load_file
 pytest.importorskip("deepspeed")
 
 EVERY_MODEL_IN_PARTS = """
-policy: {num_workers: 2, engine: deepspeed, zero_stage: 3}
+policy: {num_workers: 2, zero_stage: 3}
 reference: {num_workers: 2, zero_stage: 3}
-critic: {num_workers: 2, zero_stage: 3, cpus_per_worker: 0.1}
+critic: {num_workers: 2, engine: deepspeed, zero_stage: 3, cpus_per_worker: 0.1}
 reward_model: {num_workers: 2, zero_stage: 3}
 rollout: {engine: transformers, num_engines: 2, threads_per_worker: 1}
 """
@@ -41,7 +41,7 @@ def test_ppo_with_models_in_parts(folder, tmp_path, cluster, flags):
     one = run("ppo_medical", folder / "ppo.yaml", tmp_path / "one", "--local", *flags)
     machines = ["--cluster", str(tmp_path / "cluster.yaml")]
     many = run("ppo_medical", folder / "ppo.yaml", tmp_path / "many", *machines, *flags)
-    start = load_file(folder / "policy" / "model.safetensors")["model.norm.weight"]
-    trained = load_file(one / "final" / "model.safetensors")
-    assert flags or (trained["model.norm.weight"] - start).abs().max() > 1e-3
+    start, trained = (load_file(path / "model.safetensors") for path in (folder / "policy", one / "final"))
+    matrix = "model.layers.1.mlp.up_proj.weight"
+    assert (trained[matrix] - start[matrix]).abs().max() > 1e-4
     assert largest_difference(many, one) < 1e-4

@@ -112,7 +112,11 @@ def test_minibatches_divide_a_step(minibatch_size, fits):
     [
         ({"colocate": (("policy", "judge"),)}, "at most once"),
         ({"colocate": (("policy", "critic"), ("policy", "reference"))}, "at most once"),
-        ({"policy": {"num_workers": 2}, "colocate": (("policy", "reference"),)}, "different numbers of workers"),
+        (
+            {"policy": {"num_workers": 2}, "colocate": (("policy", "reference"),)},
+            "num_workers: got policy 2, reference 1 of roles that share",
+        ),
+        ({"policy": {"resources": {"x": -1}}}, "policy.resources"),
         (
             {"rollout": {"num_engines": 2}, "colocate": (("policy", "rollout"),)},
             r"rollout\.num_engines: got 2 with roll",
