@@ -35,7 +35,8 @@ class ActorDiedError(RuntimeError):
 
     def __init__(self, what: str, reason: str) -> None:
         super().__init__(
-            f"{what}: the actor's process died ({reason}); completed steps are on disk: run the same command again"
+            f"{what}: the actor's process died ({reason}); completed steps are on disk: run the same "
+            "command again with --resume auto"
         )
         self.reason = reason
 
