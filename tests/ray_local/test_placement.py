@@ -129,7 +129,7 @@ def test_a_plan_without_room_is_given_up_with_a_table(three_nodes, capfd):
     assert rows["policy"].split() == ["policy", "2", "CPU", "1", "yes"]
     assert rows["critic"].endswith("CPU 2.5                  no node can hold one: the most that a node has is CPU 2")
     assert "the most that a node has is CPU 2, silver 0" in rows["rollout"]
-    assert "add larger nodes" in text
+    assert "add nodes that have them" in text
     assert "largest missing: critic (2 of 2 workers)" in text
     assert "waiting 3 of 4 s, largest missing: critic" in capfd.readouterr().err
     assert everything_is_free()
