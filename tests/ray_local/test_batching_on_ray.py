@@ -38,6 +38,7 @@ from alignment.types import PreferencePair
 # The processes cannot import a module of the tests.
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
+pytestmark = pytest.mark.slow  # six process groups have to start
 RANKS = (1, 2, 3)
 RATE, EPSILON = 0.1, 1.0
 OPTIMIZER = OptimizerConfig(lr=RATE, eps=EPSILON, warmup_ratio=0.0, decay="constant", max_grad_norm=1e9)

@@ -7,6 +7,7 @@ from many_nodes import largest_difference, run, write_inputs
 from safetensors.torch import load_file
 
 pytest.importorskip("deepspeed")
+pytestmark = pytest.mark.slow
 
 EVERY_MODEL_IN_PARTS = """
 policy: {num_workers: 2, zero_stage: 3}
@@ -31,8 +32,8 @@ def folder(tmp_path_factory):
     ("cluster", "flags"),
     [
         (EVERY_MODEL_IN_PARTS, []),
-        pytest.param(EVERY_MODEL_IN_PARTS, ["--policy.adapter.r", "4"], marks=pytest.mark.slow),
-        pytest.param(ONE_WORKER_WITH_MOMENTS_IN_HOST_MEMORY, [], marks=pytest.mark.slow),
+        (EVERY_MODEL_IN_PARTS, ["--policy.adapter.r", "4"]),
+        (ONE_WORKER_WITH_MOMENTS_IN_HOST_MEMORY, []),
     ],
     ids=["in parts, full", "in parts, LoRA", "in host memory"],
 )

@@ -82,6 +82,7 @@ def test_a_run_that_grows_ends_as_one_with_one_engine_and_shrinks_when_idle(star
     assert rollout.pool.num_engines == 1, "never below the least"
 
 
+@pytest.mark.slow
 def test_a_broadcast_reaches_engines_that_came(started, tmp_path):
     rollout = RolloutHandle(started.groups["rollout"], (1, 2))
     policy = PolicyHandle(started.groups["policy"], "broadcast")
@@ -98,6 +99,7 @@ def test_a_broadcast_reaches_engines_that_came(started, tmp_path):
     assert rollout.pool.num_engines == 1
 
 
+@pytest.mark.slow
 def test_an_engine_that_dies_as_it_starts_is_contained(started, capfd):
     rollout, policy = RolloutHandle(started.groups["rollout"], (1, 3)), PolicyHandle(started.groups["policy"])
     fault = started.faults / "no second engine"
@@ -115,6 +117,7 @@ def test_an_engine_that_dies_as_it_starts_is_contained(started, capfd):
     assert said.count("the run goes on with 1; no other is tried") == 1
 
 
+@pytest.mark.slow
 def test_no_room_is_said_once_and_an_engine_joins_when_there_is(started, capfd):
     free = ray.available_resources()["CPU"]
     other = placement_group([{"CPU": int(free * 10) / 10 - 0.1}])

@@ -68,7 +68,9 @@ def largest_difference(ours: dict, theirs: dict) -> float:
 
 
 @pytest.mark.parametrize(
-    ("one_pass", "adapter"), [("false", "{}"), ("true", "{r: 4}")], ids=["two epochs, full", "one pass, LoRA"]
+    ("one_pass", "adapter"),
+    [("false", "{}"), pytest.param("true", "{r: 4}", marks=pytest.mark.slow)],
+    ids=["two epochs, full", "one pass, LoRA"],
 )
 def test_ppo_with_several_workers_of_every_role(folder, tmp_path, one_pass, adapter):
     config = tmp_path / "ppo.yaml"

@@ -45,6 +45,7 @@ def test_every_engine_makes_the_updates_of_one_process(policy, tmp_path, size):
             assert (other[case]["rows"], other[case]["weights"]) == (ours["rows"], ours["weights"]), case
 
 
+@SLOW
 def test_values_and_gradients_that_are_not_finite(policy, tmp_path):
     """A critic's one pass gives every rank all values; one rank's gradient keeps all of them from stepping."""
     engines = ["ddp", "fsdp2", "zero 0", "zero 1", "zero 2", "zero 3"]
@@ -75,7 +76,7 @@ def test_a_run_goes_on_under_another_engine_and_another_number_of_ranks(policy, 
 @pytest.mark.parametrize(
     ("lora", "dtype"),
     [
-        (False, "float32"),
+        pytest.param(False, "float32", marks=SLOW),
         pytest.param(True, "float32", marks=SLOW),
         pytest.param(False, "bfloat16", marks=SLOW),
     ],

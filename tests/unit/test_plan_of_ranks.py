@@ -13,7 +13,7 @@ pytest.importorskip("deepspeed")
 RANKS = 2
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_ranks_hold_what_is_planned(tmp_path, dtype):
     folder = tmp_path / "policy"
     write_tiny_model(folder)
