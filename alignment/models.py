@@ -20,13 +20,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from alignment.logprobs import selected_logprobs
-from alignment.packed import packed_hidden, packing_errors, saves_tokens
+from alignment.packed import BatchLayout, choose_layout, packed_hidden, saves_tokens
 from alignment.packing import Layout
 from alignment.quantization import Quantization, keep_precision, loading_arguments
 from alignment.sharding import assign, gathered_state_dict
 
 HeadStart = Literal["require", "zeros", "random"]
-BatchLayout = Literal["auto", "padded", "packed"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -219,30 +218,6 @@ def choose_attention(attention: str, *, dtype: torch.dtype, device: torch.device
             "set it to auto, which takes flash-attn where it can run"
         )
     return attention, "as configured"
-
-
-def choose_layout(layout: BatchLayout, model: Any, path: str) -> Layout:
-    """The layout that a loaded model's forwards will have. `auto` packs where it pays and the architecture allows it.
-
-    Raises:
-        ValueError: packing is asked for, and sequences that share a row would see each other.
-    """
-    if layout == "padded":
-        return "padded"
-    packed: Layout = "one_row" if model.config._attn_implementation == "flash_attention_2" else "packed"
-    vocab_size = model.config.get_text_config().vocab_size
-    seen, changed = packing_errors(model.base_model, packed, vocab_size=vocab_size, device=model.device)
-    # Several times what rounding does: 1e-6 and 0.02 through the thirty layers of SmolLM2.
-    most_seen, most_changed = (1e-5, 1e-3) if model.dtype == torch.float32 else (0.005, 0.1)
-    if seen <= most_seen and changed <= most_changed:
-        return packed
-    if layout == "packed":
-        raise ValueError(
-            f"model.batch_layout: got packed with {path!r}, whose states change by {max(seen, changed):.2%} when "
-            "sequences share a row, expected an architecture whose layers look at other tokens by attention alone; "
-            "set it to auto, which pads there"
-        )
-    return "padded"
 
 
 def num_positions(config: Any) -> int | None:
