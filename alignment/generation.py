@@ -1,7 +1,10 @@
 """Sample from a transformers model: batched, one random stream per sample, finished rows leave the batch.
 
-A sample depends on its own seed and prompt, not on who else is decoded: its uniform numbers are drawn from its own
-generator and turned into tokens by the inverse distribution function.
+A sample depends on its own seed and prompt, not on who else is decoded: its noise is drawn from its own generator, and
+a token is the argmax of log-probability + Gumbel noise (Gumbel, "Statistical Theory of Extreme Values", 1954; Maddison
+et al., "A* Sampling", 2014). Batches of other sizes and other numbers of threads move the last bits of logits; that
+changes a token only where two words all but tie. The inverse distribution function has a border for every word and
+rounding moves them all: it changes one token in a few hundred.
 """
 
 from __future__ import annotations
@@ -19,9 +22,6 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from alignment.models import HfModel
 from alignment.types import FinishReason
-
-BLOCK = 256
-"""Words per block of the sampler's first search: about the square root of a vocabulary."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -169,9 +169,7 @@ class _Batch:
         lengths = torch.tensor([len(p) for p in prompts], device=device)
         self.mask = torch.arange(longest, device=device) >= (longest - lengths).unsqueeze(1)
         self.next_position = lengths.unsqueeze(1)
-        self.uniform = torch.stack(
-            [torch.rand(max(limits), generator=torch.Generator().manual_seed(s), dtype=torch.float64) for s in seeds]
-        ).to(device)
+        self.generators = [torch.Generator(device).manual_seed(s) for s in seeds]
         self.rows = torch.arange(len(prompts), device=device)
         self.ids: list[list[int]] = [[] for _ in prompts]
         self.logprobs: list[list[float]] = [[] for _ in prompts]
@@ -182,8 +180,9 @@ class _Batch:
         cache = _roomy_cache(self.model.model.config, self.input_ids.shape[1] + max(self.limits))
         output = self._forward(self.input_ids, prefill_positions, cache)
         active = torch.ones(len(self.ids), dtype=torch.bool, device=self.rows.device)
-        for step in range(max(self.limits)):
-            tokens, logprobs = _pick(output.logits[:, -1], self.uniform[self.rows, step], temperature, greedy)
+        for _ in range(max(self.limits)):
+            streams = None if greedy else [self.generators[row] for row in self.rows.tolist()]
+            tokens, logprobs = _pick(output.logits[:, -1], streams, temperature)
             self._record(tokens, logprobs, active)
             if not active.any():
                 break
@@ -231,33 +230,21 @@ class _Batch:
         return tokens[keep], active[keep]
 
 
-def _pick(logits: Tensor, uniform: Tensor, temperature: float, greedy: bool) -> tuple[Tensor, Tensor]:
-    """Next token and its log-probability. logits (b, V), uniform (b,) in [0, 1) -> (b,), (b,)."""
+def _pick(logits: Tensor, streams: list[torch.Generator] | None, temperature: float) -> tuple[Tensor, Tensor]:
+    """Next token, the most likely one without streams, and its log-probability. logits (b, V) -> (b,), (b,)."""
     scaled = logits.float() / temperature
-    norm = scaled.logsumexp(-1, keepdim=True)
-    tokens = scaled.argmax(-1) if greedy else _invert(scaled - norm, uniform)
-    return tokens, (scaled.gather(1, tokens.unsqueeze(1)) - norm).squeeze(1)
+    tokens = (scaled if streams is None else scaled + gumbel_noise(scaled, streams)).argmax(-1)
+    return tokens, scaled.gather(1, tokens.unsqueeze(1)).squeeze(1) - scaled.logsumexp(-1)
 
 
-def _invert(logprobs: Tensor, uniform: Tensor) -> Tensor:
-    """The inverse distribution function at `uniform`: (b, V), (b,) -> (b,).
+def gumbel_noise(like: Tensor, streams: list[torch.Generator]) -> Tensor:
+    """Standard Gumbel noise in the shape of `like` (b, V), float32, row i from `streams[i]`.
 
-    First the block of words that holds the point, then the word in it: summing every word's probability in turn over
-    the whole vocabulary costs more than the rest of sampling. Sums are float64: with 50k entries a float32 running sum
-    would move the borders between tokens.
+    -log(-log(1 - u)), with u drawn as float64: in float32 the smallest u is 2^-24, which words less likely than that
+    would share.
     """
-    b, size = logprobs.shape
-    padded = torch.nn.functional.pad(logprobs, (0, -size % BLOCK), value=-torch.inf)
-    probs = padded.exp_().view(b, -1, BLOCK)
-    ends = probs.sum(-1, dtype=torch.float64).cumsum(-1)
-    point = uniform.unsqueeze(1) * ends[:, -1:]
-    block = _first_above(ends, point)
-    before = torch.nn.functional.pad(ends, (1, 0)).gather(1, block)
-    inside = probs[torch.arange(b, device=block.device), block.squeeze(1)].double().cumsum(-1)
-    return (block * BLOCK + _first_above(inside, point - before)).squeeze(1)
-
-
-def _first_above(cumulative: Tensor, point: Tensor) -> Tensor:
-    """(b, n), (b, 1) -> (b, 1): first entry above the point; if rounding leaves none, the last that adds anything."""
-    below_total = torch.nextafter(cumulative[:, -1:], torch.zeros_like(point))
-    return torch.searchsorted(cumulative, torch.minimum(point, below_total), right=True)
+    uniform = torch.empty_like(like, dtype=torch.float32)
+    row = torch.empty_like(like[0], dtype=torch.float64)
+    for target, stream in zip(uniform, streams, strict=True):
+        target.copy_(row.uniform_(generator=stream))
+    return uniform.neg_().log1p_().neg_().log_().neg_()
