@@ -76,6 +76,22 @@ class PreferencePair:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class SftExample:
+    """One text to learn from: a conversation, or plain text."""
+
+    id: str
+    """Stable across runs: it decides the train / held-out split and seeds what is random about the example."""
+    input_ids: tuple[int, ...]
+    response_mask: tuple[bool, ...]
+    """Tokens that are learnt: the assistant's turns with their end tokens, or all of a plain text. The first is not:
+    nothing stands before it."""
+
+    @property
+    def num_trained(self) -> int:
+        return sum(self.response_mask)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Experience:
     """Training-ready PPO batch: B sequences, T tokens of prompt + response, right-padded.
 
