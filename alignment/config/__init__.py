@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from alignment.config.base import Config
 from alignment.config.cluster import ROLES, ClusterConfig, RoleConfig, RolloutRoleConfig
-from alignment.config.data import PreferenceDataConfig, PromptDataConfig, SourceConfig
+from alignment.config.data import PreferenceDataConfig, PromptDataConfig, SftDataConfig, SftSourceConfig, SourceConfig
 from alignment.config.model import AdapterConfig, MicroBatchConfig, ModelConfig, OptimizerConfig
 from alignment.config.ppo import CriticConfig, KlConfig, PolicyConfig, PpoConfig, PpoRunConfig
 from alignment.config.reward import RewardConfig, RewardFunctionConfig
@@ -41,6 +41,8 @@ __all__ = [
     "RolloutConfig",
     "RolloutRoleConfig",
     "RunConfig",
+    "SftDataConfig",
+    "SftSourceConfig",
     "SourceConfig",
     "VllmConfig",
 ]

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
-from alignment.config.base import Config, NonNegative, Positive
+from alignment.config.base import Config, NonNegative, Positive, PositiveFloat
+
+SftFormat = Literal["auto", "alpaca", "sharegpt", "messages", "prompt_completion", "text"]
+OnLong = Literal["cut", "skip", "error"]
+TrainOn = Literal["all_turns", "last_turn"]
 
 
 class SourceConfig(Config):
@@ -59,3 +63,42 @@ class PreferenceDataConfig(Config):
     """Longer sequences are cut from the end of the answer."""
     held_out: NonNegative = 32
     """Pairs kept for the accuracy report; split by prompt."""
+
+
+class SftSourceConfig(SourceConfig):
+    """One source of texts to learn from."""
+
+    format: SftFormat = "auto"
+    """What its rows are; `auto` goes by the columns of the first row. See docs/data.md."""
+    weight: PositiveFloat | None = None
+    """Share of the examples that come from here, relative to the other sources' weights; the source begins again when
+    it is through. Give every source one, or none: then all are one list, each row once an epoch."""
+
+
+class SftDataConfig(Config):
+    """Texts to learn from: conversations, whose answers are learnt, or plain text."""
+
+    sources: tuple[SftSourceConfig, ...] = Field((SftSourceConfig(asset="treatment-plan-answers"),), min_length=1)
+    """One or more."""
+    system_prompt: str | None = None
+    """Put before every conversation that has none; None leaves the template's own default."""
+    max_tokens: Positive = 512
+    """The longest example, see on_long."""
+    on_long: OnLong = "cut"
+    """`cut` takes tokens from the end: a cut answer has no end token, and an example with nothing left to learn is
+    dropped; `skip` drops the example; both count aloud. `error` refuses it."""
+    train_on: TrainOn = "all_turns"
+    """Which of the assistant's turns are learnt. Plain text always is."""
+    held_out: NonNegative = 64
+    """Examples kept for the evaluation; whole groups (column `group`, else the first user message), by a hash."""
+    streaming: bool = False
+    """Read rows when a step asks for them: for data larger than memory. .jsonl, .parquet and hub data sets alone."""
+
+    @model_validator(mode="after")
+    def _all_weights_or_none(self) -> SftDataConfig:
+        given = [source.weight for source in self.sources]
+        if None in given and any(weight is not None for weight in given):
+            raise ValueError(
+                f"sources: got weights {given}, expected one for every source or for none; add or drop some"
+            )
+        return self

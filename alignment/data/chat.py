@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -119,17 +119,24 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> lis
 
 
 def encode_conversation(
-    tokenizer: PreTrainedTokenizerBase, messages: Messages, *, eos_ids: frozenset[int] | None = None
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Messages,
+    *,
+    eos_ids: frozenset[int] | None = None,
+    train_on: Literal["all_turns", "last_turn"] = "all_turns",
+    enough: int | None = None,
 ) -> tuple[list[int], list[bool]]:
     """Ids of a conversation that ends with the assistant, and the mask of what it said.
 
     Args:
         messages: `{"role", "content"}`; the last one is the assistant's.
         eos_ids: from `eos_token_ids`; None takes the tokenizer's EOS alone.
+        train_on: the assistant's turns that the mask covers.
+        enough: once there are more ids than this, no further turn is encoded.
 
     Returns:
         ids (T), ending with the last turn's end token; response_mask (T), true on the content of every assistant
-        turn and on its end token.
+        turn (or the last) and on its end token.
 
     Raises:
         ValueError: the last message is not the assistant's; the template closes a turn without an EOS, or renders
@@ -145,14 +152,31 @@ def encode_conversation(
     for index, message in enumerate(safe):
         if message["role"] != "assistant":
             continue
+        if enough is not None and len(ids) > enough:
+            break
         prompt = _render(tokenizer, safe[:index], add_generation_prompt=True)
         context = _continue(tokenizer, done, ids, _added(done, prompt), spelt)
         closed = _closed(tokenizer, _added(prompt, _render(tokenizer, safe[: index + 1])), ends)
         answer = _continue(tokenizer, prompt, ids + context, closed, spelt)
         ids += context + answer
-        mask += [False] * len(context) + [True] * len(answer)
+        learnt = train_on == "all_turns" or index == len(safe) - 1
+        mask += [False] * len(context) + [learnt] * len(answer)
         done = prompt + closed
+    if mask[0]:
+        raise ValueError("chat template: got an answer with nothing in front, expected its question; correct it")
     return ids, mask
+
+
+def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[bool]]:
+    """Ids of a plain text with EOS at its end, and BOS in front where the tokenizer puts one there itself.
+
+    Returns:
+        ids (T); response_mask (T), true on all but the first, before which nothing stands.
+    """
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    starts = [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []
+    ids = [*starts, *tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"], eos]
+    return ids, [False] + [True] * (len(ids) - 1)
 
 
 def encode_answer(

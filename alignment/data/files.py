@@ -41,7 +41,7 @@ def read_file(path: Path) -> Iterator[Row]:
     try:
         with _open(path) as file:
             for row in readers[suffix](path, file):
-                _check_text(row)
+                check_text(row)
                 yield row
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         _refuse(str(path), f"got a .gz that is cut off or damaged ({error}), expected a whole one", "fetch it again")
@@ -66,26 +66,40 @@ def _lines(path: Path, file: IO[bytes]) -> Iterator[tuple[str, str]]:
     number = 0
     while raw := file.readline(MAX_LINE_BYTES + 1):
         number += 1
-        where = f"{path}:{number}"
-        if len(raw) > MAX_LINE_BYTES:
-            _refuse(where, f"got a line over {MAX_LINE_BYTES:,} bytes, expected one row a line", "split the row")
-        if b"\0" in raw:
-            _refuse(where, "got a NUL byte, expected text", "remove it, or save the file as UTF-8")
-        try:
-            text = raw.decode("utf-8-sig" if number == 1 else "utf-8")
-        except UnicodeDecodeError as error:
-            _refuse(
-                where,
-                f"got bytes at column {error.start + 1} that are no UTF-8, expected UTF-8",
-                "save the file as UTF-8",
-            )
-        yield where, text.rstrip("\r\n")
+        yield f"{path}:{number}", _decode(raw, path, number)
+
+
+def _decode(raw: bytes, path: Path, number: int) -> str:
+    where = f"{path}:{number}"
+    if len(raw) > MAX_LINE_BYTES:
+        _refuse(where, f"got a line over {MAX_LINE_BYTES:,} bytes, expected one row a line", "split the row")
+    if b"\0" in raw:
+        _refuse(where, "got a NUL byte, expected text", "remove it, or save the file as UTF-8")
+    try:
+        return raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+    except UnicodeDecodeError as error:
+        _refuse(
+            where, f"got bytes at column {error.start + 1} that are no UTF-8, expected UTF-8", "save the file as UTF-8"
+        )
 
 
 def _jsonl(path: Path, file: IO[bytes]) -> Iterator[Row]:
-    for where, text in _lines(path, file):
-        if text.strip():
-            yield Row(_object(_parse(text, where), where), where)
+    number = 0
+    while raw := file.readline(MAX_LINE_BYTES + 1):
+        number += 1
+        if row := jsonl_row(raw, path, number):
+            yield row
+
+
+def jsonl_row(raw: bytes, path: Path, number: int) -> Row | None:
+    """The row of one line of a .jsonl file, `number` from 1; None for a blank line.
+
+    Raises:
+        ValueError: as `read_file`, but for text that a tokenizer cannot take: see `check_text`.
+    """
+    where = f"{path}:{number}"
+    text = _decode(raw, path, number)
+    return Row(_object(_parse(text, where), where), where) if text.strip() else None
 
 
 def _json(path: Path, file: IO[bytes]) -> Iterator[Row]:
@@ -162,8 +176,8 @@ def _parquet(path: Path, file: IO[bytes]) -> Iterator[Row]:
         )
 
 
-def _check_text(row: Row) -> None:
-    """JSON escapes can hold what UTF-8 and tokenisers cannot: lone surrogates, NUL."""
+def check_text(row: Row) -> None:
+    """Refuse, by file and line, what JSON escapes can hold and UTF-8 and tokenizers cannot: lone surrogates, NUL."""
     for text in _strings(row.values):
         if "\0" in text:
             _refuse(row.where, "got a NUL character, expected text", "remove it")

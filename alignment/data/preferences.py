@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from alignment.config import PreferenceDataConfig
-from alignment.data.chat import check_messages, encode_answer
+from alignment.data.chat import encode_answer
+from alignment.data.formats import read_messages
 from alignment.data.prompts import prompt_id
 from alignment.data.sources import Row, column, read_rows
 from alignment.data.split import Split, digest, hold_out
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 PreferenceSet = Split[PreferencePair]
-_SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "system": "system", "observation": "tool"}
 
 
 def load_preference_pairs(
@@ -96,13 +96,13 @@ def _read(row: Row, system_prompt: str | None) -> tuple[list[dict[str, str]], st
     before_chosen, chosen = _answer(column(row, "chosen"), "chosen")
     before_rejected, rejected = _answer(column(row, "rejected"), "rejected")
     if "conversations" in row.values:
-        messages = _messages(column(row, "conversations"))
+        messages = read_messages(column(row, "conversations"))
         if row.values.get("system"):
             messages = [{"role": "system", "content": str(row.values["system"])}, *messages]
     elif row.values.get("prompt") is None and before_chosen:
         messages = before_chosen
     else:
-        messages = _messages(column(row, "prompt"))
+        messages = read_messages(column(row, "prompt"))
     if before_chosen != before_rejected:
         raise ValueError("got chosen and rejected with different prompts, expected one prompt; correct the row")
     if before_chosen and messages != before_chosen:
@@ -123,18 +123,7 @@ def _answer(value: Any, name: str) -> tuple[list[dict[str, str]], str]:
     """What stands before the answer (nothing, in most forms) and the answer."""
     if isinstance(value, str):
         return [], value
-    messages = _messages([value] if isinstance(value, Mapping) else value)
+    messages = read_messages([value] if isinstance(value, Mapping) else value)
     if messages[-1]["role"] != "assistant":
         raise ValueError(f"{name!r}: got a last message of role {messages[-1]['role']!r}, expected the assistant's")
     return messages[:-1], messages[-1]["content"]
-
-
-def _messages(value: Any) -> list[dict[str, str]]:
-    """From text, from role and content, or from `from` and `value`."""
-    if isinstance(value, str):
-        if not value.strip():
-            raise ValueError("got an empty prompt, expected text; remove the row")
-        return [{"role": "user", "content": value.strip()}]
-    if isinstance(value, list) and all(isinstance(m, Mapping) and {"from", "value"} <= set(m) for m in value):
-        value = [{"role": _SHAREGPT_ROLES.get(m["from"], m["from"]), "content": m["value"]} for m in value]
-    return check_messages(value)
