@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
+import numpy as np
+
 T = TypeVar("T")
 
 
@@ -62,3 +64,17 @@ def hold_out(
             "lower data.held_out or add rows"
         )
     return Split(train, [record for record in records if group(record) in kept], dict(counts))
+
+
+def held_out_groups(groups: np.ndarray, wanted: int) -> np.ndarray:
+    """The rule of `hold_out` over records known by their group alone.
+
+    Args:
+        groups: (N,) uint64, `digest` of each record's group as a number.
+
+    Returns:
+        (N,) bool, true where the record is held out.
+    """
+    _, where, sizes = np.unique(groups, return_inverse=True, return_counts=True)
+    taken_before = np.cumsum(sizes) - sizes
+    return (taken_before < wanted)[where]
