@@ -75,6 +75,7 @@ def held_out_groups(groups: np.ndarray, wanted: int) -> np.ndarray:
     Returns:
         (N,) bool, true where the record is held out.
     """
-    _, where, sizes = np.unique(groups, return_inverse=True, return_counts=True)
-    taken_before = np.cumsum(sizes) - sizes
-    return (taken_before < wanted)[where]
+    if not 0 < wanted < len(groups):
+        return np.full(len(groups), wanted > 0)
+    # In order of the hash, the record that fulfils the wish belongs to the last group that goes.
+    return groups <= np.partition(groups, wanted - 1)[wanted - 1]
