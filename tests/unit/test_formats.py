@@ -45,6 +45,11 @@ READ = [
         {"conversations": shared("gpt: Hi", "human: Why?", "gpt: Because.", "human: And?")},
         Lesson(ASKED, dropped=("leading_answers", "trailing_questions")),
     ),
+    (
+        "sharegpt",
+        {"conversations": shared("system: Be brief.", "gpt: Hi", *(f"{m['role']}: {m['content']}" for m in LONG[1:]))},
+        Lesson(LONG, dropped=("leading_answers",)),
+    ),
     ("sharegpt", {"conversations": shared("gpt: Hi")}, Lesson(dropped=("leading_answers",))),
     ("sharegpt", {"conversations": shared("human: Hi")}, Lesson(dropped=("trailing_questions",))),
     (

@@ -105,7 +105,10 @@ def test_what_is_refused_is_one_line_and_exit_code_2(tiny, file, tmp_path, capsy
     code, out, err = show(capsys, file, *model)
     assert (code, out) == (2, "")
     assert err.startswith(f"{file}:1: conversations: got a turn from '\\x1b[31m', expected one of")
-    for arguments in ([tmp_path / "none.jsonl", *model], [file, "--model", tmp_path], ["asset:liveqs", *model]):
+    steering = file.rename(tmp_path / "\x1b[2J.jsonl")
+    code, _, err = show(capsys, steering, *model)
+    assert (code, "\x1b" in err, "\\x1b[2J.jsonl:1: conv" in err) == (2, False, True)
+    for arguments in ([tmp_path / "none.jsonl", *model], [steering, "--model", tmp_path], ["asset:liveqs", *model]):
         code, out, err = show(capsys, *arguments)
         assert (code, out, err.count("\n")) == (2, "", 1)
         assert ", expected " in err

@@ -65,6 +65,9 @@ def test_rows_of_a_parquet_file_come_by_row_group_and_few_groups_are_kept(tmp_pa
     assert [rows[index].values for index in (100, 0, 6, 7, 50)] == [ROWS[index] for index in (100, 0, 6, 7, 50)]
     assert rows[7].where.endswith("a.parquet:row 8")
     assert len(rows._held) == 4
+    first = open_rows(SftSourceConfig(path=str(rows.path), limit=9))
+    assert [len(first), len(list(first))] == [9, 9]
+    assert len(open_rows(SftSourceConfig(path=str(rows.path), limit=900))) == 101
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
