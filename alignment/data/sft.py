@@ -113,7 +113,8 @@ def load_sft_data(
     parts: list[Examples] = []
     kept_out: list[SftExample] = []
     for number, (rows, format) in enumerate(zip(opened, formats, strict=True)):
-        kept_out += encoder.examples(rows, held_out[number], format, counts)
+        # While streaming nobody knows the lengths of the rest: numbers of these few would pass for those of all.
+        kept_out += encoder.examples(rows, held_out[number], format, Counter() if config.streaming else counts)
         if config.streaming:
             parts.append(_Read(rows, train[number], format, encoder))
         else:
@@ -231,12 +232,12 @@ class Catalogue:
 
     def split(self, wanted: int, num_sources: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """Of each source the rows to train on and those held out, after duplicates went."""
-        _, first = np.unique(np.frombuffer(self._ids, np.uint64), return_index=True)
+        _, first = np.unique(np.asarray(self._ids), return_index=True)
         first.sort()
         self.counts["duplicates"] = len(self._ids) - len(first)
-        out = held_out_groups(np.frombuffer(self._groups, np.uint64)[first], wanted)
-        sources = np.frombuffer(self._sources, np.uint16)[first]
-        places = np.frombuffer(self._places, np.uint64)[first]
+        out = held_out_groups(np.asarray(self._groups)[first], wanted)
+        sources = np.asarray(self._sources)[first]
+        places = np.asarray(self._places)[first]
         train = [places[(sources == number) & ~out] for number in range(num_sources)]
         return train, [places[(sources == number) & out] for number in range(num_sources)]
 

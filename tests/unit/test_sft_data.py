@@ -294,6 +294,8 @@ def test_a_weighted_source_without_examples_is_refused(tmp_path, tokenizer):
         ValueError, match=r"got no example to train on out of 20 rows in all \(held out: data.held_out=20"
     ):
         load(tmp_path, tokenizer, QA, held_out=20)
+    with pytest.raises(ValueError, match=r"got no example to train on out of 1 rows .* unanswered: 1"):
+        load(tmp_path, tokenizer, [{"messages": DIALOGUE[:1]}])
 
 
 def test_the_fingerprint_tells_every_row_its_group_and_the_order(tmp_path, tokenizer):

@@ -80,6 +80,8 @@ def test_streaming_gives_the_batches_of_data_in_memory(tmp_path, tokenizer, name
     assert streamed.held_out == held.held_out
     assert streamed.fingerprint() == held.fingerprint()
     assert "streaming" in streamed.summary()
+    assert "tokens" not in streamed.summary()
+    assert "trained tokens" in held.summary()
     assert load(tokenizer, file).batch(17, 8) == held.batch(17, 8)
 
 
