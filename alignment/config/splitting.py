@@ -5,6 +5,9 @@ from __future__ import annotations
 from alignment.config.cluster import RoleConfig
 from alignment.config.model import AdapterConfig
 
+SPLIT_TYPES = ("lora", "rslora")
+"""Adapters whose layers compute the same with weights of which each rank holds a part."""
+
 
 def refuse_splitting(role: str, machines: RoleConfig, adapter: AdapterConfig, *, dtype: str) -> None:
     """Refuse what a role's engine cannot split over its workers.
@@ -19,6 +22,8 @@ def refuse_splitting(role: str, machines: RoleConfig, adapter: AdapterConfig, *,
             f"{role}.gpus_per_worker: got {machines.gpus_per_worker:g} with num_workers {machines.num_workers}, "
             "expected 1: ranks that share a GPU cannot talk to each other over NCCL; set it to 1, or num_workers: 1"
         )
+    if role != "reference":
+        refuse_split_adapter(role, machines, adapter)
     if machines.engine == "deepspeed" and role != "reference" and dtype != "float32":
         refuse_low_stage(machines.zero_stage, f"{role}.")
     if adapter.quantization != "none" and (machines.zero_stage or machines.engine == "deepspeed"):
@@ -27,6 +32,16 @@ def refuse_splitting(role: str, machines: RoleConfig, adapter: AdapterConfig, *,
             f"{adapter.quantization}, expected 0 of engine torch: weights of four bits are not split; let "
             "every worker hold all of them, an eighth of float32"
         )
+
+
+def refuse_split_adapter(role: str, machines: RoleConfig, adapter: AdapterConfig) -> None:
+    """What reads whole gradients, or freezes parameters on the way, has to find them whole on every worker."""
+    if adapter.type in SPLIT_TYPES or (machines.engine == "torch" and not machines.zero_stage):
+        return
+    raise ValueError(
+        f"{role}.zero_stage: got {machines.zero_stage} of engine {machines.engine} with adapter.type={adapter.type}, "
+        f"expected 0 of engine torch; set them, or adapter.type to one of {', '.join(SPLIT_TYPES)}"
+    )
 
 
 def refuse_low_stage(zero_stage: int, role: str = "") -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -47,7 +47,7 @@ class TorchEngine(Engine):
     def backward(self, loss: Tensor) -> None:
         loss.backward()
 
-    def _update(self, rate: float) -> float:
+    def _update(self, rate: float, before_forgetting: Callable[[], None] | None) -> float:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         stepped = list(self._stepped.values())
@@ -56,6 +56,8 @@ class TorchEngine(Engine):
         if norm < float("inf"):  # NaN is not
             self.optimizer.step()
             self._round_masters()
+            if before_forgetting is not None:
+                before_forgetting()
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from alignment.config import ROLES, ClusterConfig, PpoRunConfig, RewardModelRunConfig
 from alignment.config.cluster import RoleConfig, RolloutRoleConfig
-from alignment.config.model import AdapterConfig
+from alignment.config.model import RANK_TYPES, AdapterConfig
 from alignment.config.splitting import refuse_splitting
 from alignment.planning.memory import (
     COLUMNS,
@@ -90,11 +90,22 @@ def gpus_per_process(settings: RoleConfig | RolloutRoleConfig) -> float:
     return settings.gpus_per_worker
 
 
+def comparable_rank(adapter: AdapterConfig) -> int:
+    """The rank at which LoRA trains about as much as this adapter does, or more; 0 where all weights are trained.
+
+    What a bottleneck, a pair of factors and the vectors beside them take differs by less than the planner's margin;
+    vectors, virtual tokens and their encoders are small beside a model.
+    """
+    if not adapter.enabled:
+        return 0
+    return adapter.r if adapter.type in RANK_TYPES else 1
+
+
 def training_of(
     adapter: AdapterConfig, machines: RoleConfig, *, checkpointing: bool, micro_batches: float
 ) -> Training:
     return Training(
-        r=adapter.r,
+        r=comparable_rank(adapter),
         target_modules=adapter.target_modules,
         last_layers=adapter.last_layers,
         quantization=adapter.quantization,
@@ -152,7 +163,7 @@ def _ppo_role(
     if role in ("policy", "critic"):
         return _ppo_learner(role, config, getattr(cluster, role), shapes[role])
     if role in ("reference", "reward_model"):
-        shares = role == "reference" and "policy" in group and config.policy.adapter.r > 0
+        shares = role == "reference" and "policy" in group and config.policy.adapter.enabled
         return _ppo_scorer(role, config, getattr(cluster, role), shapes, shares_weights=shares)
     dtype, on_gpu = config.model.dtype, cluster.rollout.gpus_per_worker > 0
     if engine == "vllm":
@@ -270,7 +281,7 @@ def _process(
     settings = [getattr(cluster, role) for role in group]
     bases = {
         "imports": PROCESS_BASE,
-        "peft": ADAPTER_BASE * any(adapter.r for adapter in adapters),
+        "peft": ADAPTER_BASE * any(adapter.enabled for adapter in adapters),
         "bitsandbytes": QUANTIZATION_BASE * any(adapter.quantization != "none" for adapter in adapters),
     }
     return ProcessMemory(

@@ -38,7 +38,7 @@ class Scenario:
         if not isinstance(self.config, PpoRunConfig):
             return ()
         beside = any({"policy", "reference"} <= set(group) for group in self.cluster.colocate)
-        reference = () if beside and self.config.policy.adapter.r else ("reference",)
+        reference = () if beside and self.config.policy.adapter.enabled else ("reference",)
         return (*reference, *(("reward_model",) if self.config.reward.model is not None else ()))
 
     def machines_of(self, role: str) -> RoleConfig:
@@ -144,7 +144,7 @@ def changes(scenario: Scenario) -> Iterator[Change]:
     yield from _offloads(scenario)
     if config.model.dtype == "float32":
         yield Change(config={"model.dtype": "bfloat16"})
-    if full := [key for key in keys if not getattr(config, key).adapter.r]:
+    if full := [key for key in keys if not getattr(config, key).adapter.enabled]:
         yield Change(config={f"{key}.adapter.r": LORA_RANK for key in full})
     yield Change(
         config={f"{key}.adapter.{name}": value for key in keys for name, value in _qlora(config, key).items()}
