@@ -5,8 +5,10 @@ from __future__ import annotations
 from alignment.config.cluster import RoleConfig
 from alignment.config.model import AdapterConfig
 
-SPLIT_TYPES = ("lora", "rslora")
-"""Adapters whose layers compute the same with weights of which each rank holds a part."""
+DEEPSPEED_TYPES = ("lora", "rslora")
+"""Adapters that DeepSpeed's engines train."""
+WHOLE_TYPES = ("adalora", "half")
+"""Methods that look at whole gradients, or freeze parameters while the run goes on."""
 
 
 def refuse_splitting(role: str, machines: RoleConfig, adapter: AdapterConfig, *, dtype: str) -> None:
@@ -35,13 +37,18 @@ def refuse_splitting(role: str, machines: RoleConfig, adapter: AdapterConfig, *,
 
 
 def refuse_split_adapter(role: str, machines: RoleConfig, adapter: AdapterConfig) -> None:
-    """What reads whole gradients, or freezes parameters on the way, has to find them whole on every worker."""
-    if adapter.type in SPLIT_TYPES or (machines.engine == "torch" and not machines.zero_stage):
-        return
-    raise ValueError(
-        f"{role}.zero_stage: got {machines.zero_stage} of engine {machines.engine} with adapter.type={adapter.type}, "
-        f"expected 0 of engine torch; set them, or adapter.type to one of {', '.join(SPLIT_TYPES)}"
-    )
+    """What reads whole gradients, or freezes parameters on the way, has to find them whole on every worker. DeepSpeed
+    gathers a matrix for its own layer only, and most adapters are computed beside it."""
+    if machines.engine == "deepspeed" and adapter.type not in DEEPSPEED_TYPES:
+        raise ValueError(
+            f"{role}.engine: got deepspeed with adapter.type={adapter.type}, expected torch; set engine: torch, or "
+            f"adapter.type to one of {', '.join(DEEPSPEED_TYPES)}"
+        )
+    if machines.zero_stage and adapter.type in WHOLE_TYPES:
+        raise ValueError(
+            f"{role}.zero_stage: got {machines.zero_stage} with adapter.type={adapter.type}, expected 0, where every "
+            "worker has whole gradients; set it to 0, or choose another adapter.type"
+        )
 
 
 def refuse_low_stage(zero_stage: int, role: str = "") -> None:

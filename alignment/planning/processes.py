@@ -21,6 +21,7 @@ from alignment.planning.memory import (
     vllm_memory,
 )
 from alignment.planning.shape import ModelShape
+from alignment.planning.trained import adapter_weights
 
 PROCESS_BASE = 350 * MB
 """Resident memory of a process that has imported torch, transformers and ray. Measured, as are the next two."""
@@ -91,20 +92,17 @@ def gpus_per_process(settings: RoleConfig | RolloutRoleConfig) -> float:
 
 
 def comparable_rank(adapter: AdapterConfig) -> int:
-    """The rank at which LoRA trains about as much as this adapter does, or more; 0 where all weights are trained.
-
-    What a bottleneck, a pair of factors and the vectors beside them take differs by less than the planner's margin;
-    vectors, virtual tokens and their encoders are small beside a model.
-    """
+    """The rank at which LoRA keeps about as many activations; 0 where all weights are trained."""
     if not adapter.enabled:
         return 0
     return adapter.r if adapter.type in RANK_TYPES else 1
 
 
 def training_of(
-    adapter: AdapterConfig, machines: RoleConfig, *, checkpointing: bool, micro_batches: float
+    shape: ModelShape, adapter: AdapterConfig, machines: RoleConfig, *, checkpointing: bool, micro_batches: float
 ) -> Training:
     return Training(
+        added=adapter_weights(shape, adapter) if adapter.enabled else None,
         r=comparable_rank(adapter),
         target_modules=adapter.target_modules,
         last_layers=adapter.last_layers,
@@ -192,6 +190,7 @@ def _ppo_learner(role: str, config: PpoRunConfig, machines: RoleConfig, shape: M
     size, longest = config.ppo.minibatch_size, config.data.max_prompt_tokens + new
     micro = largest_micro_batch(own.micro_batch_limit(), available=size, longest=longest, answer=new)
     training = training_of(
+        shape,
         own.adapter,
         machines,
         checkpointing=config.model.gradient_checkpointing,
@@ -255,6 +254,7 @@ def reward_model_processes(
         own.micro_batch_limit(), available=own.batch_size, longest=longest, answer=0, sequences=2
     )
     training = training_of(
+        shape,
         own.adapter,
         machines,
         checkpointing=config.model.gradient_checkpointing,

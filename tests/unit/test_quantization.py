@@ -227,5 +227,5 @@ def test_methods_that_change_the_weights_refuse_four_bits(path, kind):
     with pytest.raises(ValueError, match=rf"adapter.quantization: got nf4 with adapter.type={kind}, .* set quant"):
         AdapterConfig(type=kind, r=4, quantization="nf4")
     if kind == "pissa":
-        with pytest.raises(ValueError, match="adapter.quantization: got four bits with adapter.type=pissa"):
+        with pytest.raises(ValueError, match=r"adapter.quantization: got four bits with adapter.type=pissa"):
             adapters.attach(load_causal_lm(path, quantization="nf4"), type=kind, r=4, seed=0, total_updates=1)
