@@ -104,8 +104,9 @@ def policy_updates(ranks: Any, folder: str, engines: list[str], checkpointing: b
     return report
 
 
-def method_updates(ranks: Any, folder: str, cases: list[list[str]]) -> dict[str, Any]:
-    """Metrics of a few updates, the base's log-probabilities, and what was trained, per kind of adapter and engine."""
+def method_updates(ranks: Any, folder: str, cases: list[list[str]], saved: str) -> dict[str, Any]:
+    """Metrics of a few updates, the base's log-probabilities, and what was trained, per kind of adapter and engine;
+    adapters are saved in `saved`, each by its kind."""
     report = {}
     for kind, engine in cases:
         model = models.load_causal_lm(folder)
@@ -117,6 +118,8 @@ def method_updates(ranks: Any, folder: str, cases: list[list[str]]) -> dict[str,
         with adapters.adapter_disabled(model.model):
             base = learner.logprobs(rollouts_of(5, seed=9))
         rows = [update(learner, step) for step in range(4)]
+        if adapters.has_adapter(model.model):
+            adapters.save_adapter(model.model, Path(saved, kind), base="base", write=ranks.rank == 0)
         merged = adapters.merged_weights(model.model) if adapters.mergeable(kind) else iter(())
         report[f"{kind}, {engine}"] = {
             "rows": rows,
