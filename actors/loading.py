@@ -128,7 +128,6 @@ def attach_adapter(
     model: models.HfModel, adapter: AdapterConfig, *, total_updates: int, seed: int, tokenizer: Any | None = None
 ) -> TrainingMethod | None:
     """`adapters.attach` as configured."""
-    budget, tokens = adapter.budget, adapter.virtual_tokens
     return adapters.attach(
         model,
         type=adapter.type,
@@ -139,15 +138,8 @@ def attach_adapter(
         alpha=adapter.alpha,
         target_modules=adapter.target_modules,
         last_layers=adapter.last_layers,
-        target_r=budget.target_r,
-        warmup_share=budget.warmup_share,
-        final_share=budget.final_share,
-        interval=budget.interval,
-        orthogonality=budget.orthogonality,
-        num_tokens=tokens.num_tokens,
-        text=tokens.text,
-        encoder=tokens.encoder,
-        encoder_hidden=tokens.encoder_hidden,
+        budget=adapters.RankBudget(**adapter.budget.model_dump()),
+        virtual_tokens=adapters.TokenSettings(**adapter.virtual_tokens.model_dump()),
         half_round=adapter.half_round,
     )
 

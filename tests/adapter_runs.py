@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -33,8 +34,18 @@ MASK = torch.tensor([[1] * 8, [1] * 6 + [0] * 2])
 def attached(folder, kind: str, *, seed: int = 7, total_updates: int = 20, load: Any = None, **changes: Any):
     """(model, training method) of a kind."""
     model = (load or models.load_causal_lm)(str(folder))
-    settings = SETTINGS[kind] | changes
+    settings = settings_of(kind, **changes)
     return model, adapters.attach(model, type=kind, seed=seed, total_updates=total_updates, **settings)
+
+
+def settings_of(kind: str, **changes: Any) -> dict[str, Any]:
+    """What `attach` takes of a kind, its budget and virtual tokens put together."""
+    settings = SETTINGS[kind] | changes
+    for key, record in (("budget", adapters.RankBudget), ("virtual_tokens", adapters.TokenSettings)):
+        own = {field.name for field in dataclasses.fields(record)} & settings.keys()
+        if own:
+            settings[key] = record(**{name: settings.pop(name) for name in own})
+    return settings
 
 
 def moved(folder, kind: str, **changes: Any) -> models.HfModel:

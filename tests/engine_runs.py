@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from adapter_runs import SETTINGS
+from adapter_runs import settings_of
 from tiny_learners import experience_of, rollouts_of
 
 from actors.loading import load_trained, save_trained
@@ -110,7 +110,7 @@ def method_updates(ranks: Any, folder: str, cases: list[list[str]], saved: str) 
     report = {}
     for kind, engine in cases:
         model = models.load_causal_lm(folder)
-        method = adapters.attach(model, type=kind, seed=1, total_updates=12, **SETTINGS[kind])  # type: ignore[arg-type]
+        method = adapters.attach(model, type=kind, seed=1, total_updates=12, **settings_of(kind))  # type: ignore[arg-type]
         settings = {"lr": 1e-2, "total_updates": 12, "max_grad_norm": 0.5}
         made = make_engine(model, ranks=ranks, **ENGINES[engine], **settings)
         limit = MicroBatchLimit(rows=2)

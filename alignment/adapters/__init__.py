@@ -1,6 +1,7 @@
 """Parameter-efficient training of a transformers model: attach, switch off, merge and store. The only importer of
 peft; docs/peft.md compares the methods."""
 
+from alignment.adapters.adalora import RankBudget
 from alignment.adapters.attach import attach
 from alignment.adapters.layers import adapter_disabled, has_adapter, target_names
 from alignment.adapters.low_rank import attach_lora
@@ -14,8 +15,11 @@ from alignment.adapters.merge import (
 )
 from alignment.adapters.method import TrainingMethod
 from alignment.adapters.storage import export_adapter, load_adapter, save_adapter
+from alignment.adapters.virtual_tokens import TokenSettings
 
 __all__ = [
+    "RankBudget",
+    "TokenSettings",
     "TrainingMethod",
     "adapter_disabled",
     "attach",

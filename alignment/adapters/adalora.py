@@ -3,6 +3,7 @@ goes to the matrices where it matters most."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,17 +12,27 @@ from torch import Tensor, nn
 from alignment.adapters.layers import stored_transposed, target_names, train_adapter_only, tuner_layers
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RankBudget:
+    """How the total rank falls; shares are of all updates of the run."""
+
+    target_r: int = 8
+    """Mean rank of a matrix at the end."""
+    warmup_share: float = 0.1
+    final_share: float = 0.3
+    interval: int = 1
+    """Updates from one allocation to the next."""
+    orthogonality: float = 0.5
+    """Weight of the penalty."""
+
+
 def attach_adalora(
     model: nn.Module,
     *,
-    init_r: int,
-    target_r: int,
+    r: int,
     alpha: float,
+    budget: RankBudget,
     total_updates: int,
-    warmup_share: float,
-    final_share: float,
-    interval: int,
-    orthogonality: float,
     seed: int,
     target_modules: tuple[str, ...] | str = "all-linear",
     last_layers: int | None = None,
@@ -34,18 +45,18 @@ def attach_adalora(
 
     names = target_names(model, target_modules, last_layers)
     config = AdaLoraConfig(
-        init_r=init_r,
-        target_r=target_r,
+        init_r=r,
+        target_r=budget.target_r,
         lora_alpha=alpha,  # type: ignore[arg-type]  # any float
         lora_dropout=0.0,
         target_modules=names,
         fan_in_fan_out=stored_transposed(model, names),
         total_step=total_updates,
         # Rounded down, they leave at least one update between them.
-        tinit=int(warmup_share * total_updates),
-        tfinal=int(final_share * total_updates),
-        deltaT=interval,
-        orth_reg_weight=orthogonality,
+        tinit=int(budget.warmup_share * total_updates),
+        tfinal=int(budget.final_share * total_updates),
+        deltaT=budget.interval,
+        orth_reg_weight=budget.orthogonality,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

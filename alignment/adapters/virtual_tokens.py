@@ -4,6 +4,7 @@ layer (prefix tuning, p-tuning v2)."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +19,19 @@ PEFT_FILE = "adapter_model.safetensors"
 ENCODER_FILE = "virtual_tokens.safetensors"
 """What is trained, where that is not what is used in the end."""
 Kind = Literal["prompt", "p_tuning", "prefix", "p_tuning_v2"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenSettings:
+    """How many virtual tokens there are, and where they come from."""
+
+    num_tokens: int = 20
+    text: str | None = None
+    """Where `prompt` starts, cut or repeated; None draws words of the vocabulary."""
+    encoder: str = "mlp"
+    """Of p_tuning: mlp or lstm."""
+    encoder_hidden: int | None = None
+    """Width of the encoder of p_tuning and prefix; None is the model's."""
 
 
 class VirtualTokens(nn.Module):
@@ -96,10 +110,7 @@ def attach_virtual_tokens(
     model: Any,
     *,
     kind: Kind,
-    num_tokens: int,
-    text: str | None,
-    encoder: str,
-    encoder_hidden: int | None,
+    settings: TokenSettings,
     tokenizer: Any | None,
     seed: int,
 ) -> None:
@@ -109,18 +120,18 @@ def attach_virtual_tokens(
         kind: `prompt` trains embeddings (Lester 2021, arXiv 2104.08691); `p_tuning` trains an MLP or LSTM that makes
             them (Liu 2021, arXiv 2103.10385); `prefix` an MLP that makes the keys and values of every layer (Li 2021,
             arXiv 2101.00190); `p_tuning_v2` trains those themselves (Liu 2022, arXiv 2110.07602).
-        text: where `prompt` starts, cut or repeated; None draws words of the vocabulary.
+        tokenizer: of the settings' text.
 
     Raises:
         ValueError: a text that has no token.
     """
     width = model.config.get_text_config().hidden_size
-    settings = {"num_virtual_tokens": num_tokens, "task_type": _task(model)}
+    common = {"num_virtual_tokens": settings.num_tokens, "task_type": _task(model)}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        made, config = _MAKERS[kind](model, settings, encoder_hidden or width, encoder)
-    if kind == "prompt" and text is not None:
-        start_from_text(model, made, text, tokenizer)
+        made, config = _MAKERS[kind](model, common, settings.encoder_hidden or width, settings.encoder)
+    if kind == "prompt" and settings.text is not None:
+        start_from_text(model, made, settings.text, tokenizer)
     device = next(model.parameters()).device
     model.virtual_tokens = VirtualTokens(made.float().to(device), config)
     train_adapter_only(model)
@@ -138,35 +149,35 @@ def _prepared(config: Any, model: Any) -> Any:
     return _prepare_prompt_learning_config(config, model.config)
 
 
-def _prompt(model: Any, settings: dict[str, Any], hidden: int, encoder: str) -> tuple[nn.Module, Any]:
+def _prompt(model: Any, common: dict[str, Any], hidden: int, encoder: str) -> tuple[nn.Module, Any]:
     from peft import PromptEmbedding, PromptTuningConfig
 
-    config = _prepared(PromptTuningConfig(prompt_tuning_init="SAMPLE_VOCAB", **settings), model)
+    config = _prepared(PromptTuningConfig(prompt_tuning_init="SAMPLE_VOCAB", **common), model)
     made: nn.Module = PromptEmbedding(config, model.get_input_embeddings())
     return made, config
 
 
-def _p_tuning(model: Any, settings: dict[str, Any], hidden: int, encoder: str) -> tuple[nn.Module, Any]:
+def _p_tuning(model: Any, common: dict[str, Any], hidden: int, encoder: str) -> tuple[nn.Module, Any]:
     from peft import PromptEncoder, PromptEncoderConfig
 
     kind = encoder.upper()
-    config = PromptEncoderConfig(encoder_reparameterization_type=kind, encoder_hidden_size=hidden, **settings)
+    config = PromptEncoderConfig(encoder_reparameterization_type=kind, encoder_hidden_size=hidden, **common)
     config = _prepared(config, model)
     return PromptEncoder(config), config
 
 
-def _prefix(model: Any, settings: dict[str, Any], hidden: int, encoder: str) -> tuple[nn.Module, Any]:
-    return _prefix_encoder(model, settings, projected=True, hidden=hidden)
+def _prefix(model: Any, common: dict[str, Any], hidden: int, encoder: str) -> tuple[nn.Module, Any]:
+    return _prefix_encoder(model, common, projected=True, hidden=hidden)
 
 
-def _p_tuning_v2(model: Any, settings: dict[str, Any], hidden: int, encoder: str) -> tuple[nn.Module, Any]:
-    return _prefix_encoder(model, settings, projected=False, hidden=hidden)
+def _p_tuning_v2(model: Any, common: dict[str, Any], hidden: int, encoder: str) -> tuple[nn.Module, Any]:
+    return _prefix_encoder(model, common, projected=False, hidden=hidden)
 
 
-def _prefix_encoder(model: Any, settings: dict[str, Any], *, projected: bool, hidden: int) -> tuple[nn.Module, Any]:
+def _prefix_encoder(model: Any, common: dict[str, Any], *, projected: bool, hidden: int) -> tuple[nn.Module, Any]:
     from peft import PrefixEncoder, PrefixTuningConfig
 
-    config = _prepared(PrefixTuningConfig(prefix_projection=projected, **settings), model)
+    config = _prepared(PrefixTuningConfig(prefix_projection=projected, **common), model)
     config.encoder_hidden_size = hidden
     return PrefixEncoder(config), config
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from adapter_runs import SETTINGS
+from adapter_runs import settings_of
 from engine_runs import method_updates, on_processes
 from tiny import write_tiny_model
 
@@ -49,7 +49,7 @@ def test_ranks_make_the_updates_of_one_process(tmp_path, cases):
                 torch.testing.assert_close(torch.tensor(ours[part][name]), torch.tensor(tensor), atol=far, rtol=0)
         if kind != "half":
             loaded = models.load_causal_lm(folder)
-            adapters.attach(loaded, type=kind, seed=99, total_updates=12, **SETTINGS[kind])
+            adapters.attach(loaded, type=kind, seed=99, total_updates=12, **settings_of(kind))
             adapters.load_adapter(loaded.model, tmp_path / "saved" / kind)
             parameters = dict(loaded.named_parameters())
             assert all(parameters[name].tolist() == value for name, value in ours["weights"].items())

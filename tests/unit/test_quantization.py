@@ -190,7 +190,7 @@ def test_critic_and_reward_model_learn_on_four_bits(path):
 @pytest.mark.parametrize("kind", ["lora", "rslora", "dora", "adalora", "ia3", "bottleneck", "prefix", "prompt"])
 def test_every_adapter_that_leaves_the_weights_alone_learns_on_four_bits(path, kind, tmp_path):
     settings = {"r": 4} if kind in ("lora", "rslora", "dora", "bottleneck") else {}
-    settings = {"r": 4, "target_r": 2} if kind == "adalora" else settings
+    settings = {"r": 4, "budget": adapters.RankBudget(target_r=2)} if kind == "adalora" else settings
     model = load_causal_lm(path, quantization="nf4")
     adapters.attach(model, type=kind, seed=1, total_updates=10, **settings)
     engine = TorchEngine(model.named_parameters(), lr=1e-2, total_updates=10)
