@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import torch
+from tiny import write_tiny_model
 
 from alignment import adapters, models
 from alignment.engines.torch import TorchEngine
@@ -29,6 +31,19 @@ MERGED = ("lora", "rslora", "dora", "pissa", "adalora", "ia3")
 VIRTUAL = ("prompt", "p_tuning", "prefix", "p_tuning_v2")
 IDS = torch.tensor([[3, 7, 11, 19, 23, 5, 40, 8], [9, 4, 77, 6, 31, 12, 50, 2]])
 MASK = torch.tensor([[1] * 8, [1] * 6 + [0] * 2])
+
+
+def write_model(folder: Path, kind: str = "llama", **changes: int) -> Path:
+    """A tiny model whose biases are not zero either."""
+    write_tiny_model(folder, kind, **changes)
+    model = models.load_causal_lm(str(folder)).model
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(".bias"):
+                parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+    model.save_pretrained(folder)
+    return folder
 
 
 def attached(folder, kind: str, *, seed: int = 7, total_updates: int = 20, load: Any = None, **changes: Any):

@@ -9,7 +9,7 @@ import torch
 from adapter_runs import IDS, attached, engine_of, loss_of, move, train
 from tiny import write_tiny_model
 
-from alignment import adapters
+from alignment import adapters, models
 from alignment.engines.torch import TorchEngine
 from alignment.learners.base import begin_update, finish_update
 
@@ -157,8 +157,36 @@ def test_a_skipped_update_leaves_the_scores_alone(folder):
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+def test_a_resumed_run_has_all_scores(folder, tmp_path):
+    methods = []
+    for resumed in (False, True):
+        model, method = attached(folder, "adalora", total_updates=UPDATES, **SETTINGS)
+        engine = engine_of(model, total_updates=UPDATES)
+        train(model, engine, method, 10)
+        if resumed:
+            torch.save(method.state_dict(), tmp_path / "state.pt")
+            method = adapters.attach(
+                models.load_causal_lm(str(folder)),
+                type="adalora",
+                r=R,
+                budget=adapters.RankBudget(target_r=TARGET, warmup_share=0.1, final_share=0.3),
+                total_updates=UPDATES,
+                seed=7,
+            )
+            method.model = model.model
+            method.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+        train(model, engine, method, 5)
+        methods.append(method)
+    one, other = (method.allocator for method in methods)
+    for ours, theirs in ((one.exp_avg_ipt, other.exp_avg_ipt), (one.exp_avg_unc, other.exp_avg_unc)):
+        assert len(ours) == 3 * NUM_MATRICES
+        assert all(bool((ours[name] > 0).any()) and torch.equal(ours[name], theirs[name]) for name in ours)
+    assert methods[0].metrics() == methods[1].metrics()
+    assert methods[0].metrics()["adalora/rank_total"] < NUM_MATRICES * R
+
+
 def test_the_last_allocation_comes_even_when_its_update_was_skipped(folder):
-    model, method = attached(folder, "adalora", total_updates=UPDATES, **SETTINGS)
+    model, method = attached(folder, "adalora", total_updates=UPDATES, interval=5, **SETTINGS)
     engine = engine_of(model, total_updates=UPDATES)
     last = UPDATES - FINAL - 1
     for update in range(UPDATES):

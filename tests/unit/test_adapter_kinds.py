@@ -21,6 +21,7 @@ from adapter_runs import (
     moved,
     named,
     train,
+    write_model,
 )
 from tiny import write_tiny_model, write_tiny_reward_model
 
@@ -34,7 +35,7 @@ SEPARATE = tuple(kind for kind in KINDS if kind != "half")
 
 @pytest.fixture(scope="module", params=["llama", "qwen2", "gpt2"])
 def folder(request, tmp_path_factory):
-    return write_tiny_model(tmp_path_factory.mktemp("kinds") / request.param, request.param)
+    return write_model(tmp_path_factory.mktemp("kinds") / request.param, request.param)
 
 
 @pytest.fixture(scope="module")

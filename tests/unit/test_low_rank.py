@@ -7,8 +7,8 @@ import math
 
 import pytest
 import torch
-from adapter_runs import IDS, attached, engine_of, hidden, moved, named, train
-from tiny import write_tiny_model, write_tiny_reward_model
+from adapter_runs import IDS, attached, engine_of, hidden, moved, named, train, write_model
+from tiny import write_tiny_reward_model
 
 from alignment import adapters, models
 from alignment.engines.torch import TorchEngine
@@ -19,7 +19,7 @@ LAYER = "model.layers.1.mlp.down_proj"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return write_tiny_model(tmp_path_factory.mktemp("low-rank") / "qwen2", "qwen2")
+    return write_model(tmp_path_factory.mktemp("low-rank") / "qwen2", "qwen2")
 
 
 @pytest.fixture(scope="module")
