@@ -186,7 +186,7 @@ def test_a_resumed_run_has_all_scores(folder, tmp_path):
 
 
 def test_the_last_allocation_comes_even_when_its_update_was_skipped(folder):
-    model, method = attached(folder, "adalora", total_updates=UPDATES, interval=5, **SETTINGS)
+    model, method = attached(folder, "adalora", total_updates=UPDATES, interval=10, **SETTINGS)
     engine = engine_of(model, total_updates=UPDATES)
     last = UPDATES - FINAL - 1
     for update in range(UPDATES):
