@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from actors.loading import load_trained, make_trainable, save_trained, scalar_model
+from actors.loading import load_trained, make_trainable, save_trained, scalar_model, tokenizer_of_text
 from actors.worker import WHOLE, Actor, UpdateOnce
 from alignment.config import CriticConfig, ModelConfig, PpoConfig
 from alignment.config.cluster import RoleConfig
@@ -46,7 +46,7 @@ class CriticActor(Actor):
             head="zeros",
             quantization=self.config.adapter.quantization,
         )
-        engine = make_trainable(
+        engine, method = make_trainable(
             self.model,
             self.model_config,
             self.config,
@@ -55,6 +55,7 @@ class CriticActor(Actor):
             ranks=self.ranks,
             machines=self.machines,
             device=self.device,
+            tokenizer=tokenizer_of_text(self.config.adapter, self.model_path, self.model_config.revision),
         )
         self.learner = CriticLearner(
             self.model,
@@ -66,6 +67,7 @@ class CriticActor(Actor):
             vf_coef=self.ppo.vf_coef,
             seed=self.seed,
             device=self.device,
+            method=method,
         )
 
     def values(self, rollouts: Sequence[Rollout]) -> list[Tensor]:

@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from alignment import adapters, checkpoint, models
-from alignment.config import CriticConfig, ModelConfig, PolicyConfig, RewardModelTrainingConfig
+from alignment.adapters import TrainingMethod
+from alignment.config import AdapterConfig, CriticConfig, ModelConfig, PolicyConfig, RewardModelTrainingConfig
 from alignment.config.cluster import RoleConfig
+from alignment.data.chat import load_tokenizer
 from alignment.distributed import Ranks
 from alignment.engines.base import Engine
 from alignment.engines.fsdp import split_over_ranks
@@ -84,21 +86,19 @@ def make_trainable(
     ranks: Ranks,
     machines: RoleConfig,
     device: str,
-) -> Engine:
-    """Attach the adapter, if one is asked for, and return the optimiser of what is left to train."""
-    adapter, optimizer = trained.adapter, trained.optimizer
-    if adapter.r:
-        adapters.attach_lora(
-            model.model,
-            r=adapter.r,
-            alpha=adapter.alpha,
-            target_modules=adapter.target_modules,
-            last_layers=adapter.last_layers,
-            seed=seed,
-        )
+    tokenizer: Any | None = None,
+) -> tuple[Engine, TrainingMethod | None]:
+    """Attach the adapter, if one is asked for, and return the optimiser of what is left to train, and what the
+    learner has to tell of its updates.
+
+    Args:
+        tokenizer: the model's, for virtual tokens that start from a text.
+    """
+    optimizer = trained.optimizer
+    method = attach_adapter(model, trained.adapter, total_updates=total_updates, seed=seed, tokenizer=tokenizer)
     if settings.gradient_checkpointing:
         models.enable_gradient_checkpointing(model)
-    return make_engine(
+    engine = make_engine(
         model,
         ranks=ranks,
         engine=machines.engine,
@@ -115,6 +115,32 @@ def make_trainable(
         min_lr_ratio=optimizer.min_lr_ratio,
         max_grad_norm=optimizer.max_grad_norm,
         max_skipped_in_a_row=optimizer.max_skipped_in_a_row,
+    )
+    return engine, method
+
+
+def tokenizer_of_text(adapter: AdapterConfig, path: str, revision: str | None) -> Any | None:
+    """The model's tokenizer where its virtual tokens start from a text; None where nobody asks for it."""
+    return None if adapter.virtual_tokens.text is None else load_tokenizer(path, revision)
+
+
+def attach_adapter(
+    model: models.HfModel, adapter: AdapterConfig, *, total_updates: int, seed: int, tokenizer: Any | None = None
+) -> TrainingMethod | None:
+    """`adapters.attach` as configured."""
+    return adapters.attach(
+        model,
+        type=adapter.type,
+        seed=seed,
+        total_updates=total_updates,
+        tokenizer=tokenizer,
+        r=adapter.r,
+        alpha=adapter.alpha,
+        target_modules=adapter.target_modules,
+        last_layers=adapter.last_layers,
+        budget=adapters.RankBudget(**adapter.budget.model_dump()),
+        virtual_tokens=adapters.TokenSettings(**adapter.virtual_tokens.model_dump()),
+        half_round=adapter.half_round,
     )
 
 

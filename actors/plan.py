@@ -127,6 +127,6 @@ def checkpoint_bytes(config: PpoRunConfig, num_parameters: int) -> int:
     """
     width = 4 if config.model.dtype == "float32" else 2
     master = 0 if width == 4 else 4
-    trained = (not config.policy.adapter.r) + (not config.critic.adapter.r)
+    trained = (not config.policy.adapter.enabled) + (not config.critic.adapter.enabled)
     one = trained * num_parameters * (width + 8 + master)
     return (config.run.keep_checkpoints + 1) * one + num_parameters * width

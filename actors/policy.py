@@ -68,7 +68,7 @@ class PolicyActor(Actor):
         self.model = causal_model(
             self.model_path, self.model_config, self.device, quantization=self.config.adapter.quantization
         )
-        engine = make_trainable(
+        engine, method = make_trainable(
             self.model,
             self.model_config,
             self.config,
@@ -96,6 +96,7 @@ class PolicyActor(Actor):
             logprob_gap_limit=self.logprob_gap_limit,
             seed=self.seed,
             device=self.device,
+            method=method,
         )
 
     def logprobs(self, rollouts: Sequence[Rollout]) -> list[Tensor]:

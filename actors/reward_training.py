@@ -49,7 +49,7 @@ class RewardTrainingActor(Actor):
             seed=self.seed,
             quantization=self.config.adapter.quantization,
         )
-        engine = make_trainable(
+        engine, method = make_trainable(
             self.model,
             self.model_config,
             self.config,
@@ -65,6 +65,7 @@ class RewardTrainingActor(Actor):
             micro_batch_limit=self.config.micro_batch_limit(self.model.layout),
             center_coef=self.config.center_coef,
             device=self.device,
+            method=method,
         )
 
     def update(self, pairs: Sequence[PreferencePair], *, step: int) -> dict[str, float]:

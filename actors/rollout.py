@@ -302,5 +302,6 @@ def rank_of_sync(rollout: RolloutConfig, adapter: AdapterConfig, device: str) ->
     """The rank of the adapters that vLLM is sent; 0 where it is sent merged weights."""
     refuse_adapter_on_other_base(rollout, adapter)
     if rollout.lora_sync == "auto":
-        return adapter.r if device != "cpu" and adapter.quantization == "none" else 0
+        alone = adapter.served_alone and device != "cpu" and adapter.quantization == "none"
+        return adapter.r if alone else 0
     return adapter.r if rollout.lora_sync == "adapter" else 0

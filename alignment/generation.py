@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from alignment.adapters.virtual_tokens import active_virtual_tokens
 from alignment.models import HfModel
 from alignment.types import FinishReason
 
@@ -175,9 +176,20 @@ class _Batch:
         self.logprobs: list[list[float]] = [[] for _ in prompts]
         self.stopped = [False] * len(prompts)
 
+    def _begin(self) -> tuple[Any, Tensor]:
+        """A cache with the virtual tokens, if the model has some, and the positions of the prompts behind them."""
+        positions = (self.mask.long().cumsum(-1) - 1).clamp(min=0)
+        virtual = active_virtual_tokens(self.model.model)
+        front = 0 if virtual is None else virtual.num_tokens
+        cache = _roomy_cache(self.model.model.config, front + self.input_ids.shape[1] + max(self.limits))
+        if virtual is not None:
+            virtual.fill(self.model.model.base_model, cache, len(self.input_ids))
+            self.mask = torch.nn.functional.pad(self.mask, (front, 0), value=True)
+            self.next_position = self.next_position + front
+        return cache, positions + front
+
     def run(self, temperature: float, greedy: bool) -> list[Sample]:
-        prefill_positions = (self.mask.long().cumsum(-1) - 1).clamp(min=0)
-        cache = _roomy_cache(self.model.model.config, self.input_ids.shape[1] + max(self.limits))
+        cache, prefill_positions = self._begin()
         output = self._forward(self.input_ids, prefill_positions, cache)
         active = torch.ones(len(self.ids), dtype=torch.bool, device=self.rows.device)
         for _ in range(max(self.limits)):

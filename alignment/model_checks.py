@@ -11,6 +11,7 @@ from torch import nn
 
 from alignment.adapters import target_names
 from alignment.config import AdapterConfig, ModelConfig
+from alignment.config.model import VIRTUAL_TOKEN_TYPES
 from alignment.data.chat import check_vocabulary
 from alignment.data.model_assets import model_file, quiet_loading, weight_shapes
 from alignment.models import HeadStart, check_scalar_head, num_positions
@@ -52,8 +53,10 @@ def check_model(
         check_vocabulary(tokenizer, built.config.get_text_config().vocab_size)
         if adapter is not None:
             check_quantization(adapter.quantization)
-        if adapter is not None and adapter.r:
+        if adapter is not None and adapter.enabled:
             target_names(built, adapter.target_modules, adapter.last_layers)
+        if adapter is not None and adapter.type in VIRTUAL_TOKEN_TYPES:
+            lengths = {**(lengths or {}), "adapter.virtual_tokens.num_tokens": adapter.virtual_tokens.num_tokens}
         _check_positions(model.path, num_positions(built.config), lengths or {})
         _check_weights(folder, built, head)
     except ValueError as error:

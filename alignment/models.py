@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from alignment.adapters.virtual_tokens import active_virtual_tokens
 from alignment.logprobs import selected_logprobs
 from alignment.packed import BatchLayout, choose_layout, packed_hidden, saves_tokens
 from alignment.packing import Layout
@@ -82,6 +83,9 @@ class HfModel(nn.Module):
         """(B, T) ids and mask -> (B, T, d) last hidden states."""
         # Padding may carry any id; an id outside the vocabulary would crash the embedding.
         mask = attention_mask.long()
+        virtual = active_virtual_tokens(self.model)
+        if virtual is not None:
+            return virtual.hidden(self.model.base_model, input_ids, mask)
         if self.layout != "padded" and saves_tokens(mask, self.layout):
             return packed_hidden(self.model.base_model, input_ids, mask, self.layout)
         return self.model.base_model(
@@ -339,11 +343,17 @@ def _no_head(path: str, got: str) -> str:
 
 
 def enable_gradient_checkpointing(model: HfModel) -> None:
-    """Recompute activations in the backward pass.
+    """Recompute activations in the backward pass. Raises ValueError with a prefix, which it would drop.
 
     transformers checkpoints in train mode only; dropout is set to zero first, since a policy whose old and new
     log-probabilities see different masks has no ratio of 1.
     """
+    virtual = active_virtual_tokens(model.model)
+    if virtual is not None and virtual.is_prefix:
+        raise ValueError(
+            "model.gradient_checkpointing: got true with a trained prefix, expected false: a layer that is computed "
+            "again drops the cached keys and values; set it to false, or adapter.type to prompt or p_tuning"
+        )
     for module in model.model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from adapter_runs import settings_of
 from tiny_learners import experience_of, rollouts_of
 
 from actors.loading import load_trained, save_trained
@@ -100,6 +101,32 @@ def policy_updates(ranks: Any, folder: str, engines: list[str], checkpointing: b
                 "logprobs": [row.tolist() for row in [*reference, *learner.logprobs(own)]],
                 "weights": weights(learner),
             }
+    return report
+
+
+def method_updates(ranks: Any, folder: str, cases: list[list[str]], saved: str) -> dict[str, Any]:
+    """Metrics of a few updates, the base's log-probabilities, and what was trained, per kind of adapter and engine;
+    adapters are saved in `saved`, each by its kind."""
+    report = {}
+    for kind, engine in cases:
+        model = models.load_causal_lm(folder)
+        method = adapters.attach(model, type=kind, seed=1, total_updates=12, **settings_of(kind))  # type: ignore[arg-type]
+        settings = {"lr": 1e-2, "total_updates": 12, "max_grad_norm": 0.5}
+        made = make_engine(model, ranks=ranks, **ENGINES[engine], **settings)
+        limit = MicroBatchLimit(rows=2)
+        learner = PolicyLearner(model, made, minibatch_size=6, micro_batch_limit=limit, method=method)
+        with adapters.adapter_disabled(model.model):
+            base = learner.logprobs(rollouts_of(5, seed=9))
+        rows = [update(learner, step) for step in range(4)]
+        if adapters.has_adapter(model.model):
+            adapters.save_adapter(model.model, Path(saved, kind), base="base", write=ranks.rank == 0)
+        merged = adapters.merged_weights(model.model) if adapters.mergeable(kind) else iter(())
+        report[f"{kind}, {engine}"] = {
+            "rows": rows,
+            "base": [row.tolist() for row in base],
+            "weights": weights(learner),
+            "merged": {name: tensor.tolist() for name, tensor in merged},
+        }
     return report
 
 

@@ -34,29 +34,168 @@ class ModelConfig(Config):
         return self.model_copy(update={"path": path, "revision": revision or inherited})
 
 
-class AdapterConfig(Config):
-    """LoRA. `r: 0` trains every parameter."""
+AdapterType = Literal[
+    "lora",
+    "rslora",
+    "dora",
+    "pissa",
+    "adalora",
+    "ia3",
+    "bottleneck",
+    "prefix",
+    "p_tuning",
+    "p_tuning_v2",
+    "prompt",
+    "half",
+]
+RANK_TYPES = ("lora", "rslora", "dora", "pissa", "adalora", "bottleneck")
+PREFIX_TYPES = ("prefix", "p_tuning_v2")
+VIRTUAL_TOKEN_TYPES = (*PREFIX_TYPES, "prompt", "p_tuning")
+MERGEABLE_TYPES = ("lora", "rslora", "dora", "pissa", "adalora", "ia3", "half")
 
+
+class RankBudgetConfig(Config):
+    """How `type: adalora` moves rank to where it matters (Zhang 2023): all matrices start with `adapter.r`."""
+
+    target_r: Positive = 8
+    """Mean rank of a matrix at the end; less than adapter.r."""
+    warmup_share: Fraction = 0.1
+    """Share of all updates before the first singular value goes."""
+    final_share: Fraction = 0.3
+    """Share of all updates after the last one went."""
+    interval: Positive = 1
+    """Updates from one allocation to the next."""
+    orthogonality: NonNegativeFloat = 0.5
+    """Weight of the penalty that keeps singular vectors orthogonal."""
+
+    @model_validator(mode="after")
+    def _something_is_left_to_allocate(self) -> RankBudgetConfig:
+        if self.warmup_share + self.final_share >= 1:
+            raise ValueError(
+                f"budget: got warmup_share {self.warmup_share:g} + final_share {self.final_share:g}, expected less "
+                "than 1: the budget falls in between; lower one of them"
+            )
+        return self
+
+
+class VirtualTokensConfig(Config):
+    """What `prompt`, `p_tuning`, `prefix` and `p_tuning_v2` put in front of every sequence."""
+
+    num_tokens: Positive = 20
+    """Tokens; they take as many positions of the model."""
+    text: str | None = None
+    """What `prompt` starts from, cut or repeated to `num_tokens`; None draws tokens of the vocabulary."""
+    encoder: Literal["mlp", "lstm"] = "mlp"
+    """Of p_tuning: what turns trained embeddings into virtual tokens. Only its output is kept in the end."""
+    encoder_hidden: Positive | None = None
+    """Width of the encoder of p_tuning and prefix; None is the model's."""
+
+
+class AdapterConfig(Config):
+    """What is trained beside frozen weights, or of them. `type: lora, r: 0` trains every parameter."""
+
+    type: AdapterType = "lora"
+    """The method; docs/peft.md compares them. Low rank: lora, rslora, dora, pissa, adalora. Vectors: ia3. Layers:
+    bottleneck. In front of the sequence: prompt, p_tuning, prefix, p_tuning_v2. `half` trains half of the matrices of
+    each layer at a time."""
     r: NonNegative = 0
-    """Rank; 0 means full fine-tuning."""
+    """Rank, or width of a bottleneck; 0 with lora means full fine-tuning. Types without a rank do not read it."""
     alpha: PositiveFloat = 32.0
-    """Scale: the update is multiplied by alpha / r."""
+    """Scale of the low-rank types: the update is multiplied by alpha / r (rslora: alpha / sqrt(r))."""
     target_modules: tuple[str, ...] | Literal["all-linear"] = "all-linear"
-    """Module names that get an adapter."""
+    """Module names that get an adapter, for the low-rank types and ia3. `all-linear` with ia3 means keys, values and
+    the feed-forward's last matrix."""
     last_layers: Positive | None = None
-    """Adapt only this many layers, counted from the top: the backward pass stops below them."""
+    """Adapt only this many layers, counted from the top: the backward pass stops below them. Not for types that work
+    in front of the sequence."""
     quantization: Literal["none", "nf4"] = "none"
     """How the frozen weights below the adapter are stored; `nf4` in four bits with double quantization (QLoRA,
-    Dettmers 2023), a policy's reference likewise. Needs the extra `qlora`."""
+    Dettmers 2023), a policy's reference likewise. Not for pissa and half, which change the weights themselves. Needs
+    the extra `qlora`."""
+    budget: RankBudgetConfig = RankBudgetConfig()
+    """Read by adalora."""
+    virtual_tokens: VirtualTokensConfig = VirtualTokensConfig()
+    """Read by prompt, p_tuning, prefix and p_tuning_v2."""
+    half_round: Positive | None = None
+    """Updates after which `half` trains the other half; None is half of the run."""
+
+    @property
+    def enabled(self) -> bool:
+        """Whether the base stays as it is beside something that can be switched off. Not so with `half`."""
+        return self.type != "half" and (self.type != "lora" or self.r > 0)
+
+    @property
+    def served_alone(self) -> bool:
+        """Whether vLLM samples with the adapter beside its own base; the others it is sent merged."""
+        return self.enabled and self.type in ("lora", "rslora")
+
+    @model_validator(mode="after")
+    def _rank_is_there(self) -> AdapterConfig:
+        if self.type in RANK_TYPES and self.type != "lora" and not self.r:
+            raise ValueError(
+                f"adapter.r: got 0 with adapter.type={self.type}, expected a rank above 0; set adapter.r, "
+                "or type to lora, which with r=0 trains every parameter"
+            )
+        if self.type == "adalora" and self.budget.target_r >= self.r:
+            raise ValueError(
+                f"adapter.budget.target_r: got {self.budget.target_r} with adapter.r={self.r}, expected less: ranks "
+                "start at adapter.r and fall; raise adapter.r, or lower target_r"
+            )
+        return self
 
     @model_validator(mode="after")
     def _something_is_frozen(self) -> AdapterConfig:
-        if self.quantization != "none" and not self.r:
+        if self.quantization == "none":
+            return self
+        if self.type in ("pissa", "half"):
+            raise ValueError(
+                f"adapter.quantization: got {self.quantization} with adapter.type={self.type}, which changes the "
+                "weights below, expected none; set quantization to none, or type to lora, rslora or dora"
+            )
+        if not self.enabled:
             raise ValueError(
                 f"adapter.quantization: got {self.quantization} with adapter.r=0, which trains the weights "
                 "themselves, expected an adapter; set adapter.r, or quantization to none"
             )
         return self
+
+    @model_validator(mode="after")
+    def _text_is_read(self) -> AdapterConfig:
+        if self.virtual_tokens.text is not None and self.type != "prompt":
+            raise ValueError(
+                f"adapter.virtual_tokens.text: got one with adapter.type={self.type}, expected prompt, which alone "
+                "starts from the embeddings of a text; remove it, or set type to prompt"
+            )
+        if self.last_layers is not None and self.type in VIRTUAL_TOKEN_TYPES:
+            raise ValueError(
+                f"adapter.last_layers: got {self.last_layers} with adapter.type={self.type}, expected null: virtual "
+                "tokens pass through every layer; remove it"
+            )
+        return self
+
+
+def refuse_unmergeable(adapter: AdapterConfig, section: str, why: str) -> None:
+    """Of a model that others receive as plain weights."""
+    if adapter.type not in MERGEABLE_TYPES:
+        raise ValueError(
+            f"{section}.adapter.type: got {adapter.type}, expected one of {', '.join(MERGEABLE_TYPES)}: {why}; "
+            "choose one of them"
+        )
+
+
+def refuse_adapter_for_model(model: ModelConfig, adapter: AdapterConfig, section: str) -> None:
+    """Virtual tokens stand in front of padded rows, and those of the prefix types in a cache."""
+    if adapter.type in VIRTUAL_TOKEN_TYPES and model.batch_layout == "packed":
+        raise ValueError(
+            f"model.batch_layout: got packed with {section}.adapter.type={adapter.type}, expected padded: every "
+            "sequence has virtual tokens of its own in front; set it to auto"
+        )
+    if adapter.type in PREFIX_TYPES and model.gradient_checkpointing:
+        raise ValueError(
+            f"model.gradient_checkpointing: got true with {section}.adapter.type={adapter.type}, expected false: a "
+            "layer that is computed again drops the cached keys and values, so nothing would be trained; set it to "
+            "false, or type to prompt or p_tuning"
+        )
 
 
 Beta = Annotated[float, Field(ge=0, lt=1)]

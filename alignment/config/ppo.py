@@ -13,9 +13,11 @@ from alignment.config.model import (
     MicroBatchConfig,
     ModelConfig,
     OptimizerConfig,
+    refuse_adapter_for_model,
     refuse_adaptive_rate,
     refuse_float16_training,
     refuse_small_budget,
+    refuse_unmergeable,
 )
 from alignment.config.reward import RewardConfig
 from alignment.config.rollout import RolloutConfig, refuse_adapter_on_other_base
@@ -27,7 +29,7 @@ class PolicyConfig(MicroBatchConfig):
     """The model that learns. Its reference has the same micro-batches."""
 
     adapter: AdapterConfig = AdapterConfig()
-    """LoRA or full."""
+    """What is trained of it: everything, or a part that can be merged into weights."""
     optimizer: OptimizerConfig = OptimizerConfig()
     """Its optimiser."""
 
@@ -40,7 +42,7 @@ class CriticConfig(MicroBatchConfig):
     revision: str | None = None
     """Commit hash of a hub model; None takes model.revision where this is the same repository."""
     adapter: AdapterConfig = AdapterConfig()
-    """LoRA or full; the head is always trained."""
+    """What is trained of it; the head always is."""
     optimizer: OptimizerConfig = OptimizerConfig(lr=2e-5)
     """Its optimiser."""
     warmup_steps: NonNegative = 0
@@ -151,6 +153,9 @@ class PpoRunConfig(Config):
     @model_validator(mode="after")
     def _adapter_fits_the_engine(self) -> PpoRunConfig:
         refuse_adapter_on_other_base(self.rollout, self.policy.adapter)
+        why = "the rollout engines are sent merged weights, and virtual tokens and new layers are none"
+        refuse_unmergeable(self.policy.adapter, "policy", why)
+        refuse_adapter_for_model(self.model, self.critic.adapter, "critic")
         return self
 
     @model_validator(mode="after")

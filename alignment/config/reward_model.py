@@ -14,6 +14,7 @@ from alignment.config.model import (
     refuse_adaptive_rate,
     refuse_float16_training,
     refuse_small_budget,
+    refuse_unmergeable,
 )
 from alignment.config.run import RunConfig
 
@@ -22,7 +23,7 @@ class RewardModelTrainingConfig(MicroBatchConfig):
     """The Bradley-Terry stage."""
 
     adapter: AdapterConfig = AdapterConfig()
-    """LoRA (merged at the end) or full; the head is always trained."""
+    """What is trained of it, merged at the end; the head always is."""
     optimizer: OptimizerConfig = OptimizerConfig(lr=5e-5)
     """Its optimiser."""
     batch_size: Positive = 8
@@ -56,6 +57,11 @@ class RewardModelRunConfig(Config):
     @model_validator(mode="after")
     def _dtype_can_be_trained(self) -> RewardModelRunConfig:
         refuse_float16_training(self.model)
+        return self
+
+    @model_validator(mode="after")
+    def _adapter_can_be_merged(self) -> RewardModelRunConfig:
+        refuse_unmergeable(self.training.adapter, "training", "a reward model is written as plain weights")
         return self
 
     @model_validator(mode="after")

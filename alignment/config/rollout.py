@@ -50,9 +50,10 @@ class RolloutConfig(Config):
     vllm: VllmConfig = VllmConfig()
     """Only read where vLLM samples."""
     lora_sync: Literal["auto", "adapter", "merged"] = "auto"
-    """What vLLM receives of a LoRA policy: the adapter alone, or the whole model with the adapter merged in. `auto`
-    takes the adapter on a GPU; merged weights on a CPU, where vLLM's kernels for adapters halve its speed, and of a
-    four-bit policy, whose base vLLM does not have. transformers always takes merged weights."""
+    """What vLLM receives of a policy with an adapter: the adapter alone, or the whole model with it merged in. `auto`
+    takes the adapter of lora and rslora on a GPU. It takes merged weights of the other types, which vLLM does not
+    have; on a CPU, where vLLM's kernels for adapters halve its speed; and of a four-bit policy, whose base vLLM does
+    not have. transformers always takes merged weights."""
     max_new_tokens: Positive = 64
     """Generation limit per response."""
     temperature: Annotated[float, Field(ge=0.01)] = 1.0
@@ -90,11 +91,17 @@ class RolloutConfig(Config):
 
 
 def refuse_adapter_on_other_base(rollout: RolloutConfig, adapter: AdapterConfig) -> None:
-    """An adapter that is sent alone must exist; a four-bit policy's fits the rounded base, which no engine has."""
-    if rollout.lora_sync == "adapter" and not adapter.r:
+    """An adapter that is sent alone must be one that vLLM has; a four-bit policy's fits the rounded base, which no
+    engine has."""
+    if rollout.lora_sync == "adapter" and adapter.type == "lora" and not adapter.r:
         raise ValueError(
             "rollout.lora_sync: got adapter with policy.adapter.r=0, expected a policy with an adapter; set "
             "policy.adapter.r, or lora_sync to auto"
+        )
+    if rollout.lora_sync == "adapter" and not adapter.served_alone:
+        raise ValueError(
+            f"rollout.lora_sync: got adapter with policy.adapter.type={adapter.type}, expected merged: vLLM samples "
+            "with LoRA and rsLoRA adapters only; set it to auto or merged"
         )
     if rollout.lora_sync == "adapter" and adapter.quantization != "none":
         raise ValueError(

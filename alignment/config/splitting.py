@@ -5,6 +5,11 @@ from __future__ import annotations
 from alignment.config.cluster import RoleConfig
 from alignment.config.model import AdapterConfig
 
+DEEPSPEED_TYPES = ("lora", "rslora")
+"""Adapters that DeepSpeed's engines train."""
+WHOLE_TYPES = ("adalora", "half")
+"""Methods that look at whole gradients, or freeze parameters while the run goes on."""
+
 
 def refuse_splitting(role: str, machines: RoleConfig, adapter: AdapterConfig, *, dtype: str) -> None:
     """Refuse what a role's engine cannot split over its workers.
@@ -19,6 +24,8 @@ def refuse_splitting(role: str, machines: RoleConfig, adapter: AdapterConfig, *,
             f"{role}.gpus_per_worker: got {machines.gpus_per_worker:g} with num_workers {machines.num_workers}, "
             "expected 1: ranks that share a GPU cannot talk to each other over NCCL; set it to 1, or num_workers: 1"
         )
+    if role != "reference":
+        refuse_split_adapter(role, machines, adapter)
     if machines.engine == "deepspeed" and role != "reference" and dtype != "float32":
         refuse_low_stage(machines.zero_stage, f"{role}.")
     if adapter.quantization != "none" and (machines.zero_stage or machines.engine == "deepspeed"):
@@ -26,6 +33,21 @@ def refuse_splitting(role: str, machines: RoleConfig, adapter: AdapterConfig, *,
             f"{role}.zero_stage: got {machines.zero_stage} of engine {machines.engine} with adapter.quantization "
             f"{adapter.quantization}, expected 0 of engine torch: weights of four bits are not split; let "
             "every worker hold all of them, an eighth of float32"
+        )
+
+
+def refuse_split_adapter(role: str, machines: RoleConfig, adapter: AdapterConfig) -> None:
+    """What reads whole gradients, or freezes parameters on the way, has to find them whole on every worker. DeepSpeed
+    gathers a matrix for its own layer only, and most adapters are computed beside it."""
+    if machines.engine == "deepspeed" and adapter.type not in DEEPSPEED_TYPES:
+        raise ValueError(
+            f"{role}.engine: got deepspeed with adapter.type={adapter.type}, expected torch; set engine: torch, or "
+            f"adapter.type to one of {', '.join(DEEPSPEED_TYPES)}"
+        )
+    if machines.zero_stage and adapter.type in WHOLE_TYPES:
+        raise ValueError(
+            f"{role}.zero_stage: got {machines.zero_stage} with adapter.type={adapter.type}, expected 0, where every "
+            "worker has whole gradients; set it to 0, or choose another adapter.type"
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -45,6 +46,15 @@ class Schedule:
         return self.lr * factor
 
 
+def refuse_hook(hook: Callable[[], None] | None, engine: str) -> None:
+    """Of an engine whose gradients no process has as a whole."""
+    if hook is not None:
+        raise ValueError(
+            f"engine: got {engine} with a method that reads gradients after the step (adapter.type=adalora, half), "
+            "expected torch with zero_stage 0; set them in the cluster YAML, or choose another adapter.type"
+        )
+
+
 class Engine(ABC):
     """How gradients become an optimiser step: `backward` per micro-batch, `step` per minibatch.
 
@@ -70,17 +80,23 @@ class Engine(ABC):
         """Add this micro-batch's gradient; the loss is already divided by the minibatch's count over all ranks."""
 
     @abstractmethod
-    def _update(self, rate: float) -> float:
+    def _update(self, rate: float, before_forgetting: Callable[[], None] | None) -> float:
         """Sum over ranks, clip, step unless the norm is not finite, and forget the gradients. Returns the norm."""
 
-    def step(self) -> dict[str, float]:
+    def step(self, *, before_forgetting: Callable[[], None] | None = None) -> dict[str, float]:
         """Clip, update, advance the schedule. A non-finite gradient skips the update and is counted.
 
+        Args:
+            before_forgetting: called after a step was made, while the gradients that it took, summed over ranks and
+                clipped, are still at the parameters (at the masters of those below float32). Not called when
+                the update is skipped.
+
         Raises:
+            ValueError: `before_forgetting` of an engine whose gradients are not there as a whole.
             RuntimeError: `max_skipped_in_a_row` updates in a row were skipped; more of the same would train nothing.
         """
         rate = self.rate_factor * self.schedule.rate(self.num_updates)
-        norm = self._update(rate)
+        norm = self._update(rate, before_forgetting)
         finite = math.isfinite(norm)
         self.num_skipped += not finite
         self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1

@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from alignment.config.splitting import refuse_low_stage
 from alignment.distributed import Ranks
-from alignment.engines.base import Engine, Offload, Schedule, ZeroStage
+from alignment.engines.base import Engine, Offload, Schedule, ZeroStage, refuse_hook
 from alignment.engines.torch import MOMENTS, load_torch_state, make_adamw, torch_state
 from alignment.models import HfModel
 from alignment.sharding import num_elements
@@ -74,7 +75,8 @@ class DeepSpeedEngine(Engine):
         # DeepSpeed averages over ranks; the loss is already divided by the count of all.
         self.engine.backward(loss * self.ranks.size, scale_wrt_gas=False)
 
-    def _update(self, rate: float) -> float:
+    def _update(self, rate: float, before_forgetting: Callable[[], None] | None) -> float:
+        refuse_hook(before_forgetting, "deepspeed")
         for group in self.engine.optimizer.param_groups:
             group["lr"] = rate
         self.engine.step()

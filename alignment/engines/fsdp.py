@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from alignment.distributed import Ranks
+from alignment.engines.base import refuse_hook
 from alignment.engines.torch import TorchEngine
 from alignment.models import HfModel
 from alignment.sharding import decoder_layers
@@ -61,3 +62,7 @@ class FsdpEngine(TorchEngine):
 
     def _sum_over_ranks(self, stepped: list[nn.Parameter]) -> None:
         """Nothing is left to do: the backward pass has summed what each rank holds."""
+
+    def _update(self, rate: float, before_forgetting: Callable[[], None] | None) -> float:
+        refuse_hook(before_forgetting, "torch with zero_stage 2 or 3")
+        return super()._update(rate, None)

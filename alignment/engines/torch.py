@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -47,7 +47,7 @@ class TorchEngine(Engine):
     def backward(self, loss: Tensor) -> None:
         loss.backward()
 
-    def _update(self, rate: float) -> float:
+    def _update(self, rate: float, before_forgetting: Callable[[], None] | None) -> float:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         stepped = list(self._stepped.values())
@@ -56,6 +56,8 @@ class TorchEngine(Engine):
         if norm < float("inf"):  # NaN is not
             self.optimizer.step()
             self._round_masters()
+            if before_forgetting is not None:
+                before_forgetting()
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 
@@ -116,8 +118,8 @@ def load_torch_state(
 def make_adamw(parameters: list[nn.Parameter], schedule: Schedule) -> torch.optim.AdamW:
     """Decoupled weight decay on matrices only; one fused pass where the parameters allow it."""
     groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": schedule.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in parameters if _is_matrix(p)], "weight_decay": schedule.weight_decay},
+        {"params": [p for p in parameters if not _is_matrix(p)], "weight_decay": 0.0},
     ]
     fusible = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in parameters)
     return torch.optim.AdamW(
@@ -127,6 +129,11 @@ def make_adamw(parameters: list[nn.Parameter], schedule: Schedule) -> torch.opti
         eps=schedule.eps,
         fused=fusible or None,
     )
+
+
+def _is_matrix(parameter: Tensor) -> bool:
+    """Some adapters store a vector as a matrix of one row or column."""
+    return sum(size > 1 for size in parameter.shape) >= 2
 
 
 def _with_master(name: str, parameter: nn.Parameter) -> nn.Parameter:

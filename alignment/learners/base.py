@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from alignment.adapters import TrainingMethod
 from alignment.batching import micro_batches, rollout_batch, rollout_lengths
 from alignment.distributed import Alone, Ranks, own_rows
 from alignment.engines.base import Engine
@@ -83,6 +85,37 @@ def own_micro_batches(
         if backward:
             engine.backward(0 * output)
     return own
+
+
+def begin_update(engine: Engine, method: TrainingMethod | None) -> None:
+    """Before the first forward of an update: let the training method choose what is trained."""
+    if method is not None:
+        method.begin_update(engine.num_updates)
+
+
+def finish_update(engine: Engine, method: TrainingMethod | None) -> dict[str, float]:
+    """The engine's step, with what the training method adds to the loss and reads of the gradients."""
+    if method is None:
+        return engine.step()
+    update, penalty = engine.num_updates, method.penalty()
+    if penalty is not None:
+        engine.backward(penalty / engine.ranks.size)  # gradients are summed over ranks
+    return engine.step(before_forgetting=lambda: method.end_update(update))
+
+
+def method_metrics(method: TrainingMethod | None) -> dict[str, float]:
+    return {} if method is None else method.metrics()
+
+
+def method_state(method: TrainingMethod | None) -> dict[str, Any]:
+    """What a learner's state has of the training method: nothing where there is none."""
+    return {} if method is None else {"method": method.state_dict()}
+
+
+def load_method(method: TrainingMethod | None, state: Mapping[str, Any]) -> None:
+    """Put back what `method_state` gave."""
+    if method is not None:
+        method.load_state_dict(state["method"])
 
 
 def missing_passes(num_passes: int, lockstep: Ranks | None) -> int:

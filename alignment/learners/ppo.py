@@ -9,10 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from alignment.adapters import TrainingMethod
 from alignment.advantages import gae
 from alignment.batching import minibatches, rollout_batch, rollout_lengths
 from alignment.engines.base import Engine
-from alignment.learners.base import Tally, own_micro_batches, per_response
+from alignment.learners.base import (
+    Tally,
+    begin_update,
+    finish_update,
+    load_method,
+    method_metrics,
+    method_state,
+    own_micro_batches,
+    per_response,
+)
 from alignment.losses import Metrics, aggregate, ppo_policy_loss, ppo_value_loss
 from alignment.models import CausalModel, response_logprobs, response_values
 from alignment.packing import MicroBatchLimit
@@ -46,13 +56,15 @@ class PolicyLearner:
         logprob_gap_limit: float = math.inf,
         seed: int = 0,
         device: torch.device | str = "cpu",
+        method: TrainingMethod | None = None,
     ) -> None:
         """
         Args:
             correction: the settings of `correction_weights`; None weights every token alike.
             logprob_gap_limit: largest mean gap to the sampler that `update_on_policy` accepts.
+            method: what is told of every update.
         """
-        self.model, self.engine, self.temperature = model, engine, temperature
+        self.model, self.engine, self.method, self.temperature = model, engine, method, temperature
         self.minibatch_size, self.micro_batch_limit, self.ppo_epochs = minibatch_size, micro_batch_limit, ppo_epochs
         self.clip = {"clip_ratio": clip_ratio, "clip_ratio_high": clip_ratio_high, "dual_clip": dual_clip}
         self.entropy_coef, self.kl_stop, self.adaptive_rate = entropy_coef, kl_stop, adaptive_rate
@@ -83,6 +95,7 @@ class PolicyLearner:
         if not experience.response_mask.any():
             return {"ppo/updates_count": 0.0}
         tally.begin_minibatch()
+        begin_update(self.engine, self.method)
         index, lengths = torch.arange(len(experience)), experience.attention_mask.sum(1)
         count, old = self._token_count(experience, index), torch.zeros_like(experience.rollout_logprobs)
         for rows in self._own_micro_batches(index, lengths):
@@ -94,8 +107,8 @@ class PolicyLearner:
         self.engine.ranks.sum_([old])  # zeros but for each rank's own rows
         mismatch = mismatch_metrics(old, experience.rollout_logprobs, experience.response_mask)
         require_match(mismatch, self.logprob_gap_limit, step=step)
-        tally.add(self.engine.step())
-        return {**tally.result("ppo"), **mismatch, "ppo/updates_count": 1.0}
+        tally.add(finish_update(self.engine, self.method))
+        return {**tally.result("ppo"), **mismatch, **method_metrics(self.method), "ppo/updates_count": 1.0}
 
     def update(self, experience: Experience, *, step: int) -> dict[str, float]:
         """Improve the policy on one batch. Stops early once a minibatch's KL to the old policy exceeds `kl_stop`.
@@ -112,6 +125,7 @@ class PolicyLearner:
             if not experience.response_mask[index].any():
                 continue
             tally.begin_minibatch()
+            begin_update(self.engine, self.method)
             for rows in self._own_micro_batches(index, lengths):
                 loss, metrics, _ = self._loss(experience.rows(rows), self._token_count(experience, index))
                 self.engine.backward(loss)
@@ -120,14 +134,14 @@ class PolicyLearner:
             kl = tally.current("approx_kl")
             if moved:
                 last_kl = kl
-            stepped = self.engine.step()
+            stepped = finish_update(self.engine, self.method)
             tally.add(stepped)
             num_updates, moved = num_updates + 1, moved or not stepped["skipped_count"]
             if self.kl_stop is not None and kl > self.kl_stop:
                 break
         if self.adaptive_rate is not None and last_kl is not None:
             self.engine.rate_factor = self.adaptive_rate.update(last_kl)
-        return {**tally.result("ppo"), "ppo/updates_count": float(num_updates)}
+        return {**tally.result("ppo"), **method_metrics(self.method), "ppo/updates_count": float(num_updates)}
 
     @torch.no_grad()
     def check(self, experience: Experience) -> dict[str, float]:
@@ -199,10 +213,11 @@ class PolicyLearner:
 
     def state_dict(self) -> dict[str, Any]:
         rate = None if self.adaptive_rate is None else self.adaptive_rate.state_dict()
-        return {"engine": self.engine.state_dict(), "adaptive_rate": rate}
+        return {"engine": self.engine.state_dict(), "adaptive_rate": rate, **method_state(self.method)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.engine.load_state_dict(state["engine"])
+        load_method(self.method, state)
         if self.adaptive_rate is not None and state["adaptive_rate"] is not None:
             self.adaptive_rate.load_state_dict(state["adaptive_rate"])
 
@@ -222,8 +237,9 @@ class CriticLearner:
         vf_coef: float = 1.0,
         seed: int = 0,
         device: torch.device | str = "cpu",
+        method: TrainingMethod | None = None,
     ) -> None:
-        self.model, self.engine = model, engine
+        self.model, self.engine, self.method = model, engine, method
         self.minibatch_size, self.micro_batch_limit, self.ppo_epochs = minibatch_size, micro_batch_limit, ppo_epochs
         self.value_clip, self.vf_coef, self.seed, self.device = value_clip, vf_coef, seed, device
 
@@ -248,6 +264,7 @@ class CriticLearner:
             if count == 0:
                 continue
             tally.begin_minibatch()
+            begin_update(self.engine, self.method)
             for rows in self._own_micro_batches(index, lengths):
                 batch = _to(experience.rows(rows), self.device)
                 loss, metrics = ppo_value_loss(
@@ -261,7 +278,7 @@ class CriticLearner:
                 self.engine.backward(self.vf_coef * loss)
                 tally.add({"value_loss": loss.detach(), **metrics})
             tally.end_minibatch()
-            tally.add(self.engine.step())
+            tally.add(finish_update(self.engine, self.method))
         return tally.result("critic")
 
     def fit(
@@ -283,6 +300,7 @@ class CriticLearner:
         count = float(sum(len(row) for row in rewards))
         tally = Tally(self.engine.ranks)
         tally.begin_minibatch()
+        begin_update(self.engine, self.method)
         lengths = rollout_lengths(rollouts)
         for rows in self._own_micro_batches(torch.arange(len(rollouts)), lengths, backward=count > 0):
             chosen = [rollouts[i] for i in rows.tolist()]
@@ -304,7 +322,7 @@ class CriticLearner:
             tally.add({"value_loss": loss.detach(), **metrics})
         tally.end_minibatch()
         if count:
-            tally.add(self.engine.step())
+            tally.add(finish_update(self.engine, self.method))
         return self._of_all_ranks(values, rollouts), tally.result("critic")
 
     def _own_micro_batches(self, index: Tensor, lengths: Tensor, *, backward: bool = True) -> list[Tensor]:
@@ -322,10 +340,11 @@ class CriticLearner:
         return list(flat.split(sizes))
 
     def state_dict(self) -> dict[str, Any]:
-        return {"engine": self.engine.state_dict()}
+        return {"engine": self.engine.state_dict(), **method_state(self.method)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.engine.load_state_dict(state["engine"])
+        load_method(self.method, state)
 
 
 def _to(experience: Experience, device: torch.device | str) -> Experience:

@@ -8,10 +8,20 @@ from typing import Any
 
 import torch
 
+from alignment.adapters import TrainingMethod
 from alignment.batching import micro_batches, sequence_batch
 from alignment.distributed import Ranks
 from alignment.engines.base import Engine
-from alignment.learners.base import Tally, missing_passes, own_micro_batches
+from alignment.learners.base import (
+    Tally,
+    begin_update,
+    finish_update,
+    load_method,
+    method_metrics,
+    method_state,
+    missing_passes,
+    own_micro_batches,
+)
 from alignment.losses import reward_model_loss
 from alignment.models import CausalModel, idle_output, sequence_scores
 from alignment.packing import MicroBatchLimit
@@ -29,14 +39,17 @@ class RewardModelLearner:
         micro_batch_limit: MicroBatchLimit,
         center_coef: float = 0.0,
         device: torch.device | str = "cpu",
+        method: TrainingMethod | None = None,
     ) -> None:
-        self.model, self.engine, self.device = model, engine, device
+        """`method`: what is told of every update."""
+        self.model, self.engine, self.method, self.device = model, engine, method, device
         self.micro_batch_limit, self.center_coef = micro_batch_limit, center_coef
 
     def update(self, pairs: Sequence[PreferencePair], *, step: int) -> dict[str, float]:
         """One optimiser step on `pairs`; the loss is the mean over all of them whatever the micro-batches."""
         tally = Tally(self.engine.ranks)
         tally.begin_minibatch()
+        begin_update(self.engine, self.method)
         lengths = torch.tensor(
             [[len(p.prompt_ids) + len(ids) for ids in (p.chosen_ids, p.rejected_ids)] for p in pairs]
         )
@@ -51,8 +64,8 @@ class RewardModelLearner:
             self.engine.backward(loss)
             tally.add({"loss": loss.detach(), **metrics})
         tally.end_minibatch()
-        tally.add(self.engine.step())
-        return tally.result("reward_model")
+        tally.add(finish_update(self.engine, self.method))
+        return {**tally.result("reward_model"), **method_metrics(self.method)}
 
     @torch.no_grad()
     def score(self, sequences: Sequence[Sequence[int]]) -> list[float]:
@@ -62,10 +75,11 @@ class RewardModelLearner:
         return score_sequences(self.model, sequences, limit=limit, device=self.device, lockstep=self.engine.lockstep)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"engine": self.engine.state_dict()}
+        return {"engine": self.engine.state_dict(), **method_state(self.method)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.engine.load_state_dict(state["engine"])
+        load_method(self.method, state)
 
 
 @torch.no_grad()

@@ -67,7 +67,9 @@ class Training:
     """How a model is trained, as far as memory and time depend on it."""
 
     r: int = 0
-    """LoRA's rank; 0 trains every weight."""
+    """LoRA's rank; 0 trains every weight. Of other adapters, the rank at which LoRA keeps about as much."""
+    added: int | None = None
+    """Weights that another adapter than LoRA trains; None counts LoRA's by its rank."""
     target_modules: tuple[str, ...] | str = "all-linear"
     last_layers: int | None = None
     quantization: str = "none"
@@ -140,7 +142,9 @@ def trained_parameters(shape: ModelShape, training: Training, *, scalar_head: bo
     """Weights that the optimiser steps on: all, or the adapters and a scalar head."""
     if not training.r:
         return shape.num_parameters(scalar_head=scalar_head)
-    adapters = shape.adapter_parameters(training.r, training.target_modules, training.last_layers)
+    adapters = training.added
+    if adapters is None:
+        adapters = shape.adapter_parameters(training.r, training.target_modules, training.last_layers)
     return adapters + (shape.hidden if scalar_head else 0)
 
 

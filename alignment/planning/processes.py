@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from alignment.config import ROLES, ClusterConfig, PpoRunConfig, RewardModelRunConfig
 from alignment.config.cluster import RoleConfig, RolloutRoleConfig
-from alignment.config.model import AdapterConfig
+from alignment.config.model import RANK_TYPES, AdapterConfig
 from alignment.config.splitting import refuse_splitting
 from alignment.planning.memory import (
     COLUMNS,
@@ -21,6 +21,7 @@ from alignment.planning.memory import (
     vllm_memory,
 )
 from alignment.planning.shape import ModelShape
+from alignment.planning.trained import adapter_weights
 
 PROCESS_BASE = 350 * MB
 """Resident memory of a process that has imported torch, transformers and ray. Measured, as are the next two."""
@@ -90,11 +91,19 @@ def gpus_per_process(settings: RoleConfig | RolloutRoleConfig) -> float:
     return settings.gpus_per_worker
 
 
+def comparable_rank(adapter: AdapterConfig) -> int:
+    """The rank at which LoRA keeps about as many activations; 0 where all weights are trained."""
+    if not adapter.enabled:
+        return 0
+    return adapter.r if adapter.type in RANK_TYPES else 1
+
+
 def training_of(
-    adapter: AdapterConfig, machines: RoleConfig, *, checkpointing: bool, micro_batches: float
+    shape: ModelShape, adapter: AdapterConfig, machines: RoleConfig, *, checkpointing: bool, micro_batches: float
 ) -> Training:
     return Training(
-        r=adapter.r,
+        added=adapter_weights(shape, adapter) if adapter.enabled else None,
+        r=comparable_rank(adapter),
         target_modules=adapter.target_modules,
         last_layers=adapter.last_layers,
         quantization=adapter.quantization,
@@ -152,7 +161,7 @@ def _ppo_role(
     if role in ("policy", "critic"):
         return _ppo_learner(role, config, getattr(cluster, role), shapes[role])
     if role in ("reference", "reward_model"):
-        shares = role == "reference" and "policy" in group and config.policy.adapter.r > 0
+        shares = role == "reference" and "policy" in group and config.policy.adapter.enabled
         return _ppo_scorer(role, config, getattr(cluster, role), shapes, shares_weights=shares)
     dtype, on_gpu = config.model.dtype, cluster.rollout.gpus_per_worker > 0
     if engine == "vllm":
@@ -181,6 +190,7 @@ def _ppo_learner(role: str, config: PpoRunConfig, machines: RoleConfig, shape: M
     size, longest = config.ppo.minibatch_size, config.data.max_prompt_tokens + new
     micro = largest_micro_batch(own.micro_batch_limit(), available=size, longest=longest, answer=new)
     training = training_of(
+        shape,
         own.adapter,
         machines,
         checkpointing=config.model.gradient_checkpointing,
@@ -244,6 +254,7 @@ def reward_model_processes(
         own.micro_batch_limit(), available=own.batch_size, longest=longest, answer=0, sequences=2
     )
     training = training_of(
+        shape,
         own.adapter,
         machines,
         checkpointing=config.model.gradient_checkpointing,
@@ -270,7 +281,7 @@ def _process(
     settings = [getattr(cluster, role) for role in group]
     bases = {
         "imports": PROCESS_BASE,
-        "peft": ADAPTER_BASE * any(adapter.r for adapter in adapters),
+        "peft": ADAPTER_BASE * any(adapter.enabled for adapter in adapters),
         "bitsandbytes": QUANTIZATION_BASE * any(adapter.quantization != "none" for adapter in adapters),
     }
     return ProcessMemory(

@@ -100,6 +100,7 @@ def phase_seconds(
 
     def update(role: str, positions: float) -> float:
         training = training_of(
+            shapes[role],
             getattr(config, role).adapter,
             getattr(cluster, role),
             checkpointing=config.model.gradient_checkpointing,

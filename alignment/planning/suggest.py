@@ -38,7 +38,7 @@ class Scenario:
         if not isinstance(self.config, PpoRunConfig):
             return ()
         beside = any({"policy", "reference"} <= set(group) for group in self.cluster.colocate)
-        reference = () if beside and self.config.policy.adapter.r else ("reference",)
+        reference = () if beside and self.config.policy.adapter.enabled else ("reference",)
         return (*reference, *(("reward_model",) if self.config.reward.model is not None else ()))
 
     def machines_of(self, role: str) -> RoleConfig:
@@ -144,8 +144,10 @@ def changes(scenario: Scenario) -> Iterator[Change]:
     yield from _offloads(scenario)
     if config.model.dtype == "float32":
         yield Change(config={"model.dtype": "bfloat16"})
-    if full := [key for key in keys if not getattr(config, key).adapter.r]:
-        yield Change(config={f"{key}.adapter.r": LORA_RANK for key in full})
+    if full := [key for key in keys if not getattr(config, key).adapter.enabled]:
+        yield Change(
+            config={f"{key}.adapter.{name}": value for key in full for name, value in _lora(config, key).items()}
+        )
     yield Change(
         config={f"{key}.adapter.{name}": value for key in keys for name, value in _qlora(config, key).items()}
     )
@@ -202,8 +204,14 @@ def _offload(machines: RoleConfig, offload: str, least: int) -> dict[str, Any]:
     return {name: value for name, value in wanted.items() if getattr(machines, name) != value}
 
 
+def _lora(config: RunAnyConfig, key: str) -> dict[str, Any]:
+    adapter = getattr(config, key).adapter
+    kind = {"type": "lora"} if adapter.type in ("half", "pissa") else {}
+    return {**kind, "r": adapter.r or LORA_RANK}
+
+
 def _qlora(config: RunAnyConfig, key: str) -> dict[str, Any]:
-    return {"r": getattr(config, key).adapter.r or LORA_RANK, "quantization": "nf4"}
+    return {**_lora(config, key), "quantization": "nf4"}
 
 
 def _more_workers(scenario: Scenario, times: int) -> dict[str, Any]:

@@ -10,9 +10,11 @@ import torch
 from tiny import tiny_config
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from actors.loading import attach_adapter
 from alignment import logprobs
 from alignment.adapters import attach_lora
 from alignment.batching import micro_batches
+from alignment.config import AdapterConfig, RoleConfig
 from alignment.models import HfModel, enable_gradient_checkpointing
 from alignment.packing import MicroBatchLimit, computed_tokens
 from alignment.planning import activations, memory
@@ -24,6 +26,7 @@ from alignment.planning.memory import (
     split_states,
     weight_bytes,
 )
+from alignment.planning.processes import training_of
 from alignment.planning.shape import SHAPES, llama_shape, read_shape, shape_of
 
 TINY = llama_shape(hidden=8, layers=2, heads=2, kv_heads=1, intermediate=16, vocab=10, tied=True)
@@ -291,3 +294,32 @@ def test_memory_is_within_15_percent_of_what_a_real_learner_takes(name):
     path = resolve_model("asset:smollm2-135m-instruct")
     found = run_case(name, path)["peak_mb"]
     assert predicted_mb(CASES[name], read_shape(path)) == pytest.approx(found, rel=0.15)
+
+
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        {"type": "rslora", "r": 4},
+        {"type": "dora", "r": 4, "last_layers": 1},
+        {"type": "pissa", "r": 4, "target_modules": ("q_proj", "down_proj")},
+        {"type": "adalora", "r": 4, "budget": {"target_r": 2}},
+        {"type": "ia3"},
+        {"type": "bottleneck", "r": 4, "last_layers": 2},
+        {"type": "prompt"},
+        {"type": "p_tuning", "virtual_tokens": {"encoder_hidden": 8}},
+        {"type": "p_tuning", "virtual_tokens": {"encoder_hidden": 8, "encoder": "lstm"}},
+        {"type": "prefix", "virtual_tokens": {"num_tokens": 3}},
+        {"type": "p_tuning_v2"},
+        {"type": "half"},
+    ],
+    ids=str,
+)
+def test_every_method_trains_as_many_weights_as_is_planned(adapter):
+    config = AdapterConfig(**adapter)
+    causal = AutoModelForCausalLM.from_config(tiny_config("llama", 259, num_hidden_layers=3))
+    model = HfModel(causal, causal.get_output_embeddings())
+    shape = shape_of(causal)
+    attach_adapter(model, config, total_updates=10, seed=0)
+    found = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    training = training_of(shape, config, RoleConfig(), checkpointing=False, micro_batches=1)
+    assert memory.trained_parameters(shape, training, scalar_head=False) == found

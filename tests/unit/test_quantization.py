@@ -22,6 +22,7 @@ from alignment.config import (
     RewardModelTrainingConfig,
     RolloutConfig,
 )
+from alignment.engines.torch import TorchEngine
 from alignment.loops.ppo import train_ppo, train_ppo_one_pass
 from alignment.models import HfModel, load_causal_lm, load_scalar_model
 from alignment.quantization import dequantized, is_quantized
@@ -184,3 +185,47 @@ def test_critic_and_reward_model_learn_on_four_bits(path):
         scores = actor.model.head(actor.model.hidden(IDS, torch.ones_like(IDS)))
         scores.square().sum().backward()
         assert all(p.grad is not None for name, p in actor.model.model.named_parameters() if name in names)
+
+
+@pytest.mark.parametrize("kind", ["lora", "rslora", "dora", "adalora", "ia3", "bottleneck", "prefix", "prompt"])
+def test_every_adapter_that_leaves_the_weights_alone_learns_on_four_bits(path, kind, tmp_path):
+    settings = {"r": 4} if kind in ("lora", "rslora", "dora", "bottleneck") else {}
+    settings = {"r": 4, "budget": adapters.RankBudget(target_r=2)} if kind == "adalora" else settings
+    model = load_causal_lm(path, quantization="nf4")
+    adapters.attach(model, type=kind, seed=1, total_updates=10, **settings)
+    engine = TorchEngine(model.named_parameters(), lr=1e-2, total_updates=10)
+    packed = {name: p.data.clone() for name, p in model.named_parameters() if is_quantized(p)}
+    assert packed
+    losses = []
+    for _ in range(10):
+        loss = torch.nn.functional.cross_entropy(
+            model.head(model.hidden(IDS, torch.ones_like(IDS)))[0, :-1], IDS[0, 1:]
+        )
+        engine.backward(loss)
+        engine.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.95 * losses[0]
+    assert all(torch.equal(p.data, packed[name]) for name, p in model.named_parameters() if name in packed)
+    with adapters.adapter_disabled(model.model):
+        torch.testing.assert_close(logits(model), logits(load_causal_lm(path, quantization="nf4")))
+    if not adapters.mergeable(kind):
+        return
+    adapters.export_merged(model.model, tmp_path / "merged")
+    merged = load_causal_lm(str(tmp_path / "merged"))
+    # What is written are the weights that were computed with, not rounded to four bits again.
+    assert not any(is_quantized(p) for p in merged.parameters())
+    torch.testing.assert_close(logits(merged), logits(model), rtol=1e-4, atol=1e-5)
+    if kind in ("lora", "rslora", "dora"):
+        name = "model.layers.0.mlp.down_proj.weight"
+        blocks = merged.model.get_parameter(name).detach().reshape(-1, BLOCK)
+        levels = {len(row.unique()) for row in blocks}
+        assert max(levels) > len(LEVELS)
+
+
+@pytest.mark.parametrize("kind", ["pissa", "half"])
+def test_methods_that_change_the_weights_refuse_four_bits(path, kind):
+    with pytest.raises(ValueError, match=rf"adapter.quantization: got nf4 with adapter.type={kind}, .* set quant"):
+        AdapterConfig(type=kind, r=4, quantization="nf4")
+    if kind == "pissa":
+        with pytest.raises(ValueError, match=r"adapter.quantization: got four bits with adapter.type=pissa"):
+            adapters.attach(load_causal_lm(path, quantization="nf4"), type=kind, r=4, seed=0, total_updates=1)

@@ -1,0 +1,67 @@
+"""One way in for every method."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from alignment.adapters.adalora import RankBudget, attach_adalora
+from alignment.adapters.bottleneck import attach_bottlenecks
+from alignment.adapters.half import attach_half
+from alignment.adapters.ia3 import attach_ia3
+from alignment.adapters.low_rank import attach_lora
+from alignment.adapters.method import TrainingMethod
+from alignment.adapters.virtual_tokens import TokenSettings, attach_virtual_tokens
+from alignment.config.model import VIRTUAL_TOKEN_TYPES, AdapterType
+
+
+class Attachable(Protocol):
+    """What of an `HfModel` is read and written."""
+
+    model: Any
+    layout: Any
+
+
+def attach(
+    model: Attachable,
+    *,
+    type: AdapterType,
+    seed: int,
+    total_updates: int,
+    tokenizer: Any | None = None,
+    r: int = 0,
+    alpha: float = 32.0,
+    target_modules: tuple[str, ...] | str = "all-linear",
+    last_layers: int | None = None,
+    budget: RankBudget = RankBudget(),
+    virtual_tokens: TokenSettings = TokenSettings(),
+    half_round: int | None = None,
+) -> TrainingMethod | None:
+    """Make `model` train by a method, in place; only what it trains (and a scalar head) stays trainable.
+
+    Args:
+        type: those of `adapter.type`; lora with r 0 leaves every parameter trainable.
+        total_updates: optimiser steps of the whole run.
+        tokenizer: of the text that virtual tokens start from.
+        r: and all that follow are `AdapterConfig`'s; a method reads its own.
+
+    Returns:
+        What the learner has to tell of its updates; None for methods that need nothing of them.
+    """
+    where: dict[str, Any] = {"target_modules": target_modules, "last_layers": last_layers}
+    inner = model.model
+    if type == "half":
+        return attach_half(inner, seed=seed, half_round=half_round or -(-total_updates // 2))
+    if type == "adalora":
+        updates: dict[str, Any] = {"total_updates": total_updates, "seed": seed}
+        return attach_adalora(inner, r=r, alpha=alpha, budget=budget, **updates, **where)
+    if type == "ia3":
+        attach_ia3(inner, **where)
+    elif type == "bottleneck":
+        attach_bottlenecks(inner, r=r, last_layers=last_layers, seed=seed)
+    elif type in VIRTUAL_TOKEN_TYPES:
+        attach_virtual_tokens(inner, kind=type, settings=virtual_tokens, tokenizer=tokenizer, seed=seed)  # type: ignore[arg-type]
+        # Every row has its own virtual tokens in front.
+        model.layout = "padded"
+    elif r:
+        attach_lora(inner, r=r, alpha=alpha, variant=type, seed=seed, **where)  # type: ignore[arg-type]
+    return None
