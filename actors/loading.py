@@ -140,6 +140,7 @@ def attach_adapter(
         last_layers=adapter.last_layers,
         budget=adapters.RankBudget(**adapter.budget.model_dump()),
         virtual_tokens=adapters.TokenSettings(**adapter.virtual_tokens.model_dump()),
+        pissa_iterations=adapter.pissa_iterations,
         half_round=adapter.half_round,
     )
 

@@ -120,11 +120,15 @@ def dump_config(config: BaseModel) -> str:
     )
 
 
+HELP_WIDTH = 119
+
+
 def describe(cls: type[BaseModel]) -> str:
     """Help text: every dotted key with type, default and meaning."""
     lines = []
     for key, field, default in _leaves(cls, None):
-        lines.append(f"  --{key} {_type_name(field)} ({_default_name(default)})")
+        kind, start = f"  --{key} {_type_name(field)}", f"({_default_name(default)})"
+        lines += [f"{kind} {start}"] if len(kind) + len(start) < HELP_WIDTH else [kind, f"        {start}"]
         lines += textwrap.wrap(field.description or "", 112, initial_indent=" " * 6, subsequent_indent=" " * 6)
     return "\n".join(lines)
 

@@ -34,6 +34,7 @@ def attach(
     last_layers: int | None = None,
     budget: RankBudget = RankBudget(),
     virtual_tokens: TokenSettings = TokenSettings(),
+    pissa_iterations: int | None = None,
     half_round: int | None = None,
 ) -> TrainingMethod | None:
     """Make `model` train by a method, in place; only what it trains (and a scalar head) stays trainable.
@@ -63,5 +64,6 @@ def attach(
         # Every row has its own virtual tokens in front.
         model.layout = "padded"
     elif r:
+        where["pissa_iterations"] = pissa_iterations
         attach_lora(inner, r=r, alpha=alpha, variant=type, seed=seed, **where)  # type: ignore[arg-type]
     return None

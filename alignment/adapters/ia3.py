@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from alignment.adapters.layers import stored_transposed, target_names, train_adapter_only
+from alignment.adapters.layers import stored_transposed, target_names, train_adapter_only, tuner_layers
 
 KEYS_AND_VALUES = ("k_proj", "v_proj", "key", "value", "c_attn", "query_key_value", "qkv_proj")
 """Last parts of names. A matrix that makes queries as well has them scaled too."""
@@ -39,6 +39,9 @@ def attach_ia3(
         target_modules=names, feedforward_modules=feed_forward, fan_in_fan_out=stored_transposed(model, names)
     )
     inject_adapter_in_model(config, model)
+    for _, layer in tuner_layers(model):
+        # peft's have a second dimension, and an optimiser would decay them as it does matrices: towards 0, not 1.
+        layer.ia3_l["default"] = nn.Parameter(layer.ia3_l["default"].detach().flatten())
     train_adapter_only(model)
 
 

@@ -29,6 +29,7 @@ def attach_lora(
     last_layers: int | None = None,
     seed: int = 0,
     variant: Variant = "lora",
+    pissa_iterations: int | None = None,
 ) -> None:
     """Put low-rank layers into `model` in place; only they (and a scalar head) stay trainable.
 
@@ -36,6 +37,8 @@ def attach_lora(
         variant: `lora` adds alpha / r * B A; `rslora` alpha / sqrt(r) * B A (Kalajdzievski 2023, arXiv 2312.03732);
             `dora` trains the norm of every row of W + alpha / r * B A as well (Liu 2024, arXiv 2402.09353); `pissa`
             trains the r largest singular directions of W and freezes the rest (Meng 2024, arXiv 2404.02948).
+
+        pissa_iterations: subspace iterations of a randomised decomposition (Halko 2011); None decomposes exactly.
 
     All start as the base: B at zero, or with pissa at what was taken out of W.
 
@@ -45,6 +48,9 @@ def attach_lora(
     from peft import LoraConfig, inject_adapter_in_model
 
     names = target_names(model, target_modules, last_layers)
+    changes = dict(CHANGES[variant])
+    if variant == "pissa" and pissa_iterations is not None:
+        changes["init_lora_weights"] = f"pissa_niter_{pissa_iterations}"
     if variant == "pissa":
         refuse_quantized(model, variant)
     config = LoraConfig(
@@ -53,7 +59,7 @@ def attach_lora(
         lora_dropout=0.0,
         target_modules=names,
         fan_in_fan_out=stored_transposed(model, names),
-        **CHANGES[variant],
+        **changes,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -42,6 +42,9 @@ def save_adapter(model: Any, folder: Path, *, base: str, write: bool = True) -> 
         config.feedforward_modules = sorted(config.feedforward_modules)
     _as_lora(config, tensors).save_pretrained(str(folder))
     config.inference_mode = False
+    for name, layer in _scaling_layers(model):
+        shape = (1, -1) if layer.is_feedforward else (-1, 1)
+        tensors[name] = tensors[name].view(shape)
     tensors = {_peft_name(name): tensor.contiguous() for name, tensor in tensors.items()}
     save_file(tensors, str(folder / ADAPTER_FILE), metadata={"format": "pt"})
     return None
@@ -61,6 +64,8 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
             f"{folder}: got {len(saved)} adapter tensors, expected {len(own)}; first differences "
             f"{sorted(own.keys() ^ saved.keys())[:3]}; resume with the adapter settings of the saved run"
         )
+    for name, _ in _scaling_layers(model):
+        saved[_peft_name(name)] = saved[_peft_name(name)].flatten()
     starts = _split_starts(model, saved)
     for name, parameter in own.items():
         assign(parameter, saved[name])
@@ -84,6 +89,11 @@ def _peft_name(name: str) -> str:
 def _named(model: nn.Module) -> list[tuple[str, Tensor]]:
     """What is trained, and what pissa's factors began with."""
     return [(name, p) for name, p in model.named_parameters() if p.requires_grad or f".{START}." in name]
+
+
+def _scaling_layers(model: nn.Module) -> list[tuple[str, Any]]:
+    """Vectors of (IA)^3 by name, and their layers; peft's file has them as matrices of one row or column."""
+    return [(f"{name}.ia3_l.default", layer) for name, layer in tuner_layers(model) if hasattr(layer, "ia3_l")]
 
 
 def _as_lora(config: Any, tensors: dict[str, Tensor]) -> Any:

@@ -118,8 +118,8 @@ def load_torch_state(
 def make_adamw(parameters: list[nn.Parameter], schedule: Schedule) -> torch.optim.AdamW:
     """Decoupled weight decay on matrices only; one fused pass where the parameters allow it."""
     groups = [
-        {"params": [p for p in parameters if _is_matrix(p)], "weight_decay": schedule.weight_decay},
-        {"params": [p for p in parameters if not _is_matrix(p)], "weight_decay": 0.0},
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": schedule.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
     fusible = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in parameters)
     return torch.optim.AdamW(
@@ -129,11 +129,6 @@ def make_adamw(parameters: list[nn.Parameter], schedule: Schedule) -> torch.opti
         eps=schedule.eps,
         fused=fusible or None,
     )
-
-
-def _is_matrix(parameter: Tensor) -> bool:
-    """Some adapters store a vector as a matrix of one row or column."""
-    return sum(size > 1 for size in parameter.shape) >= 2
 
 
 def _with_master(name: str, parameter: nn.Parameter) -> nn.Parameter:

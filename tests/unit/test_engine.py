@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from alignment.checkpoint import load_state, save_state
+from alignment.engines.base import refuse_hook
 from alignment.engines.torch import TorchEngine
 
 
@@ -118,3 +119,18 @@ def test_a_resume_goes_on_counting():
     other.load_state_dict(engine.state_dict())
     with pytest.raises(RuntimeError, match="skipped 3 updates in a row"):
         spoil(other_parameter, other)
+
+
+def test_a_hook_sees_the_clipped_gradients_and_is_refused_where_no_process_has_them():
+    parameter = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
+    engine = TorchEngine([("p", parameter)], lr=0.1, total_updates=2, max_grad_norm=1.0)
+    start, seen = parameter.detach().clone(), []
+    engine.backward((10 * parameter).sum())
+    engine.step(before_forgetting=lambda: seen.extend([parameter.grad.clone(), parameter.detach().clone()]))
+    gradient, after = seen
+    torch.testing.assert_close(gradient, torch.full((2,), 0.5**0.5))
+    assert not torch.equal(after, start)  # the step was made before
+    assert parameter.grad is None
+    with pytest.raises(ValueError, match=r"engine: got deepspeed with a method that reads gradients .* zero_stage 0"):
+        refuse_hook(lambda: None, "deepspeed")
+    refuse_hook(None, "deepspeed")

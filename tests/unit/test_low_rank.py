@@ -97,6 +97,17 @@ def test_pissa_trains_the_largest_singular_directions(folder, base):
     assert not layer.lora_A["start"].weight.requires_grad
 
 
+def test_a_fast_decomposition_finds_the_same_directions(folder):
+    exact, fast, again = (layer_of(attached(folder, "pissa", pissa_iterations=count)[0]) for count in (None, 30, 30))
+    products = [b @ a for a, b in map(factors, (exact, fast, again))]
+    # No product of this rank can be nearer to W than the exact one; this one is all but as near.
+    weight = layer_of(models.load_causal_lm(str(folder))).weight.detach()
+    best, found = ((weight - ALPHA / R * product).norm() for product in products[:2])
+    assert best <= found < 1.01 * best
+    assert not torch.equal(products[1], products[0])
+    assert torch.equal(products[1], products[2])
+
+
 def test_a_pissa_run_goes_on_where_the_decomposition_comes_out_otherwise(folder, tmp_path):
     """Singular vectors have no sign of their own: another machine may find the other one."""
     model = moved(folder, "pissa")
