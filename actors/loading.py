@@ -7,7 +7,14 @@ from typing import Any, Protocol
 
 from alignment import adapters, checkpoint, models
 from alignment.adapters import TrainingMethod
-from alignment.config import AdapterConfig, CriticConfig, ModelConfig, PolicyConfig, RewardModelTrainingConfig
+from alignment.config import (
+    AdapterConfig,
+    CriticConfig,
+    ModelConfig,
+    PolicyConfig,
+    RewardModelTrainingConfig,
+    SftTrainingConfig,
+)
 from alignment.config.cluster import RoleConfig
 from alignment.data.chat import load_tokenizer
 from alignment.distributed import Ranks
@@ -79,7 +86,7 @@ def scalar_model(
 def make_trainable(
     model: models.HfModel,
     settings: ModelConfig,
-    trained: PolicyConfig | CriticConfig | RewardModelTrainingConfig,
+    trained: PolicyConfig | CriticConfig | RewardModelTrainingConfig | SftTrainingConfig,
     *,
     total_updates: int,
     seed: int,

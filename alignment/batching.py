@@ -12,7 +12,7 @@ from torch import Tensor
 
 from alignment.distributed import balanced_parts
 from alignment.packing import MicroBatchLimit
-from alignment.types import Rollout, pad_rows
+from alignment.types import Rollout, SftExample, pad_rows
 
 
 def minibatches(num_rows: int, size: int, *, epochs: int, seed: int, step: int) -> Iterator[tuple[int, Tensor]]:
@@ -80,6 +80,13 @@ def sequence_batch(sequences: Sequence[Sequence[int]], device: torch.device | st
     ids = pad_rows(rows)
     mask = torch.arange(ids.shape[1]) < lengths.unsqueeze(1)
     return ids.to(device), mask.to(device)
+
+
+def sft_batch(examples: Sequence[SftExample], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
+    """Right-padded input_ids, attention_mask, response_mask, each (B, T)."""
+    ids, mask = sequence_batch([example.input_ids for example in examples], device)
+    response = pad_rows([torch.tensor(example.response_mask) for example in examples], value=False)
+    return ids, mask, response.to(device)
 
 
 def rollout_batch(rollouts: Sequence[Rollout], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor, Tensor]:

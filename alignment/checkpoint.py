@@ -44,10 +44,12 @@ class CheckpointStore:
         folder.mkdir()
         return folder
 
-    def commit(self, step: int, provenance: Mapping[str, Any] | None = None) -> Path:
+    def commit(self, step: int, provenance: Mapping[str, Any] | None = None, *, pinned: int | None = None) -> Path:
         """Hash, write the manifest, fsync, rename, drop the oldest. Returns the step's folder.
 
-        `provenance`: what the manifest should say about where the weights came from.
+        Args:
+            provenance: what the manifest should say about where the weights came from.
+            pinned: a step that stays beside the newest ones.
 
         Raises:
             ValueError: a part wrote a link or something else that is not a plain file.
@@ -67,7 +69,7 @@ class CheckpointStore:
             self._delete(target)
         os.rename(temporary, target)
         fsync_path(self.folder)
-        self._prune(step)
+        self._prune(step, pinned)
         return target
 
     def complete(self) -> list[int]:
@@ -106,8 +108,8 @@ class CheckpointStore:
         names = os.listdir(self.folder) if self.folder.is_dir() else []
         return sorted(int(name[5:]) for name in names if re.fullmatch(r"step_\d{6,}", name))
 
-    def _prune(self, newest: int) -> None:
-        kept = self.complete()[-self.keep :]
+    def _prune(self, newest: int, pinned: int | None) -> None:
+        kept = {*self.complete()[-self.keep :], pinned}
         for step in self._steps():
             if step < newest and step not in kept:
                 self._delete(self.step_folder(step))

@@ -355,7 +355,8 @@ def _annotation_name(annotation: Any) -> str:
         return f"[{', '.join(_annotation_name(part) for part in arguments)}]"
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return f"{{{', '.join(annotation.model_fields)}}}"
-    return {type(None): "null", str: "text", float: "number", int: "integer", bool: "true|false"}[annotation]
+    names = {type(None): "null", str: "text", float: "number", int: "integer", bool: "true|false", Any: "value"}
+    return names[annotation]
 
 
 def _default_name(default: Any) -> str:

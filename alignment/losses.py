@@ -51,6 +51,24 @@ def aggregate(per_token: Tensor, mask: Tensor, *, mode: str, denominator: float 
     return total / (count.clamp(min=1) if denominator is None else denominator)
 
 
+def sft_loss(
+    logprobs: Tensor, response_mask: Tensor, *, denominator: float | Tensor | None = None
+) -> tuple[Tensor, Metrics]:
+    """Cross-entropy of the tokens to learn: their mean negative log-likelihood, in nats.
+
+    Args:
+        logprobs: (B, T), of the tokens themselves.
+        response_mask: (B, T) bool, tokens that are learnt.
+        denominator: global number of such tokens, when this is a micro-batch.
+
+    Returns:
+        The loss, and `loss`.
+    """
+    _check_shapes(response_mask, logprobs=logprobs)
+    loss = aggregate(-zero_masked(logprobs, response_mask), response_mask, mode="token_mean", denominator=denominator)
+    return loss, {"loss": loss.detach()}
+
+
 def ppo_policy_loss(
     logprobs: Tensor,
     old_logprobs: Tensor,

@@ -168,7 +168,13 @@ def _saved_identity(path: Path, fresh: str) -> str:
 class ProgressLine:
     """Live progress: one line rewritten in place on a terminal, few whole lines in a log. Numbers only, no text."""
 
-    COLUMNS = {"reward": "reward/mean", "KL": "kl/per_sequence", "loss": "reward_model/loss"}
+    COLUMNS = {
+        "reward": "reward/mean",
+        "KL": "kl/per_sequence",
+        "loss": "reward_model/loss",
+        "SFT loss": "sft/loss",
+        "held-out loss": "validation/loss",
+    }
 
     def __init__(
         self,

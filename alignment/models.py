@@ -79,18 +79,24 @@ class HfModel(nn.Module):
         """`function(self, ...)` by way of whatever runs this model."""
         return self._entry(function, *args, **kwargs)
 
-    def hidden(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """(B, T) ids and mask -> (B, T, d) last hidden states."""
+    def hidden(self, input_ids: Tensor, attention_mask: Tensor, noise: Tensor | None = None) -> Tensor:
+        """(B, T) ids and mask -> (B, T, d) last hidden states. `noise` (B, T, d) is added to the embeddings."""
         # Padding may carry any id; an id outside the vocabulary would crash the embedding.
         mask = attention_mask.long()
         virtual = active_virtual_tokens(self.model)
         if virtual is not None:
             return virtual.hidden(self.model.base_model, input_ids, mask)
         if self.layout != "padded" and saves_tokens(mask, self.layout):
-            return packed_hidden(self.model.base_model, input_ids, mask, self.layout)
-        return self.model.base_model(
-            input_ids=input_ids * mask, attention_mask=mask, position_ids=positions(mask), use_cache=False
+            return packed_hidden(self._backbone, input_ids, mask, self.layout, noise)
+        return self._backbone(
+            input_ids=input_ids * mask, attention_mask=mask, position_ids=positions(mask), use_cache=False, noise=noise
         ).last_hidden_state
+
+    def _backbone(self, *, input_ids: Tensor, noise: Tensor | None = None, **places: Any) -> Any:
+        if noise is None:
+            return self.model.base_model(input_ids=input_ids, **places)
+        embedded = self.model.get_input_embeddings()(input_ids)
+        return self.model.base_model(inputs_embeds=embedded + noise.to(embedded), **places)
 
     def head(self, hidden: Tensor) -> Tensor:
         """(..., d) -> (..., V), or (..., 1) for a scalar model."""
@@ -127,11 +133,14 @@ def response_logprobs(
     *,
     temperature: float,
     with_entropy: bool = False,
+    noise: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Log-probabilities of the response tokens: (B, T) float32, 0 elsewhere; with the entropy alike when asked.
 
     The head runs on the hidden states before response tokens only, in chunks: prompt and padding cost no logits.
+    `noise`: (B, T, d) for the embeddings of an `HfModel`.
     """
+    extra = {} if noise is None else {"noise": noise}
     result: tuple[Tensor, Tensor | None] = _run(
         model,
         _response_logprobs,
@@ -140,6 +149,7 @@ def response_logprobs(
         response_mask,
         temperature=temperature,
         with_entropy=with_entropy,
+        **extra,
     )
     return result
 
@@ -152,9 +162,10 @@ def _response_logprobs(
     *,
     temperature: float,
     with_entropy: bool,
+    **extra: Tensor,
 ) -> tuple[Tensor, Tensor | None]:
     wanted = response_mask[:, 1:]
-    hidden = model.hidden(input_ids, attention_mask)[:, :-1][wanted]
+    hidden = model.hidden(input_ids, attention_mask, **extra)[:, :-1][wanted]
     targets = input_ids[:, 1:][wanted]
     picked, entropy = selected_logprobs(
         hidden, model.head, targets, temperature=temperature, with_entropy=with_entropy

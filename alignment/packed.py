@@ -18,14 +18,21 @@ BatchLayout = Literal["auto", "padded", "packed"]
 """What a config asks for; `auto` packs where it pays and the architecture allows it."""
 
 
-def packed_hidden(backbone: Callable[..., Any], input_ids: Tensor, attention_mask: Tensor, layout: Layout) -> Tensor:
+def packed_hidden(
+    backbone: Callable[..., Any],
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    layout: Layout,
+    noise: Tensor | None = None,
+) -> Tensor:
     """Last hidden states of a backbone over rows that share their padding's place.
 
     Args:
-        backbone: takes `input_ids` and `position_ids`, (R, W) each.
+        backbone: takes `input_ids` and `position_ids`, (R, W) each, and `noise` (R, W, d) where there is some.
         input_ids: (B, T), anything where the mask is false.
         attention_mask: (B, T) bool, real tokens; padding may stand on either side.
         layout: `packed` or `one_row`.
+        noise: (B, T, d) for the embeddings of the real tokens.
 
     Returns:
         (B, T, d), zeros at padding.
@@ -47,8 +54,12 @@ def packed_hidden(backbone: Callable[..., Any], input_ids: Tensor, attention_mas
     places = rest.clamp(min=0).flatten().scatter(0, slots, within)
     ids = torch.zeros_like(places).scatter(0, slots, input_ids[real].long())
     shape = (len(rows), width)
+    extra = {}
+    if noise is not None:
+        nothing = noise.new_zeros(len(places), noise.shape[-1])
+        extra["noise"] = nothing.index_copy(0, slots, noise[real]).view(*shape, -1)
     states: Tensor = backbone(
-        input_ids=ids.view(shape), attention_mask=None, position_ids=places.view(shape), use_cache=False
+        input_ids=ids.view(shape), attention_mask=None, position_ids=places.view(shape), use_cache=False, **extra
     ).last_hidden_state
     picked = states.flatten(0, 1)[slots]
     return picked.new_zeros(*real.shape, picked.shape[-1]).masked_scatter(real.unsqueeze(-1), picked)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import importlib
 import json
 import os
 import weakref
@@ -40,7 +41,8 @@ RELAY = ["zero 3", "fsdp2", "zero 1", "ddp", "zero 2", "fsdp2, layers kept", "ze
 
 
 def on_processes(size: int, work: str, *args: Any, folder: Path) -> list[Any]:
-    """`work(ranks, *args)`, a function of this file, on `size` processes; what each returned, through JSON."""
+    """`work(ranks, *args)`, a function of this file or `module.function` of another one's, on `size` processes; what
+    each returned, through JSON."""
     folder.mkdir()
     mp.spawn(_member, (size, work, args, str(folder)), nprocs=size)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(size)]
@@ -52,7 +54,9 @@ def _member(rank: int, size: int, work: str, args: tuple[Any, ...], folder: str)
     torch.set_num_threads(1)
     store = dist.FileStore(os.path.join(folder, "store"), size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=datetime.timedelta(seconds=120))
-    answer = globals()[work](GroupRanks(dist.group.WORLD), *args)
+    module, _, name = work.rpartition(".")
+    function = getattr(importlib.import_module(module), name) if module else globals()[name]
+    answer = function(GroupRanks(dist.group.WORLD), *args)
     Path(folder, f"{rank}.json").write_text(json.dumps(answer))
     dist.barrier()
     os._exit(0)  # how libraries take leave of each other is not what is tested

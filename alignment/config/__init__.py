@@ -15,6 +15,7 @@ from alignment.config.reward import RewardConfig, RewardFunctionConfig
 from alignment.config.reward_model import RewardModelRunConfig, RewardModelTrainingConfig
 from alignment.config.rollout import CorrectionConfig, RolloutConfig, VllmConfig
 from alignment.config.run import EvaluationConfig, RunConfig
+from alignment.config.sft import SftRunConfig, SftTrainingConfig
 
 __all__ = [
     "ROLES",
@@ -42,7 +43,9 @@ __all__ = [
     "RolloutRoleConfig",
     "RunConfig",
     "SftDataConfig",
+    "SftRunConfig",
     "SftSourceConfig",
+    "SftTrainingConfig",
     "SourceConfig",
     "VllmConfig",
 ]

@@ -83,9 +83,20 @@ class Run:
             self.directory.append_rollouts(log.step, [_sample(r, s) for r, s in zip(rollouts, scores, strict=True)])
         self.progress.step(log.step, self.num_steps, metrics)
 
-    def checkpoint(self, step: int, parts: Mapping[str, Saves], state: Mapping[str, Any]) -> None:
-        """Commit the state after `step` completed steps, when it is due or the run ends."""
-        if step % self.checkpoint_every and step != self.num_steps:
+    def checkpoint(
+        self,
+        step: int,
+        parts: Mapping[str, Saves],
+        state: Mapping[str, Any],
+        *,
+        due: bool = False,
+        pinned: int | None = None,
+    ) -> None:
+        """Commit the state after `step` completed steps, when it is due or the run ends.
+
+        `pinned`: an earlier step whose checkpoint stays, however many follow.
+        """
+        if step % self.checkpoint_every and step != self.num_steps and not due:
             return
         began = time.monotonic()
         folder = self.store.begin(step)
@@ -93,7 +104,7 @@ class Run:
         for pending in saving:
             pending.result()
         save_json(folder / "loop.json", dict(state))
-        self.store.commit(step, self.provenance)
+        self.store.commit(step, self.provenance, pinned=pinned)
         self._save_seconds = time.monotonic() - began
 
     def restore(self, folder: Path, parts: Mapping[str, Saves]) -> dict[str, Any]:

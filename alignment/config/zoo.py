@@ -1,0 +1,44 @@
+"""Several methods of fine-tuning, each one supervised run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import Field, ValidationError, model_validator
+
+from alignment.config.sft import SftRunConfig
+
+
+class PeftZooConfig(SftRunConfig):
+    """What all methods share, and what each has of its own."""
+
+    zoo: dict[str, dict[str, Any]] = Field(min_length=1)
+    """By name: the keys of `training` that differ, such as `{adapter: {type: ia3}, optimizer: {lr: 1.0e-2}}`. A
+    section that is given replaces those of its keys that it names."""
+
+    @model_validator(mode="after")
+    def _methods_are_configs(self) -> PeftZooConfig:
+        for name in self.zoo:
+            if not name or "/" in name or name.startswith("."):
+                raise ValueError(f"zoo: got the name {name!r}, expected one that can be a folder's; choose another")
+            self.of(name)
+        return self
+
+    def of(self, name: str) -> SftRunConfig:
+        """The run of one method."""
+        shared = self.model_dump(mode="json", exclude={"zoo"}, exclude_unset=True)
+        training = _merged(shared.pop("training", {}), self.zoo[name])
+        try:
+            return SftRunConfig.model_validate({**shared, "training": training})
+        except ValidationError as error:
+            first = error.errors()[0]
+            key = ".".join(str(part) for part in first["loc"] if part != "training")
+            raise ValueError(f"zoo.{name}.{key}: {first['msg'].removeprefix('Value error, ')}") from error
+
+
+def _merged(shared: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(shared)
+    for key, value in own.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merged(merged[key], value) if both else value
+    return merged
