@@ -15,15 +15,17 @@ from actors.handles import (
     RewardHandle,
     RewardTrainingHandle,
     RolloutHandle,
+    SftHandle,
 )
 from actors.policy import PolicyActor
 from actors.reference import ReferenceActor
 from actors.reward import RewardModelActor
 from actors.reward_training import RewardTrainingActor
 from actors.rollout import RolloutActor
+from actors.sft import SftActor
 from actors.weight_links import RouteChoice
 from actors.worker import Actor, choose_device
-from alignment.config import ClusterConfig, PpoRunConfig, RewardModelRunConfig
+from alignment.config import ClusterConfig, PpoRunConfig, RewardModelRunConfig, SftRunConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -112,6 +114,20 @@ def reward_training_actors(
     }
 
 
+def sft_actors(config: SftRunConfig, cluster: ClusterConfig, *, model_path: str) -> dict[str, Actor]:
+    return {
+        "policy": SftActor(
+            model_path=model_path,
+            model=config.model,
+            training=config.training,
+            total_updates=config.run.num_steps,
+            seed=config.run.seed,
+            device=choose_device(cluster.policy.gpus_per_worker),
+            machines=cluster.policy,
+        )
+    }
+
+
 def ppo_roles(
     groups: Mapping[str, Group],
     *,
@@ -125,6 +141,10 @@ def ppo_roles(
         reward=RewardHandle(groups["reward_model"]),
         rollout=RolloutHandle(groups["rollout"], engine_limits),
     )
+
+
+def sft_role(groups: Mapping[str, Group]) -> SftHandle:
+    return SftHandle(groups["policy"])
 
 
 def reward_training_role(groups: Mapping[str, Group]) -> RewardTrainingHandle:

@@ -16,7 +16,7 @@ from actors.weight_routes import Route
 from actors.weight_sync import BUCKETS_UNDER_WAY, SyncKind
 from actors.worker import ActorDiedError
 from alignment.interfaces import Metrics, Pending
-from alignment.types import Experience, PreferencePair, Prompt, Rollout, Score
+from alignment.types import Experience, PreferencePair, Prompt, Rollout, Score, SftExample
 
 
 class Group(Protocol):
@@ -200,6 +200,29 @@ class RewardHandle(Handle):
 
     def score(self, rollouts: Sequence[Rollout]) -> Pending[list[Score]]:
         return self.group.scatter(self.role, "score", rollouts, lengths=_lengths(rollouts))
+
+
+class SftHandle(Handle):
+    """The policy while it learns from examples."""
+
+    role = "policy"
+
+    def update(self, examples: Sequence[SftExample], *, step: int) -> Pending[dict[str, float]]:
+        return self.group.call(self.role, "update", examples, step=step)
+
+    def nll(self, examples: Sequence[SftExample]) -> Pending[list[float]]:
+        lengths = [len(example.input_ids) for example in examples]
+        return self.group.scatter(self.role, "nll", examples, lengths=lengths)
+
+    def num_parameters(self) -> Pending[dict[str, int]]:
+        return self.group.first(self.role, "num_parameters")
+
+    def answer(self, prompts: Sequence[Prompt], *, max_new_tokens: int) -> Pending[list[str]]:
+        lengths = [len(prompt.prompt_ids) for prompt in prompts]
+        return self.group.scatter(self.role, "answer", prompts, lengths=lengths, max_new_tokens=max_new_tokens)
+
+    def export(self, folder: Path) -> Pending[Any]:
+        return self.group.call(self.role, "export", folder)
 
 
 class RewardTrainingHandle(Handle):

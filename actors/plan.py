@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from actors.worker import LEARNERS
-from alignment.config import ROLES, ClusterConfig, PpoRunConfig
+from alignment.config import ROLES, AdapterConfig, ClusterConfig, ModelConfig, PpoRunConfig, RunConfig
 from alignment.config.cluster import Placement, RoleConfig, RolloutRoleConfig
 from alignment.planning.processes import gpus_per_process, role_groups
 
@@ -125,8 +125,20 @@ def checkpoint_bytes(config: PpoRunConfig, num_parameters: int) -> int:
 
     Weights and the moments of what is trained; an adapter's part is left out, as are files that are small beside it.
     """
-    width = 4 if config.model.dtype == "float32" else 2
+    adapters = (config.policy.adapter, config.critic.adapter)
+    return _bytes_on_disk(config.model, adapters, config.run, num_parameters)
+
+
+def learner_checkpoint_bytes(model: ModelConfig, adapter: AdapterConfig, run: RunConfig, num_parameters: int) -> int:
+    """As `checkpoint_bytes`, of a run with a single learner, whose best step may be kept beside the newest ones."""
+    return _bytes_on_disk(
+        model, (adapter,), run.model_copy(update={"keep_checkpoints": run.keep_checkpoints + 1}), num_parameters
+    )
+
+
+def _bytes_on_disk(model: ModelConfig, adapters: Sequence[AdapterConfig], run: RunConfig, num_parameters: int) -> int:
+    width = 4 if model.dtype == "float32" else 2
     master = 0 if width == 4 else 4
-    trained = (not config.policy.adapter.enabled) + (not config.critic.adapter.enabled)
+    trained = sum(not adapter.enabled for adapter in adapters)
     one = trained * num_parameters * (width + 8 + master)
-    return (config.run.keep_checkpoints + 1) * one + num_parameters * width
+    return (run.keep_checkpoints + 1) * one + num_parameters * width

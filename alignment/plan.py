@@ -16,7 +16,7 @@ from pathlib import Path
 
 import yaml
 
-from alignment.config import ClusterConfig, PpoRunConfig, RewardModelRunConfig
+from alignment.config import ClusterConfig, PpoRunConfig, RewardModelRunConfig, SftRunConfig
 from alignment.config_io import load_config
 from alignment.planning.placement import Machines, place, placement_table
 from alignment.planning.processes import (
@@ -24,6 +24,7 @@ from alignment.planning.processes import (
     memory_table,
     ppo_processes,
     reward_model_processes,
+    sft_processes,
 )
 from alignment.planning.shape import SHAPES, ModelShape, named_shape, read_shape
 from alignment.planning.speed import (
@@ -111,6 +112,8 @@ def processes_of(scenario: Scenario, shapes: Mapping[str, ModelShape]) -> list[P
     config, cluster = scenario.config, scenario.cluster
     if isinstance(config, RewardModelRunConfig):
         return reward_model_processes(config, cluster, shapes["policy"])
+    if isinstance(config, SftRunConfig):
+        return sft_processes(config, cluster, shapes["policy"])
     return ppo_processes(
         config,
         cluster,
@@ -127,7 +130,7 @@ def sampling_engine(config: PpoRunConfig, cluster: ClusterConfig) -> str:
 
 
 def load_run(file: Path, overrides: list[str]) -> RunAnyConfig:
-    """A recipe's config: a reward model's has a section `training`."""
+    """A recipe's config: that of a learner alone has a section `training`, a supervised one's several sources."""
     if not file.is_file():
         raise ValueError(f"--config: got {file}, which is no file, expected a recipe's YAML file; correct the path")
     try:
@@ -135,6 +138,8 @@ def load_run(file: Path, overrides: list[str]) -> RunAnyConfig:
     except yaml.YAMLError as error:
         raise ValueError(f"--config: got {file}, which is no YAML ({error}), expected one; mend it") from error
     if "training" in sections:
+        if "sources" in (sections.get("data") or {}):
+            return load_config(SftRunConfig, file=file, overrides=overrides)
         return load_config(RewardModelRunConfig, file=file, overrides=overrides)
     return load_config(PpoRunConfig, file=file, overrides=overrides)
 
@@ -149,7 +154,7 @@ def config_shapes(config: RunAnyConfig) -> dict[str, ModelShape]:
 
     policy = read_shape(resolve_model(config.model.path, config.model.revision), config.model.revision)
     shapes = dict.fromkeys(("policy", "critic", "reward_model"), policy)
-    if isinstance(config, RewardModelRunConfig):
+    if not isinstance(config, PpoRunConfig):
         return shapes
     if config.critic.path is not None:
         shapes["critic"] = read_shape(

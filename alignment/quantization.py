@@ -9,6 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from alignment.sharding import num_elements
+
 Quantization = Literal["none", "nf4"]
 
 
@@ -67,6 +69,13 @@ def dequantized(parameter: Tensor) -> Tensor:
 
     state: Any = getattr(parameter, "quant_state", None)
     return dequantize_4bit(parameter.data, state)
+
+
+def num_weights(parameter: Tensor) -> int:
+    """How many numbers a parameter stands for: a byte of a four-bit one is two of them, and a rank's part of a split
+    one counts as the whole."""
+    state: Any = getattr(parameter, "quant_state", None)
+    return num_elements(parameter) if state is None else int(state.shape.numel())
 
 
 def dequantized_bytes(parameter: Tensor) -> int:

@@ -85,6 +85,24 @@ def ppo_plan(job: Job[Any], num_parameters: int, data: str) -> str:
     )
 
 
+def sft_plan(job: Job[Any], num_parameters: int, data: str) -> str:
+    """What `--dry-run` prints."""
+    from actors.plan import describe_plan, plan_processes
+
+    training, workers = job.config.training, job.cluster.policy.num_workers
+    longest = job.config.data.max_tokens
+    in_words = _micro_batches_in_words(training, training.batch_size, workers, longest, "example")
+    return "\n".join(
+        [
+            f"examples: {data}; {num_parameters / 1e6:.1f} M parameters",
+            f"{training.batch_size} examples a step = {in_words}",
+            describe_plan(plan_processes(job.cluster, ("policy",))),
+            memory_plan(job),
+            "dry run: no actor was started",
+        ]
+    )
+
+
 def reward_model_plan(job: Job[Any], num_parameters: int, data: str) -> str:
     """What `--dry-run` prints."""
     from actors.plan import describe_plan, plan_processes

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from alignment.config import ClusterConfig, Config, PpoRunConfig, RewardModelRunConfig
+from alignment.config import ClusterConfig, Config, PpoRunConfig, RewardModelRunConfig, SftRunConfig
+from alignment.config.zoo import PeftZooConfig
 from alignment.config_io import load_config
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -27,6 +28,7 @@ LAYERS = {
     "alignment.sharding": 1,
     **dict.fromkeys(["alignment.schedules", "alignment.bootstrap", "alignment.scores", "alignment.data"], 1),
     **dict.fromkeys(["alignment.memory", "alignment.fingerprint", "alignment.quantization"], 1),
+    "alignment.model_card": 1,
     **dict.fromkeys(
         ["alignment.packed", "alignment.experience", "alignment.models", "alignment.engines", "alignment.checkpoint"],
         2,
@@ -282,7 +284,12 @@ def test_no_recipe_hides_a_module():
 def config_class(path: Path) -> type[Config]:
     if path.parent.name == "cluster":
         return ClusterConfig
-    kinds: dict[str, type[Config]] = {"ppo_": PpoRunConfig, "reward_model_": RewardModelRunConfig}
+    kinds: dict[str, type[Config]] = {
+        "ppo_": PpoRunConfig,
+        "reward_model_": RewardModelRunConfig,
+        "peft_zoo": PeftZooConfig,
+        **dict.fromkeys(["sft_", "lora_sft_", "qlora_"], SftRunConfig),
+    }
     return next(kind for prefix, kind in kinds.items() if path.name.startswith(prefix))
 
 

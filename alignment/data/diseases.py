@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 import hashlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -112,11 +112,11 @@ def held_out_questions() -> list[Question]:
     ]
 
 
-def majority_floor() -> float:
+def majority_floor(questions: Sequence[Question]) -> float:
     """The score of always answering with the most frequent department of training; of several, the best score."""
     trained = Counter(disease.department for disease in diseases() if not disease.held_out)
     most = max(trained.values())
-    asked = Counter(question.answer for question in held_out_questions())
+    asked = Counter(question.answer for question in questions)
     return max(asked[name] for name, count in trained.items() if count == most) / asked.total()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from alignment.config import ROLES, ClusterConfig, PpoRunConfig, RewardModelRunConfig
+from alignment.config import ROLES, ClusterConfig, PpoRunConfig, RewardModelRunConfig, SftRunConfig
 from alignment.config.cluster import RoleConfig, RolloutRoleConfig
 from alignment.config.model import RANK_TYPES, AdapterConfig
 from alignment.config.splitting import refuse_splitting
@@ -243,32 +243,55 @@ def sequences_of_a_step(config: PpoRunConfig) -> int:
 def reward_model_processes(
     config: RewardModelRunConfig, cluster: ClusterConfig, shape: ModelShape
 ) -> list[ProcessMemory]:
-    """The learners of a reward model; both answers of a pair share a forward.
+    """The learners of a reward model; both answers of a pair share a forward. Raises as `_offline_processes`."""
+    return _offline_processes(config, cluster, shape, role="reward_model", sequences=2, scalar_head=True)
+
+
+def sft_processes(config: SftRunConfig, cluster: ClusterConfig, shape: ModelShape) -> list[ProcessMemory]:
+    """The learners of a supervised run, every token of an example trained. Raises as `_offline_processes`."""
+    return _offline_processes(config, cluster, shape, role="policy", sequences=1, scalar_head=False)
+
+
+def _offline_processes(
+    config: RewardModelRunConfig | SftRunConfig,
+    cluster: ClusterConfig,
+    shape: ModelShape,
+    *,
+    role: str,
+    sequences: int,
+    scalar_head: bool,
+) -> list[ProcessMemory]:
+    """The ranks of one learner, whose rows have `sequences` sequences each.
 
     Raises:
         ValueError: a model that cannot be split as its role's machines say.
     """
-    own, machines, longest = config.training, cluster.reward_model, config.data.max_tokens
-    refuse_splitting("reward_model", machines, own.adapter, dtype=config.model.dtype)
+    own, longest = config.training, config.data.max_tokens
+    machines: RoleConfig = getattr(cluster, role)
+    refuse_splitting(role, machines, own.adapter, dtype=config.model.dtype)
     micro = largest_micro_batch(
-        own.micro_batch_limit(), available=own.batch_size, longest=longest, answer=0, sequences=2
+        own.micro_batch_limit(),
+        available=own.batch_size,
+        longest=longest,
+        answer=0 if scalar_head else longest,
+        sequences=sequences,
     )
     training = training_of(
         shape,
         own.adapter,
         machines,
         checkpointing=config.model.gradient_checkpointing,
-        micro_batches=2 * own.batch_size / (micro.rows * machines.num_workers),
+        micro_batches=sequences * own.batch_size / (micro.rows * machines.num_workers),
     )
     memory = learner_memory(
         shape,
         training,
         micro,
         dtype=config.model.dtype,
-        scalar_head=True,
+        scalar_head=scalar_head,
         on_gpu=machines.gpus_per_worker > 0,
     )
-    return [_process(cluster, ("reward_model",), {"reward_model": memory}, adapters=[own.adapter])]
+    return [_process(cluster, (role,), {role: memory}, adapters=[own.adapter])]
 
 
 def _process(

@@ -1,0 +1,112 @@
+"""The policy while it learns from examples."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from actors.loading import causal_model, load_trained, make_trainable, save_trained, tokenizer_of_text
+from actors.worker import WHOLE, Actor, UpdateOnce
+from alignment import adapters
+from alignment.config import ModelConfig, SftTrainingConfig
+from alignment.config.cluster import RoleConfig
+from alignment.data.chat import decode, eos_ids_of_model, load_tokenizer
+from alignment.generation import generate
+from alignment.learners.sft import SftLearner
+from alignment.quantization import num_weights
+from alignment.types import Prompt, SftExample
+
+
+class SftActor(Actor):
+    """Fine-tunes a language model on examples, full or by an adapter."""
+
+    role = "policy"
+    learns = True
+
+    def __init__(
+        self,
+        *,
+        model_path: str,
+        model: ModelConfig,
+        training: SftTrainingConfig,
+        total_updates: int,
+        seed: int,
+        device: str = "cpu",
+        machines: RoleConfig = WHOLE,
+    ) -> None:
+        self.model_path, self.model_config, self.config = model_path, model, training
+        self.total_updates, self.seed, self.device = total_updates, seed, device
+        self.machines = machines
+        self._once = UpdateOnce()
+
+    def setup(self, peers: Mapping[str, Actor]) -> None:
+        quantization = self.config.adapter.quantization
+        self.model = causal_model(self.model_path, self.model_config, self.device, quantization=quantization)
+        engine, method = make_trainable(
+            self.model,
+            self.model_config,
+            self.config,
+            total_updates=self.total_updates,
+            seed=self.seed,
+            ranks=self.ranks,
+            machines=self.machines,
+            device=self.device,
+            tokenizer=tokenizer_of_text(self.config.adapter, self.model_path, self.model_config.revision),
+        )
+        self.learner = SftLearner(
+            self.model,
+            engine,
+            micro_batch_limit=self.config.micro_batch_limit(self.model.layout),
+            neftune_alpha=self.config.neftune_alpha,
+            method=method,
+            seed=self.seed,
+            device=self.device,
+        )
+
+    def update(self, examples: Sequence[SftExample], *, step: int) -> dict[str, float]:
+        return self._once(step, lambda: self.learner.update(examples, step=step))
+
+    def nll(self, examples: Sequence[SftExample]) -> list[float]:
+        """Summed over the trained tokens of each example."""
+        return self.learner.nll(examples)
+
+    def answer(self, prompts: Sequence[Prompt], *, max_new_tokens: int) -> list[str]:
+        """The most likely answer, token by token, to each prompt. The whole model must be here."""
+        tokenizer = load_tokenizer(self.model_path, self.model_config.revision)
+        samples = generate(
+            self.model,
+            [prompt.prompt_ids for prompt in prompts],
+            [0] * len(prompts),
+            max_new_tokens=max_new_tokens,
+            temperature=1.0,
+            stop_ids=eos_ids_of_model(tokenizer, self.model_path, self.model_config.revision),
+            greedy=True,
+        )
+        return [decode(tokenizer, sample.response_ids) for sample in samples]
+
+    def num_parameters(self) -> dict[str, int]:
+        """How many numbers the model has, and how many of them are trained."""
+        counts = [(num_weights(p), p.requires_grad) for p in self.model.parameters()]
+        return {"trained": sum(n for n, trained in counts if trained), "all": sum(n for n, _ in counts)}
+
+    def save(self, folder: Path) -> None:
+        """Weights in Hugging Face format (an adapter in peft's) and the optimiser."""
+        tokenizer = load_tokenizer(self.model_path, self.model_config.revision)
+        save_trained(self.model, self.learner, folder, self.model_path, tokenizer)
+
+    def load(self, folder: Path) -> None:
+        load_trained(self.model, self.learner, folder)
+
+    def export(self, folder: Path) -> None:
+        """The finished model: a plain Hugging Face folder, the adapter beside it when there is one. An adapter that
+        cannot be merged is all there is of it."""
+        write = self.ranks.rank == 0
+        tokenizer = load_tokenizer(self.model_path, self.model_config.revision)
+        if not adapters.mergeable(self.config.adapter.type):
+            adapters.export_adapter(
+                self.model.model, folder / "adapter", base=self.model_path, tokenizer=tokenizer, write=write
+            )
+            return
+        adapters.export_merged(self.model.model, folder, tokenizer, write=write)
+        if adapters.has_adapter(self.model.model):
+            adapters.save_adapter(self.model.model, folder / "adapter", base=self.model_path, write=write)

@@ -1,0 +1,67 @@
+"""The card of a finished model: what it came from, what it read, and what it reached."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+def write_model_card(
+    folder: Path,
+    *,
+    recipe: str,
+    base: str,
+    config: str,
+    data: str,
+    inputs: Mapping[str, str],
+    figures: Mapping[str, Any],
+    step: int,
+) -> None:
+    """Write `README.md` in the form that model hubs read: YAML facts, then prose and tables.
+
+    Args:
+        base: the model that was trained, as the config names it.
+        config: the resolved config, YAML.
+        data: one line of counts, no text of the data.
+        inputs: sha256 of what was read, by name.
+        figures: rows of held-out figures, see `recipes.common.write_summary`.
+        step: the optimiser step whose weights these are.
+    """
+    table = [
+        f"| {name} | {row['before']:.4f} | {row['after']:.4f} "
+        f"| {row['gain_ci95'][0]:+.4f} .. {row['gain_ci95'][1]:+.4f} "
+        f"| {row['n']} | {'higher' if row['higher_is_better'] else 'lower'} |"
+        for name, row in figures.items()
+    ]
+    adapter = "\n`adapter/` holds the adapter alone.\n" if (folder / "adapter").is_dir() else ""
+    text = f"""---
+library_name: transformers
+base_model: {json.dumps(base)}
+tags: [raylign, {recipe}]
+---
+
+# {recipe}
+
+Fine-tuned from `{base}` by Raylign's `recipes/{recipe}.py`; weights of optimiser step {step}.
+{adapter}
+## Held-out figures
+
+| | before | after | gain, 95 % interval | items | better |
+|---|---|---|---|---|---|
+{chr(10).join(table)}
+
+## Data
+
+{data}
+
+{chr(10).join(f"- sha256 of {name}: `{value}`" for name, value in inputs.items())}
+
+## Config
+
+```yaml
+{config.strip()}
+```
+"""
+    (folder / "README.md").write_text(text, encoding="utf-8")
