@@ -15,7 +15,6 @@ import argparse
 import importlib.metadata
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -23,6 +22,8 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from benchmarks.rivals.trl_install import trl_folder
 
 TRL_VERSION = "1.9.2"
 PAD_TOKEN = "<|benchmark_pad|>"
@@ -46,26 +47,6 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="where the result goes; default: standard output")
     return parser.parse_args()
-
-
-def trl_folder(given: Path | None) -> Path:
-    """Folder to import TRL from: the given one, or a cached install of the pinned version without dependencies.
-
-    Raises:
-        ValueError: the given folder holds no trl package.
-    """
-    if given is not None:
-        if not (given / "trl" / "__init__.py").is_file():
-            raise ValueError(f"got --trl-path {given}, expected a folder with trl/ in it; leave the option out")
-        return given
-    from alignment.data.cache import cache_dir, filled_once
-
-    target = cache_dir() / f"trl-{TRL_VERSION}"
-    with filled_once(target) as folder:
-        if folder is not None:
-            pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder)]
-            subprocess.run([*pip, f"trl=={TRL_VERSION}"], check=True, stdout=sys.stderr)
-    return target
 
 
 def load_prompts(file: Path | None, tokenizer: Any, count: int, num_tokens: int) -> list[list[int]]:
@@ -224,7 +205,7 @@ def main() -> None:
         )
     os.environ["OMP_NUM_THREADS"] = str(args.threads)  # before torch is imported
     os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
-    sys.path.insert(1, str(trl_folder(args.trl_path)))
+    sys.path.insert(1, str(trl_folder(TRL_VERSION, args.trl_path)))
     report = json.dumps(measure(args), indent=2)
     if args.json is None:
         print(report)
