@@ -13,7 +13,7 @@ from alignment.config.cluster import RoleConfig
 from alignment.data.chat import decode, eos_ids_of_model, load_tokenizer
 from alignment.generation import generate
 from alignment.learners.sft import SftLearner
-from alignment.quantization import num_weights
+from alignment.quantization import num_weights, stored_bytes
 from alignment.types import Prompt, SftExample
 
 
@@ -85,9 +85,13 @@ class SftActor(Actor):
         return [decode(tokenizer, sample.response_ids) for sample in samples]
 
     def num_parameters(self) -> dict[str, int]:
-        """How many numbers the model has, and how many of them are trained."""
-        counts = [(num_weights(p), p.requires_grad) for p in self.model.parameters()]
-        return {"trained": sum(n for n, trained in counts if trained), "all": sum(n for n, _ in counts)}
+        """How many numbers the model has, how many of them are trained, and how many bytes this process holds."""
+        parameters = list(self.model.parameters())
+        return {
+            "trained": sum(num_weights(p) for p in parameters if p.requires_grad),
+            "all": sum(num_weights(p) for p in parameters),
+            "bytes": sum(stored_bytes(p) for p in parameters),
+        }
 
     def save(self, folder: Path) -> None:
         """Weights in Hugging Face format (an adapter in peft's) and the optimiser."""

@@ -39,6 +39,9 @@ class CausalModel(Protocol):
 
 def quiet_transformers() -> None:
     """No progress bars and load reports: in a worker's log they drown what matters. Errors still show."""
+    if not torch.cuda.is_available():
+        # Where it is installed, saving a model imports DeepSpeed, which warns of the missing GPU otherwise.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()

@@ -78,6 +78,17 @@ def num_weights(parameter: Tensor) -> int:
     return num_elements(parameter) if state is None else int(state.shape.numel())
 
 
+def stored_bytes(parameter: Tensor) -> int:
+    """Memory of a parameter; of a four-bit one with its scales, which double quantization stores in eight bits."""
+    state: Any = getattr(parameter, "quant_state", None)
+    scales = 0
+    while state is not None:
+        offset = getattr(state, "offset", None)
+        scales += state.absmax.nbytes + (0 if offset is None else offset.nbytes)
+        state = getattr(state, "state2", None)
+    return parameter.nbytes + scales
+
+
 def dequantized_bytes(parameter: Tensor) -> int:
     """Size of `dequantized(parameter)`, without computing it."""
     state: Any = getattr(parameter, "quant_state", None)

@@ -25,7 +25,7 @@ from alignment.config import (
 from alignment.engines.torch import TorchEngine
 from alignment.loops.ppo import train_ppo, train_ppo_one_pass
 from alignment.models import HfModel, load_causal_lm, load_scalar_model
-from alignment.quantization import dequantized, is_quantized
+from alignment.quantization import dequantized, is_quantized, num_weights, stored_bytes
 
 pytest.importorskip("bitsandbytes")
 
@@ -79,6 +79,17 @@ def test_every_weight_is_the_nearest_level_of_its_block(path):
         # Double quantisation stores the scale of a block in 8 bits: 1 part in 100 of the largest.
         error = (dequantized(parameter).reshape(-1, BLOCK) - nearest).abs().amax()
         assert error < 0.01 * scale.amax(), name
+
+
+def test_four_bits_a_weight_and_a_byte_for_each_block(path):
+    """And a float32 scale for 256 of those bytes, with one offset (Dettmers 2023, section 3)."""
+    plain, rounded = load_causal_lm(path).model, load_causal_lm(path, quantization="nf4").model
+    for name, parameter in rounded.named_parameters():
+        count = plain.get_parameter(name).numel()
+        assert num_weights(parameter) == count
+        blocks = count // BLOCK
+        expected = count // 2 + blocks + 4 * -(-blocks // 256) + 4 if is_quantized(parameter) else 4 * count
+        assert stored_bytes(parameter) == expected, name
 
 
 def test_scores_and_updates_see_the_same_weights(model):
