@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from tiny import write_tiny_model
 from tiny_sft import examples_of
 from torch.nn.functional import cross_entropy
 
@@ -210,3 +211,28 @@ def test_a_methods_penalty_counts_once_whatever_the_micro_batches(tiny):
         metrics, seen = gradients(learner, examples)
         torch.testing.assert_close(seen[name] - plain[name], parameter.detach(), rtol=1e-4, atol=1e-5)
         assert metrics["pull"] == 1.0
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+def test_learned_and_rotary_positions_count_real_tokens_only(tmp_path, kind, layout):
+    """An example's loss in a batch of other lengths is its loss alone (where padding shifted positions it is not)."""
+    write_tiny_model(tmp_path, kind)
+    learner, examples = learner_of(tmp_path, rows=6, layout=layout), examples_of(6, longest=60)
+    together = learner.nll(examples)
+    assert together == pytest.approx([learner.nll([e])[0] for e in examples], rel=1e-5)
+
+
+def test_attention_implementations_give_the_same_loss_and_gradients(tiny):
+    """SDPA and eager attention, padded and packed."""
+    examples, found = examples_of(6, longest=60), []
+    for attention, layout in (("eager", "padded"), ("sdpa", "padded"), ("sdpa", "packed")):
+        model = models.load_causal_lm(str(tiny / "policy"), attention=attention, layout=layout)
+        engine = TorchEngine(model.named_parameters(), lr=1e-3, total_updates=20, max_grad_norm=1e9)
+        limit = MicroBatchLimit(rows=6, layout=model.layout)
+        found.append(gradients(SftLearner(model, engine, micro_batch_limit=limit), examples))
+    (metrics, expected), *others = found
+    for other, seen in others:
+        assert other["sft/loss"] == pytest.approx(metrics["sft/loss"], rel=1e-6)
+        for name, gradient in expected.items():
+            torch.testing.assert_close(seen[name], gradient, rtol=1e-4, atol=1e-6)
