@@ -18,6 +18,7 @@ def write_model_card(
     inputs: Mapping[str, str],
     figures: Mapping[str, Any],
     step: int,
+    chosen: bool = False,
 ) -> None:
     """Write `README.md` in the form that model hubs read: YAML facts, then prose and tables.
 
@@ -28,6 +29,7 @@ def write_model_card(
         inputs: sha256 of what was read, by name.
         figures: rows of held-out figures, see `recipes.common.write_summary`.
         step: the optimiser step whose weights these are.
+        chosen: whether the held-out loss chose that step among others.
     """
     table = [
         f"| {name} | {row['before']:.4f} | {row['after']:.4f} "
@@ -36,6 +38,9 @@ def write_model_card(
         for name, row in figures.items()
     ]
     adapter = "\n`adapter/` holds the adapter alone.\n" if (folder / "adapter").is_dir() else ""
+    if not (folder / "config.json").is_file():
+        adapter = "\nThe adapter cannot be merged: load the base model, and `adapter/` on it.\n"
+    bias = "\nThe held-out loss has also chosen the step, so its gain is a little too good.\n" if chosen else ""
     text = f"""---
 library_name: transformers
 base_model: {json.dumps(base)}
@@ -51,7 +56,7 @@ Fine-tuned from `{base}` by Raylign's `recipes/{recipe}.py`; weights of optimise
 | | before | after | gain, 95 % interval | items | better |
 |---|---|---|---|---|---|
 {chr(10).join(table)}
-
+{bias}
 ## Data
 
 {data}

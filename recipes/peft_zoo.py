@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from actors.launch import session
 from alignment.config.zoo import PeftZooConfig
 from alignment.memory import MemoryMeter
-from recipes import common
+from recipes import checks, common
 from recipes.supervised import check, run_sft
 
 HEAD = (
@@ -35,8 +35,12 @@ def run_zoo(job: common.Job[PeftZooConfig]) -> None:
     """One method after the other. All are checked before the first one starts."""
     jobs = {name: job_of(job, name) for name in job.config.zoo}
     for one in jobs.values():
-        run_sft(one) if job.dry_run else check(one)
+        check(one)
+        # Of a method that is finished too: its figures must be those of this config.
+        checks.check_start(one)
     if job.dry_run:
+        for one in jobs.values():
+            run_sft(one)
         return
     with contextlib.nullcontext() if job.local else session():
         job.started = True

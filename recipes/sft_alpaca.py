@@ -20,10 +20,10 @@ from recipes import common
 from recipes.supervised import questions_for, run_sft
 
 
-def ask(tokenizer: Any) -> Quiz:
+def ask(tokenizer: Any, system_prompt: str | None) -> Quiz:
     """The department of every held-out disease, from its name and its symptoms."""
     rows = [row for row in held_out_questions() if row.kind == "department"]
-    return questions_for(tokenizer, rows, name="department", majority_floor=majority_floor(rows))
+    return questions_for(tokenizer, system_prompt, rows, name="department", majority_floor=majority_floor(rows))
 
 
 def main(argv: list[str] | None = None) -> int:

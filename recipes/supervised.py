@@ -25,8 +25,8 @@ from alignment.model_card import write_model_card
 from alignment.model_checks import check_model
 from recipes import checks, common, planning
 
-Ask = Callable[[Any], Quiz]
-"""Questions from a tokenizer: what a finished model should answer right."""
+Ask = Callable[[Any, str | None], Quiz]
+"""Questions from a tokenizer and a system prompt: what a finished model should answer right."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,7 +74,17 @@ def check(job: common.Job[SftRunConfig], ask: Ask | None = None) -> Start:
     )
     ends = eos_ids_of_model(tokenizer, model_path, config.model.revision)
     data = load_sft_data(config.data, tokenizer, eos_ids=ends, seed=config.run.seed)
-    quiz = Quiz() if ask is None else ask(tokenizer)
+    if config.data.held_out and not data.held_out:
+        raise ValueError(
+            f"data.held_out: got {config.data.held_out}, of which data.on_long and data.max_tokens leave none, "
+            "expected examples to validate on; raise data.max_tokens, or set data.held_out to 0"
+        )
+    quiz = Quiz() if ask is None else ask(tokenizer, config.data.system_prompt)
+    if quiz.questions and not job.local and job.cluster.policy.zero_stage == 3:
+        raise ValueError(
+            "policy.zero_stage: got 3 in a recipe that asks the model questions, expected 0, 1 or 2: a worker that "
+            "answers holds the whole model; set zero_stage: 2"
+        )
     return Start(model_path=model_path, data=data, quiz=quiz, num_parameters=num_parameters)
 
 
@@ -100,7 +110,7 @@ def run_sft(job: common.Job[SftRunConfig], ask: Ask | None = None) -> None:
         before = common.once(directory.path / "held_out_before.json", HeldOut, lambda: _held_out(start, policy))
         patience = config.training.patience or math.inf
         train_sft(config, start.data, policy=policy, run=run, state=state, patience=patience)
-        take_best(policy, run, state)
+        step = take_best(policy, run, state)
         after = _held_out(start, policy)
         after.save(directory.path / "held_out_after.json")
         policy.export(directory.final).result()
@@ -113,7 +123,8 @@ def run_sft(job: common.Job[SftRunConfig], ask: Ask | None = None) -> None:
             data=start.data.summary(),
             inputs=inputs,
             figures=figures,
-            step=state.best_step or state.step,
+            step=step,
+            chosen=config.training.validate_every > 0,
         )
         common.write_summary(job, directory, figures, parameters=policy.num_parameters().result())
         run.close()
@@ -140,12 +151,15 @@ def compare(before: HeldOut, after: HeldOut, start: Start, *, seed: int) -> dict
     return rows
 
 
-def questions_for(tokenizer: Any, rows: Sequence[Any], *, name: str, majority_floor: float) -> Quiz:
-    """A quiz of records with `prompt` and `answer`, rendered by the model's own template."""
+def questions_for(
+    tokenizer: Any, system_prompt: str | None, rows: Sequence[Any], *, name: str, majority_floor: float
+) -> Quiz:
+    """A quiz of records with `prompt` and `answer`, rendered as the training examples are."""
     from alignment.data.prompts import make_prompt
 
+    first = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
     questions = [
-        Question(prompt=make_prompt(tokenizer, [{"role": "user", "content": row.prompt}]), answer=row.answer)
+        Question(prompt=make_prompt(tokenizer, [*first, {"role": "user", "content": row.prompt}]), answer=row.answer)
         for row in rows
     ]
     return Quiz(questions=questions, name=name, majority_floor=majority_floor)

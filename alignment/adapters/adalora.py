@@ -70,7 +70,8 @@ def attach_adalora(
 
 
 class AdaLora:
-    """Scores every singular value by how much the loss depends on it, and sets the least to zero for good.
+    """Scores every singular value by how much the loss depends on it, and sets the least to zero. One that was set to
+    zero scores again with its gradient, and may come back while there is budget left to move.
 
     The total rank stays for `tinit` updates, falls with the cube of the time that is left (equation 12) until
     `tfinal` updates before the end, and then stays at target_r per matrix.

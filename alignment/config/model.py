@@ -83,7 +83,7 @@ class VirtualTokensConfig(Config):
 
     num_tokens: Positive = 20
     """Tokens; they take as many positions of the model."""
-    text: str | None = None
+    text: Annotated[str, Field(min_length=1)] | None = None
     """What `prompt` starts from, cut or repeated to `num_tokens`; None draws tokens of the vocabulary."""
     encoder: Literal["mlp", "lstm"] = "mlp"
     """Of p_tuning: what turns trained embeddings into virtual tokens. Only its output is kept in the end."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from pydantic import Field, ValidationError, model_validator
@@ -19,9 +20,11 @@ class PeftZooConfig(SftRunConfig):
     @model_validator(mode="after")
     def _methods_are_configs(self) -> PeftZooConfig:
         for name in self.zoo:
-            if not name or "/" in name or name.startswith("."):
-                raise ValueError(f"zoo: got the name {name!r}, expected one that can be a folder's; choose another")
+            if not re.fullmatch(r"\w[\w-]{0,63}", name):
+                raise ValueError(f"zoo: got the name {name!r}, expected letters, digits, - and _; choose another")
             self.of(name)
+        if not self.data.held_out:
+            raise ValueError("data.held_out: got 0, expected examples to compare the methods on; set data.held_out")
         return self
 
     def of(self, name: str) -> SftRunConfig:
@@ -33,7 +36,14 @@ class PeftZooConfig(SftRunConfig):
         except ValidationError as error:
             first = error.errors()[0]
             key = ".".join(str(part) for part in first["loc"] if part != "training")
-            raise ValueError(f"zoo.{name}.{key}: {first['msg'].removeprefix('Value error, ')}") from error
+            if first["type"] == "extra_forbidden":
+                raise ValueError(
+                    f"zoo.{name}.{key}: got an unknown key, expected one of `training`; correct its name, or remove it"
+                ) from error
+            reason = first["msg"].removeprefix("Value error, ")
+            if first["type"] != "value_error":
+                reason = f"got {first['input']!r}, expected another value ({reason}); correct it"
+            raise ValueError(f"zoo.{name}.{key}: {reason}") from error
 
 
 def _merged(shared: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:

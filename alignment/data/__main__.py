@@ -36,6 +36,9 @@ def main(arguments: list[str] | None = None) -> int:
         eos_ids = eos_ids_of_model(tokenizer, model)
         for text in shown_rows(config, tokenizer, eos_ids=eos_ids, color=color):
             print(text)
+    except BrokenPipeError:
+        # The reader has seen enough; nothing may be written to it when Python closes, either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except ValidationError as error:
         return _refuse("; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()))
     except ValueError as error:

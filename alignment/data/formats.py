@@ -156,6 +156,8 @@ def _alpaca(values: Values) -> Lesson:
 
 def _earlier(history: Any) -> Iterator[dict[str, str]]:
     """Alpaca's earlier turns: pairs of a question and its answer."""
+    if not isinstance(history or [], list):
+        raise ValueError(f"'history': got {type(history).__name__}, expected a list of pairs of text; correct the row")
     for pair in history or ():
         if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
             raise ValueError("'history': got something else than pairs of text, expected those; correct the row")

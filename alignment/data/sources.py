@@ -76,7 +76,10 @@ def expand(pattern: str) -> list[Path]:
     Raises:
         ValueError: none.
     """
-    path = Path(pattern).expanduser()
+    try:
+        path = Path(pattern).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"data source: got {pattern!r} ({error}), expected a file or a glob; correct it") from error
     if path.is_file():
         return [path]
     if path.is_dir():

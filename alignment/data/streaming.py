@@ -12,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from itertools import accumulate, islice
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import IO, Any, Generic, Protocol, TypeVar
 
 from alignment.config import SourceConfig
 from alignment.data.files import MAX_LINE_BYTES, Row, check_text, jsonl_row
@@ -75,7 +75,7 @@ class JsonlRows:
 
     def __iter__(self) -> Iterator[Row]:
         self._starts, self._blanks, self._version = array("Q"), array("Q"), _version(self.path)
-        with open(self.path, "rb") as file:
+        with _opened(self.path) as file:
             number = start = 0
             while raw := file.readline(MAX_LINE_BYTES + 1):
                 number += 1
@@ -90,7 +90,7 @@ class JsonlRows:
 
     def __getitem__(self, index: int, /) -> Row:
         number = index + 1 + bisect_right(self._blanks, index)
-        with open(self.path, "rb") as file:
+        with _opened(self.path) as file:
             if _version(file.fileno()) != self._version:
                 raise ValueError(
                     f"{self.path}:{number}: got a file that has changed since the run began, expected the same bytes; "
@@ -101,6 +101,16 @@ class JsonlRows:
         assert row is not None
         check_text(row)
         return row
+
+
+def _opened(path: Path) -> IO[bytes]:
+    try:
+        return open(path, "rb")
+    except OSError as error:
+        raise ValueError(
+            f"{path}: got a file that cannot be read ({error.strerror}), expected a readable one; correct the path or "
+            "its permissions"
+        ) from error
 
 
 def _version(file: Path | int) -> tuple[int, int]:

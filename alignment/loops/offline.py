@@ -74,7 +74,7 @@ def train_sft(
         with log.phase("update"):
             log.metrics.update(policy.update(batch, step=state.step).result())
         state.step += 1
-        if training.validate_every and state.step % training.validate_every == 0:
+        if training.validate_every and (state.step % training.validate_every == 0 or state.step == num_steps):
             with log.phase("validate"):
                 log.metrics.update(validation(policy.nll(examples.held_out).result(), examples.held_out))
             state.judge(log.metrics["validation/loss"])
@@ -89,12 +89,19 @@ def train_sft(
         )
 
 
-def take_best(policy: SftTrainer, run: Run, state: SftState) -> None:
-    """Put back the step whose validation was the best, if it is not the last one."""
+def take_best(policy: SftTrainer, run: Run, state: SftState) -> int:
+    """Put back the step whose validation was the best, if it is not the last one. Returns the step that is there now:
+    the last one where the best one's checkpoint is damaged, which is said."""
     if state.best_step is None or state.best_step == state.step:
-        return
+        return state.step
+    if reason := run.store.verify(state.best_step):
+        run.progress.message(
+            f"validation was best after step {state.best_step}, whose checkpoint is not used: {reason}"
+        )
+        return state.step
     run.progress.message(f"validation was best after step {state.best_step}: taking that model")
     policy.load(run.store.step_folder(state.best_step) / "policy").result()
+    return state.best_step
 
 
 def validation(sums: Sequence[float], examples: Sequence[SftExample]) -> dict[str, float]:

@@ -67,6 +67,32 @@ def test_a_run_that_gets_worse_ends_early_and_keeps_its_best_step(overfitting):
     assert validation(sums, overfitting.data.held_out)["validation/loss"] == state.best_loss
 
 
+def test_a_damaged_best_step_is_named_and_the_last_one_taken(capsys, overfitting):
+    overfitting.train(patience=2)
+    state, last = overfitting.state, overfitting.weights()
+    assert state.best_step < state.step
+    weights = overfitting.run.store.step_folder(state.best_step) / "policy" / "model.safetensors"
+    with open(weights, "r+b") as file:
+        file.seek(2000)
+        file.write(b"\0" * 2000)
+    assert take_best(overfitting.policy, overfitting.run, state) == state.step
+    assert all(torch.equal(p, last[name]) for name, p in overfitting.weights().items())
+    assert "model.safetensors does not match its sha256" in capsys.readouterr().out
+
+
+def test_the_last_step_is_validated_whatever_the_interval(tiny, tmp_path):
+    made = Supervised(
+        tiny / "policy",
+        tmp_path / "run",
+        Few(examples_of(4, seed=1), examples_of(4, seed=2)),
+        run={"num_steps": 5},
+        validate_every=3,
+    )
+    with made.stack:
+        made.train()
+    assert [row["step"] for row in made.metrics() if "validation/loss" in row] == [2, 4]
+
+
 def test_a_run_that_was_cut_goes_on_to_the_same_end(tiny, tmp_path):
     """Also the count of validations that were not better, and which step is the best."""
     data = Few(examples_of(4, seed=1), examples_of(12, seed=2))
@@ -76,7 +102,7 @@ def test_a_run_that_was_cut_goes_on_to_the_same_end(tiny, tmp_path):
     again = Supervised(tiny / "policy", tmp_path / "cut", data, **settings)
     with whole.stack, cut.stack, again.stack:
         whole.train()
-        cut.train(num_steps=7)
+        cut.train(num_steps=6)
         again.resume()
         assert again.state == cut.state
         again.train()
