@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from tiny_sft import Few, Supervised, examples_of
 
 from alignment.loops.offline import SftState, loss_report, take_best, validation
+from alignment.metrics import ProgressLine
 
 
 @pytest.fixture(autouse=True)
@@ -67,8 +69,10 @@ def test_a_run_that_gets_worse_ends_early_and_keeps_its_best_step(overfitting):
     assert validation(sums, overfitting.data.held_out)["validation/loss"] == state.best_loss
 
 
-def test_a_damaged_best_step_is_named_and_the_last_one_taken(capsys, overfitting):
+def test_a_damaged_best_step_is_named_and_the_last_one_taken(overfitting):
     overfitting.train(patience=2)
+    said = io.StringIO()
+    overfitting.run.progress = ProgressLine(said)
     state, last = overfitting.state, overfitting.weights()
     assert state.best_step < state.step
     weights = overfitting.run.store.step_folder(state.best_step) / "policy" / "model.safetensors"
@@ -77,7 +81,7 @@ def test_a_damaged_best_step_is_named_and_the_last_one_taken(capsys, overfitting
         file.write(b"\0" * 2000)
     assert take_best(overfitting.policy, overfitting.run, state) == state.step
     assert all(torch.equal(p, last[name]) for name, p in overfitting.weights().items())
-    assert "model.safetensors does not match its sha256" in capsys.readouterr().out
+    assert "model.safetensors does not match its sha256" in said.getvalue()
 
 
 def test_the_last_step_is_validated_whatever_the_interval(tiny, tmp_path):
