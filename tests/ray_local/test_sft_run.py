@@ -73,7 +73,7 @@ def final(output: Path) -> dict[str, bytes]:
     return {name: tensor.numpy().tobytes() for name, tensor in load_file(output / "final/model.safetensors").items()}
 
 
-@pytest.fixture(scope="module", params=[0, 4], ids=["full", "LoRA"])
+@pytest.fixture(scope="module", params=[pytest.param(0, marks=pytest.mark.slow), 4], ids=["full", "LoRA"])
 def alone(request, folder):
     """A run in one process."""
     return request.param, run(folder, folder / f"alone{request.param}", request.param, "--local")
