@@ -151,7 +151,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=6, help="measured steps, after two that warm up")
     parser.add_argument("--lr", type=float, default=1e-5)
-    parser.add_argument("--micro-batch", default="micro_batch_size: 8", help="lines of the section training")
+    parser.add_argument("--micro-batch", default="max_tokens_per_micro_batch: 320", help="of the section training")
     parser.add_argument("--layout", action="append", choices=LAYOUTS, help="this one alone; default: all")
     parser.add_argument("--no-rival", action="store_true", help="ours alone")
     parser.add_argument("--trl-path", type=Path, help="folder with trl 1.16.0; default: installed once into the cache")
