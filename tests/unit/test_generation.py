@@ -143,8 +143,7 @@ def test_rounding_hardly_ever_changes_a_token():
         tokens, _ = _pick(logits, [torch.Generator().manual_seed(trial * rows + i) for i in range(rows)], 1.0)
         again, _ = _pick(near, [torch.Generator().manual_seed(trial * rows + i) for i in range(rows)], 1.0)
         changed += int((tokens != again).sum())
-    # The two best scores are closer than 2e-5 in about one draw of fifty thousand; of 2,000 draws a border for every
-    # word changed 9.
+    # Two best scores are hardly ever closer than the 1e-5; of 2,000 such draws a border for every word changed 9.
     assert changed <= 1
 
 
