@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from actors.critic import CriticActor
@@ -26,6 +26,7 @@ from actors.sft import SftActor
 from actors.weight_links import RouteChoice
 from actors.worker import Actor, choose_device
 from alignment.config import ClusterConfig, PpoRunConfig, RewardModelRunConfig, SftRunConfig
+from alignment.types import SftExample
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -114,7 +115,10 @@ def reward_training_actors(
     }
 
 
-def sft_actors(config: SftRunConfig, cluster: ClusterConfig, *, model_path: str) -> dict[str, Actor]:
+def sft_actors(
+    config: SftRunConfig, cluster: ClusterConfig, *, model_path: str, calibration: Sequence[SftExample] = ()
+) -> dict[str, Actor]:
+    """The one actor of a supervised run, not yet set up. `calibration` are `training.calibration_examples`."""
     return {
         "policy": SftActor(
             model_path=model_path,
@@ -124,6 +128,7 @@ def sft_actors(config: SftRunConfig, cluster: ClusterConfig, *, model_path: str)
             seed=config.run.seed,
             device=choose_device(cluster.policy.gpus_per_worker),
             machines=cluster.policy,
+            calibration=calibration,
         )
     }
 

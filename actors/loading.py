@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
+
+from torch import Tensor
 
 from alignment import adapters, checkpoint, models
 from alignment.adapters import TrainingMethod
@@ -11,12 +14,14 @@ from alignment.config import (
     AdapterConfig,
     CriticConfig,
     ModelConfig,
+    OptimizerConfig,
     PolicyConfig,
     RewardModelTrainingConfig,
     SftTrainingConfig,
 )
 from alignment.config.cluster import RoleConfig
 from alignment.data.chat import load_tokenizer
+from alignment.data.model_assets import model_file, read_weight
 from alignment.distributed import Ranks
 from alignment.engines.base import Engine
 from alignment.engines.fsdp import split_over_ranks
@@ -101,11 +106,33 @@ def make_trainable(
     Args:
         tokenizer: the model's, for virtual tokens that start from a text.
     """
-    optimizer = trained.optimizer
     method = attach_adapter(model, trained.adapter, total_updates=total_updates, seed=seed, tokenizer=tokenizer)
+    engine = engine_of(
+        model,
+        settings,
+        trained.optimizer,
+        total_updates=total_updates,
+        ranks=ranks,
+        machines=machines,
+        device=device,
+    )
+    return engine, method
+
+
+def engine_of(
+    model: models.HfModel,
+    settings: ModelConfig,
+    optimizer: OptimizerConfig,
+    *,
+    total_updates: int,
+    ranks: Ranks,
+    machines: RoleConfig,
+    device: str,
+) -> Engine:
+    """The optimiser of what is left to train; it may split the model over the ranks."""
     if settings.gradient_checkpointing:
         models.enable_gradient_checkpointing(model)
-    engine = make_engine(
+    return make_engine(
         model,
         ranks=ranks,
         engine=machines.engine,
@@ -123,12 +150,17 @@ def make_trainable(
         max_grad_norm=optimizer.max_grad_norm,
         max_skipped_in_a_row=optimizer.max_skipped_in_a_row,
     )
-    return engine, method
 
 
 def tokenizer_of_text(adapter: AdapterConfig, path: str, revision: str | None) -> Any | None:
     """The model's tokenizer where its virtual tokens start from a text; None where nobody asks for it."""
     return None if adapter.virtual_tokens.text is None else load_tokenizer(path, revision)
+
+
+def original_weights(path: str, revision: str | None) -> Callable[[str], Tensor]:
+    """From a layer's name to its weight in the model's files, which a four-bit model no longer has."""
+    folder = model_file(path, "config.json", revision).parent
+    return lambda name: read_weight(folder, f"{name}.weight")
 
 
 def attach_adapter(

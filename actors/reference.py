@@ -11,9 +11,10 @@ from torch import Tensor
 from actors.loading import causal_model, split_frozen
 from actors.policy import PolicyActor
 from actors.worker import WHOLE, Actor
-from alignment import adapters, models
+from alignment import adapters
 from alignment.config import ModelConfig
 from alignment.config.cluster import RoleConfig
+from alignment.forward import response_logprobs
 from alignment.learners.base import per_response
 from alignment.packing import MicroBatchLimit
 from alignment.quantization import Quantization
@@ -65,7 +66,7 @@ class ReferenceActor(Actor):
 
     def _logprobs(self, rollouts: Sequence[Rollout]) -> list[Tensor]:
         def forward(ids: Tensor, mask: Tensor, response: Tensor) -> Tensor:
-            return models.response_logprobs(self.model, ids, mask, response, temperature=self.temperature)[0]
+            return response_logprobs(self.model, ids, mask, response, temperature=self.temperature)[0]
 
         limit = dataclasses.replace(self.micro_batch_limit, layout=self.model.layout)
         with torch.no_grad():

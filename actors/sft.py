@@ -5,12 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from actors.loading import causal_model, load_trained, make_trainable, save_trained, tokenizer_of_text
+from actors.loading import (
+    attach_adapter,
+    causal_model,
+    engine_of,
+    load_trained,
+    original_weights,
+    save_trained,
+    tokenizer_of_text,
+)
 from actors.worker import WHOLE, Actor, UpdateOnce
 from alignment import adapters
 from alignment.config import ModelConfig, SftTrainingConfig
 from alignment.config.cluster import RoleConfig
 from alignment.data.chat import decode, eos_ids_of_model, load_tokenizer
+from alignment.forward import run_singly
 from alignment.generation import generate
 from alignment.learners.sft import SftLearner
 from alignment.quantization import num_weights, stored_bytes
@@ -33,7 +42,10 @@ class SftActor(Actor):
         seed: int,
         device: str = "cpu",
         machines: RoleConfig = WHOLE,
+        calibration: Sequence[SftExample] = (),
     ) -> None:
+        """`calibration`: what starts the factors over a four-bit base; see `alignment.adapters.rounding`."""
+        self.calibration = calibration
         self.model_path, self.model_config, self.config = model_path, model, training
         self.total_updates, self.seed, self.device = total_updates, seed, device
         self.machines = machines
@@ -42,16 +54,29 @@ class SftActor(Actor):
     def setup(self, peers: Mapping[str, Actor]) -> None:
         quantization = self.config.adapter.quantization
         self.model = causal_model(self.model_path, self.model_config, self.device, quantization=quantization)
-        engine, method = make_trainable(
+        method = attach_adapter(
             self.model,
-            self.model_config,
-            self.config,
+            self.config.adapter,
             total_updates=self.total_updates,
             seed=self.seed,
+            tokenizer=tokenizer_of_text(self.config.adapter, self.model_path, self.model_config.revision),
+        )
+        if self.calibration:
+            adapters.absorb_rounding(
+                self.model.model,
+                lambda: run_singly(self.model, [example.input_ids for example in self.calibration]),
+                original_weights(self.model_path, self.model_config.revision),
+                seed=self.seed,
+                ranks=self.ranks,
+            )
+        engine = engine_of(
+            self.model,
+            self.model_config,
+            self.config.optimizer,
+            total_updates=self.total_updates,
             ranks=self.ranks,
             machines=self.machines,
             device=self.device,
-            tokenizer=tokenizer_of_text(self.config.adapter, self.model_path, self.model_config.revision),
         )
         self.learner = SftLearner(
             self.model,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from alignment.adapters import target_names
+from alignment.adapters import check_targets, target_names
 from alignment.config import AdapterConfig, ModelConfig
 from alignment.config.model import VIRTUAL_TOKEN_TYPES
 from alignment.data.chat import check_vocabulary
@@ -29,6 +29,7 @@ def check_model(
     *,
     head: HeadStart | None = None,
     lengths: Mapping[str, int] | None = None,
+    read_singly: bool = False,
 ) -> int:
     """Build a model without memory, and refuse what would only fail once its weights are loaded or it is run.
 
@@ -37,6 +38,7 @@ def check_model(
         model: of a resolved path.
         adapter: whose layers must be there.
         head: None for a language model; for a scalar one as `alignment.models.load_scalar_model`.
+        read_singly: whether the weights below the adapter are read from the files by the model's own names.
         lengths: what the longest sequence is made of, in tokens, by the name of the setting.
 
     Returns:
@@ -54,7 +56,10 @@ def check_model(
         if adapter is not None:
             check_quantization(adapter.quantization)
         if adapter is not None and adapter.enabled:
-            target_names(built, adapter.target_modules, adapter.last_layers)
+            modules, last_layers = adapter.target_modules, adapter.last_layers
+            check_targets(built, type=adapter.type, r=adapter.r, target_modules=modules, last_layers=last_layers)
+            if read_singly:
+                _check_names(folder, target_names(built, modules, last_layers))
         if adapter is not None and adapter.type in VIRTUAL_TOKEN_TYPES:
             lengths = {**(lengths or {}), "adapter.virtual_tokens.num_tokens": adapter.virtual_tokens.num_tokens}
         _check_positions(model.path, num_positions(built.config), lengths or {})
@@ -137,6 +142,16 @@ def _check_weights(folder: Path, built: PreTrainedModel, head: HeadStart | None)
     if found["mismatched_keys"]:
         wrong = [f"{name} of shape {[*got]} for {[*wanted]}" for name, got, wanted in sorted(found["mismatched_keys"])]
         raise ValueError(f"got {folder} with {_some(wrong)}, {expected}; {remedy}")
+
+
+def _check_names(folder: Path, layers: list[str]) -> None:
+    shapes = weight_shapes(folder)
+    absent = [name for name in layers if shapes and f"{name}.weight" not in shapes]
+    if absent:
+        raise ValueError(
+            f"training.calibration_examples: got {folder}, whose files have no {_some(absent)} under these names, "
+            "expected the model's own; set it to 0, or save the model again with transformers"
+        )
 
 
 def _some(things: list[str]) -> str:

@@ -1,7 +1,7 @@
-"""Load the four models, and run them: hidden states first, then only the head that is asked for.
+"""Load the four models, each as hidden states first, then only the head that is asked for.
 
 A causal model is used through two calls, `hidden` and `head`, so that logits exist only for the positions that
-are needed (see `alignment.logprobs`). Anything with these two calls can be trained, a tabular policy included.
+are needed (see `alignment.forward`). Anything with these two calls can be trained, a tabular policy included.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from alignment.adapters.virtual_tokens import active_virtual_tokens
-from alignment.logprobs import selected_logprobs
 from alignment.packed import BatchLayout, choose_layout, packed_hidden, saves_tokens
 from alignment.packing import Layout
 from alignment.quantization import Quantization, keep_precision, loading_arguments
@@ -33,7 +32,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 class CausalModel(Protocol):
     """A language model in two halves: (B, T) ids -> (B, T, d) hidden states -> (..., V) logits."""
 
-    def hidden(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor: ...
+    def hidden(self, input_ids: Tensor, attention_mask: Tensor, noise: Tensor | None = None) -> Tensor: ...
     def head(self, hidden: Tensor) -> Tensor: ...
 
 
@@ -120,99 +119,6 @@ class HfModel(nn.Module):
     @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
-
-
-def _run(model: CausalModel, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    if isinstance(model, HfModel):
-        return model.run(function, *args, **kwargs)
-    return function(model, *args, **kwargs)
-
-
-def response_logprobs(
-    model: CausalModel,
-    input_ids: Tensor,
-    attention_mask: Tensor,
-    response_mask: Tensor,
-    *,
-    temperature: float,
-    with_entropy: bool = False,
-    noise: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """Log-probabilities of the response tokens: (B, T) float32, 0 elsewhere; with the entropy alike when asked.
-
-    The head runs on the hidden states before response tokens only, in chunks: prompt and padding cost no logits.
-    `noise`: (B, T, d) for the embeddings of an `HfModel`.
-    """
-    extra = {} if noise is None else {"noise": noise}
-    result: tuple[Tensor, Tensor | None] = _run(
-        model,
-        _response_logprobs,
-        input_ids,
-        attention_mask,
-        response_mask,
-        temperature=temperature,
-        with_entropy=with_entropy,
-        **extra,
-    )
-    return result
-
-
-def _response_logprobs(
-    model: CausalModel,
-    input_ids: Tensor,
-    attention_mask: Tensor,
-    response_mask: Tensor,
-    *,
-    temperature: float,
-    with_entropy: bool,
-    **extra: Tensor,
-) -> tuple[Tensor, Tensor | None]:
-    wanted = response_mask[:, 1:]
-    hidden = model.hidden(input_ids, attention_mask, **extra)[:, :-1][wanted]
-    targets = input_ids[:, 1:][wanted]
-    picked, entropy = selected_logprobs(
-        hidden, model.head, targets, temperature=temperature, with_entropy=with_entropy
-    )
-    return _place(picked, response_mask), None if entropy is None else _place(entropy, response_mask)
-
-
-def _place(picked: Tensor, response_mask: Tensor) -> Tensor:
-    """Put (N,) numbers back at the N true positions of (B, T); the first column is never a response."""
-    full = torch.zeros(response_mask.shape, dtype=torch.float32, device=picked.device)
-    body = response_mask.clone()
-    body[:, 0] = False
-    return full.masked_scatter(body, picked.float())
-
-
-def response_values(model: CausalModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """Critic values (B, T) float32: entry t is the value of the state that emits token t, entry 0 is 0."""
-    values: Tensor = _run(model, _response_values, input_ids, attention_mask)
-    return values
-
-
-def _response_values(model: CausalModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    hidden = model.hidden(input_ids, attention_mask)[:, :-1]
-    values = model.head(hidden).squeeze(-1).float()
-    return torch.nn.functional.pad(values, (1, 0))
-
-
-def sequence_scores(model: CausalModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """Reward-model scores (B,) float32, read at the last attended token whichever side is padded."""
-    scores: Tensor = _run(model, _sequence_scores, input_ids, attention_mask)
-    return scores
-
-
-def _sequence_scores(model: CausalModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    hidden = model.hidden(input_ids, attention_mask)
-    last = (attention_mask.long() * torch.arange(attention_mask.shape[1], device=hidden.device)).argmax(-1)
-    return model.head(hidden[torch.arange(hidden.shape[0], device=hidden.device), last]).squeeze(-1).float()
-
-
-def idle_output(model: CausalModel, device: torch.device | str = "cpu") -> Tensor:
-    """A number that depends on every parameter: the least that a rank without a row of its own can compute."""
-    ids = torch.zeros(1, 1, dtype=torch.int64, device=device)
-    output: Tensor = _run(model, lambda own: own.head(own.hidden(ids, ids == 0)).float().sum())
-    return output
 
 
 def choose_attention(attention: str, *, dtype: torch.dtype, device: torch.device) -> tuple[str, str]:

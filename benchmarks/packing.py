@@ -22,7 +22,8 @@ from torch import Tensor
 
 from alignment.batching import micro_batches, sequence_batch
 from alignment.data.model_assets import resolve_model
-from alignment.models import HfModel, load_causal_lm, response_logprobs
+from alignment.forward import response_logprobs
+from alignment.models import HfModel, load_causal_lm
 from alignment.packing import MicroBatchLimit, computed_tokens
 
 

@@ -71,6 +71,7 @@ def check(job: common.Job[SftRunConfig], ask: Ask | None = None) -> Start:
         tokenizer,
         config.training.adapter,
         lengths={"data.max_tokens": config.data.max_tokens},
+        read_singly=config.training.calibration_examples > 0,
     )
     ends = eos_ids_of_model(tokenizer, model_path, config.model.revision)
     data = load_sft_data(config.data, tokenizer, eos_ids=ends, seed=config.run.seed)
@@ -101,7 +102,9 @@ def run_sft(job: common.Job[SftRunConfig], ask: Ask | None = None) -> None:
     inputs = {"model": model_fingerprint(start.model_path), "examples": start.data.fingerprint()}
     directory.keep_inputs(inputs)
 
-    with job.groups(sft_actors(config, job.cluster, model_path=start.model_path)) as groups:
+    calibration = start.data.batch(0, config.training.calibration_examples)
+    actors = sft_actors(config, job.cluster, model_path=start.model_path, calibration=calibration)
+    with job.groups(actors) as groups:
         policy = sft_role(groups)
         run = common.make_run(directory, config.run, model_path=start.model_path)
         state = SftState()

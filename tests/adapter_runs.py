@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from tiny import write_tiny_model
 
-from alignment import adapters, models
+from alignment import adapters, forward, models
 from alignment.engines.torch import TorchEngine
 from alignment.learners.base import begin_update, finish_update
 
@@ -92,7 +92,7 @@ def logits(model: models.HfModel) -> torch.Tensor:
 def loss_of(model: models.HfModel, rows: slice = slice(None)) -> torch.Tensor:
     """Summed next-token loss of the real tokens."""
     ids, mask = IDS[rows], MASK[rows]
-    return -models.response_logprobs(model, ids, mask, mask.bool(), temperature=1.0)[0].sum()
+    return -forward.response_logprobs(model, ids, mask, mask.bool(), temperature=1.0)[0].sum()
 
 
 def engine_of(model: models.HfModel, *, lr: float = 1e-2, total_updates: int = 20) -> TorchEngine:

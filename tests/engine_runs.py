@@ -17,7 +17,7 @@ from adapter_runs import settings_of
 from tiny_learners import experience_of, rollouts_of
 
 from actors.loading import load_trained, save_trained
-from alignment import adapters, checkpoint, models
+from alignment import adapters, checkpoint, forward, models
 from alignment.distributed import Alone, GroupRanks
 from alignment.engines import deepspeed
 from alignment.engines.make import make_engine
@@ -151,7 +151,7 @@ def value_updates(ranks: Any, folder: str, engines: list[str]) -> dict[str, Any]
             values.append(torch.cat(now).tolist())
         before = weights(learner)
         # On one rank alone.
-        made.backward(models.idle_output(model) * (float("nan") if ranks.rank == ranks.size - 1 else 1.0))
+        made.backward(forward.idle_output(model) * (float("nan") if ranks.rank == ranks.size - 1 else 1.0))
         skipped = made.step()["skipped_count"]
         report[engine] = {"rows": rows, "values": values, "skipped": skipped, "same": weights(learner) == before}
     return report

@@ -22,7 +22,7 @@ class TabularPolicy(nn.Module):
         super().__init__()
         self.table = nn.Parameter(logits.clone())
 
-    def hidden(self, input_ids, attention_mask):
+    def hidden(self, input_ids, attention_mask, noise=None):
         prompt = input_ids[:, 0]
         state = torch.zeros_like(input_ids)
         state[:, 2] = 1 + input_ids[:, 2]

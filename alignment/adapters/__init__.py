@@ -2,7 +2,7 @@
 peft; docs/peft.md compares the methods."""
 
 from alignment.adapters.adalora import RankBudget
-from alignment.adapters.attach import attach
+from alignment.adapters.attach import attach, check_targets
 from alignment.adapters.layers import adapter_disabled, has_adapter, target_names
 from alignment.adapters.low_rank import attach_lora
 from alignment.adapters.merge import (
@@ -14,6 +14,7 @@ from alignment.adapters.merge import (
     merged_weights,
 )
 from alignment.adapters.method import TrainingMethod
+from alignment.adapters.rounding import absorb_rounding
 from alignment.adapters.storage import export_adapter, load_adapter, save_adapter
 from alignment.adapters.virtual_tokens import TokenSettings
 
@@ -21,9 +22,11 @@ __all__ = [
     "RankBudget",
     "TokenSettings",
     "TrainingMethod",
+    "absorb_rounding",
     "adapter_disabled",
     "attach",
     "attach_lora",
+    "check_targets",
     "export_adapter",
     "export_merged",
     "has_adapter",

@@ -5,13 +5,15 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 from alignment.adapters.adalora import RankBudget, attach_adalora
-from alignment.adapters.bottleneck import attach_bottlenecks
+from alignment.adapters.bottleneck import attach_bottlenecks, blocks
 from alignment.adapters.half import attach_half
-from alignment.adapters.ia3 import attach_ia3
+from alignment.adapters.ia3 import attach_ia3, ia3_targets
+from alignment.adapters.layers import target_names
 from alignment.adapters.low_rank import attach_lora
 from alignment.adapters.method import TrainingMethod
 from alignment.adapters.virtual_tokens import TokenSettings, attach_virtual_tokens
 from alignment.config.model import VIRTUAL_TOKEN_TYPES, AdapterType
+from alignment.sharding import decoder_layers
 
 
 class Attachable(Protocol):
@@ -67,3 +69,31 @@ def attach(
         where["pissa_iterations"] = pissa_iterations
         attach_lora(inner, r=r, alpha=alpha, variant=type, seed=seed, **where)  # type: ignore[arg-type]
     return None
+
+
+def check_targets(
+    model: Any, *, type: AdapterType, r: int, target_modules: tuple[str, ...] | str, last_layers: int | None
+) -> None:
+    """Refuse what a method cannot be attached to; `model` may be without memory. Arguments are those of `attach`.
+
+    Raises:
+        ValueError: `adapter...: got ..., expected ...; remedy`.
+    """
+    layers = len(decoder_layers(model)[1])
+    if last_layers is not None and last_layers > layers:
+        raise ValueError(
+            f"adapter.last_layers: got {last_layers}, expected at most the {layers} layers of this model; lower it, "
+            "or set it to null for all"
+        )
+    if type == "ia3":
+        ia3_targets(model, target_modules, last_layers)
+    elif type == "bottleneck":
+        blocks(model, last_layers)
+    names = target_names(model, target_modules, last_layers)
+    if type == "pissa":
+        smallest = min((min(model.get_submodule(name).weight.shape), name) for name in names)
+        if r > smallest[0]:
+            raise ValueError(
+                f"adapter.r: got {r} with adapter.type=pissa, expected at most {smallest[0]}, the singular values of "
+                f"{smallest[1]}; lower it"
+            )

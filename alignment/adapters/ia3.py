@@ -21,10 +21,29 @@ def attach_ia3(
         target_modules: "all-linear" means keys, values and the feed-forward's last matrix.
 
     Raises:
-        ValueError: the model names none of its layers as known ones are.
+        ValueError: as `ia3_targets`.
     """
     from peft import IA3Config, inject_adapter_in_model
 
+    names, feed_forward = ia3_targets(model, target_modules, last_layers)
+    config = IA3Config(
+        target_modules=names, feedforward_modules=feed_forward, fan_in_fan_out=stored_transposed(model, names)
+    )
+    inject_adapter_in_model(config, model)
+    for _, layer in tuner_layers(model):
+        # peft's have a second dimension, and an optimiser would decay them as it does matrices: towards 0, not 1.
+        layer.ia3_l["default"] = nn.Parameter(layer.ia3_l["default"].detach().flatten())
+    train_adapter_only(model)
+
+
+def ia3_targets(
+    model: nn.Module, target_modules: tuple[str, ...] | str, last_layers: int | None
+) -> tuple[list[str], list[str]]:
+    """Full names of the matrices that get a vector, and those of them whose inputs it scales.
+
+    Raises:
+        ValueError: the model names none of its layers as known ones are.
+    """
     names = target_names(model, target_modules, last_layers)
     if target_modules == "all-linear":
         names = [name for name in names if name.rsplit(".", 1)[-1] in KEYS_AND_VALUES or _feeds_forward(name)]
@@ -35,14 +54,7 @@ def attach_ia3(
             f"{sorted({n.rsplit('.', 1)[-1] for n in target_names(model, 'all-linear', last_layers)})}, expected "
             "keys, values and a feed-forward among them; name them in adapter.target_modules"
         )
-    config = IA3Config(
-        target_modules=names, feedforward_modules=feed_forward, fan_in_fan_out=stored_transposed(model, names)
-    )
-    inject_adapter_in_model(config, model)
-    for _, layer in tuner_layers(model):
-        # peft's have a second dimension, and an optimiser would decay them as it does matrices: towards 0, not 1.
-        layer.ia3_l["default"] = nn.Parameter(layer.ia3_l["default"].detach().flatten())
-    train_adapter_only(model)
+    return names, feed_forward
 
 
 def _feeds_forward(name: str) -> bool:

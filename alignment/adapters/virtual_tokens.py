@@ -27,7 +27,7 @@ class TokenSettings:
 
     num_tokens: int = 20
     text: str | None = None
-    """Where `prompt` starts, cut or repeated; None draws words of the vocabulary."""
+    """Where `prompt` and `p_tuning_v2` start, cut or repeated; None draws words of the vocabulary."""
     encoder: str = "mlp"
     """Of p_tuning: mlp or lstm."""
     encoder_hidden: int | None = None
@@ -122,6 +122,9 @@ def attach_virtual_tokens(
             arXiv 2101.00190); `p_tuning_v2` trains those themselves (Liu 2022, arXiv 2110.07602).
         tokenizer: of the settings' text.
 
+    `prompt` and `p_tuning_v2` start as words in front of the sequence: as their embeddings, or as the keys and values
+    that the model makes of them (Li 2021, section 7.4). Drawn keys and values would drown the sequence's own.
+
     Raises:
         ValueError: a text that has no token.
     """
@@ -130,8 +133,8 @@ def attach_virtual_tokens(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         made, config = _MAKERS[kind](model, common, settings.encoder_hidden or width, settings.encoder)
-    if kind == "prompt" and settings.text is not None:
-        start_from_text(model, made, settings.text, tokenizer)
+        if kind in ("prompt", "p_tuning_v2"):
+            start_from_words(model, made, _words(model, settings, tokenizer), as_prefix=kind == "p_tuning_v2")
     device = next(model.parameters()).device
     model.virtual_tokens = VirtualTokens(made.float().to(device), config)
     train_adapter_only(model)
@@ -152,7 +155,7 @@ def _prepared(config: Any, model: Any) -> Any:
 def _prompt(model: Any, common: dict[str, Any], hidden: int, encoder: str) -> tuple[nn.Module, Any]:
     from peft import PromptEmbedding, PromptTuningConfig
 
-    config = _prepared(PromptTuningConfig(prompt_tuning_init="SAMPLE_VOCAB", **common), model)
+    config = _prepared(PromptTuningConfig(prompt_tuning_init="RANDOM", **common), model)
     made: nn.Module = PromptEmbedding(config, model.get_input_embeddings())
     return made, config
 
@@ -190,19 +193,31 @@ _MAKERS: dict[str, Callable[..., tuple[nn.Module, Any]]] = {
 }
 
 
-@torch.no_grad()
-def start_from_text(model: Any, made: Any, text: str, tokenizer: Any) -> None:
-    """Let prompt tuning start from a text's embeddings, cut or repeated to the number of virtual tokens."""
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"] if tokenizer is not None else []
+def _words(model: Any, settings: TokenSettings, tokenizer: Any) -> Tensor:
+    """(m,) ids: of the text, cut or repeated, else drawn."""
+    if settings.text is None:
+        return torch.randint(model.get_input_embeddings().num_embeddings, (settings.num_tokens,))
+    ids = tokenizer(settings.text, add_special_tokens=False)["input_ids"] if tokenizer is not None else []
     if not ids:
         raise ValueError(
-            f"adapter.virtual_tokens.text: got {text!r} without a token, expected some words and the model's "
+            f"adapter.virtual_tokens.text: got {settings.text!r} without a token, expected some words and the model's "
             "tokenizer; give a text, or remove it to start from drawn tokens"
         )
-    count = len(made.embedding.weight)
-    repeated = (ids * -(-count // len(ids)))[:count]
-    words = model.get_input_embeddings().weight
-    made.embedding.weight.copy_(words[torch.tensor(repeated, device=words.device)])
+    return torch.tensor((ids * -(-settings.num_tokens // len(ids)))[: settings.num_tokens])
+
+
+@torch.no_grad()
+def start_from_words(model: Any, made: Any, ids: Tensor, *, as_prefix: bool) -> None:
+    """Let `made`, peft's for `prompt` or `p_tuning_v2`, do what words of these ids (m,) in front would do."""
+    words = model.get_input_embeddings()
+    ids = ids.to(words.weight.device)
+    if not as_prefix:
+        made.embedding.weight.copy_(words(ids))
+        return
+    layers = model.base_model(input_ids=ids.unsqueeze(0), use_cache=True).past_key_values.layers
+    # (layers * 2, heads, m, head width); all numbers of a virtual token stand in one row.
+    both = torch.stack([tensor[0] for layer in layers for tensor in (layer.keys, layer.values)])
+    made.embedding.weight.copy_(both.permute(2, 0, 1, 3).flatten(1))
 
 
 @torch.no_grad()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import field_validator, model_validator
 
@@ -143,11 +143,16 @@ class RolloutRoleConfig(PlacedConfig):
         return self.min_engines or self.num_engines, self.max_engines or self.num_engines
 
 
-ROLES = ("policy", "critic", "reference", "reward_model", "rollout")
+LEARNERS_AND_SCORERS = ("policy", "critic", "reference", "reward_model")
+ROLES = (*LEARNERS_AND_SCORERS, "rollout")
 
 
 class ClusterConfig(Config):
-    """The machines: the only file to edit to scale a run."""
+    """The machines: the only file to edit to scale a run.
+
+    Learners and scorers that share their processes (`colocate`) have the same number of workers and GPUs: it is enough
+    to give them for one.
+    """
 
     policy: RoleConfig = RoleConfig()
     """The model that learns."""
@@ -167,6 +172,26 @@ class ClusterConfig(Config):
     (one). A role with a `placement` of its own is left out."""
     placement_timeout: PositiveFloat = 10.0
     """Seconds to wait for the machines before giving up; longer where nodes are still to join."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _follow_the_group(cls, given: Any) -> Any:
+        """What is no group or no role as it stands is left to the checks of the fields."""
+        groups = given.get("colocate", cls.model_fields["colocate"].default) if isinstance(given, dict) else None
+        if not isinstance(groups, list | tuple):
+            return given
+        # Behind such a validator the fields' own checks are those of Python values: tuples, not JSON's lists.
+        groups = tuple(tuple(group) if isinstance(group, list) else group for group in groups)
+        given = {**given, "colocate": groups}
+        for group in groups:
+            roles = [role for role in LEARNERS_AND_SCORERS if isinstance(group, tuple) and role in group]
+            settings = {role: given.get(role, {}) for role in roles}
+            for key in ("num_workers", "gpus_per_worker"):
+                said = [one[key] for one in settings.values() if isinstance(one, dict) and key in one]
+                for role, one in settings.items():
+                    if said and isinstance(one, dict):
+                        given[role] = settings[role] = {key: said[0], **one}
+        return given
 
     @model_validator(mode="after")
     def _colocate_names_roles(self) -> ClusterConfig:

@@ -84,7 +84,8 @@ class VirtualTokensConfig(Config):
     num_tokens: Positive = 20
     """Tokens; they take as many positions of the model."""
     text: Annotated[str, Field(min_length=1)] | None = None
-    """What `prompt` starts from, cut or repeated to `num_tokens`; None draws tokens of the vocabulary."""
+    """What `prompt` and `p_tuning_v2` start from, cut or repeated to `num_tokens`; None draws tokens of the
+    vocabulary."""
     encoder: Literal["mlp", "lstm"] = "mlp"
     """Of p_tuning: what turns trained embeddings into virtual tokens. Only its output is kept in the end."""
     encoder_hidden: Positive | None = None
@@ -164,10 +165,10 @@ class AdapterConfig(Config):
 
     @model_validator(mode="after")
     def _text_is_read(self) -> AdapterConfig:
-        if self.virtual_tokens.text is not None and self.type != "prompt":
+        if self.virtual_tokens.text is not None and self.type not in ("prompt", "p_tuning_v2"):
             raise ValueError(
-                f"adapter.virtual_tokens.text: got one with adapter.type={self.type}, expected prompt, which alone "
-                "starts from the embeddings of a text; remove it, or set type to prompt"
+                f"adapter.virtual_tokens.text: got one with adapter.type={self.type}, expected prompt or p_tuning_v2, "
+                "which alone start from a text; remove it, or set type to one of them"
             )
         if self.last_layers is not None and self.type in VIRTUAL_TOKEN_TYPES:
             raise ValueError(

@@ -29,6 +29,9 @@ class SftTrainingConfig(MicroBatchConfig):
     """Its optimiser."""
     batch_size: Positive = 8
     """Examples per optimiser step."""
+    calibration_examples: NonNegative = 0
+    """The first so many training examples start lora and rslora over four bits: the factors begin where they give the
+    outputs back what rounding took, as far as their rank allows (Zhang 2025). 0 begins at the rounded weights."""
     neftune_alpha: NonNegativeFloat = 0.0
     """Noise on the embeddings while training, of size alpha / sqrt(tokens x width) (NEFTune, Jain 2023); 0 adds none,
     5 is customary."""
@@ -49,6 +52,17 @@ class SftTrainingConfig(MicroBatchConfig):
             raise ValueError(
                 f"training.neftune_alpha: got {self.neftune_alpha:g} with adapter.type={self.adapter.type}, expected "
                 "0: what is trained stands in front of the embeddings; set it to 0, or choose another adapter.type"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _calibration_has_an_error(self) -> SftTrainingConfig:
+        adapter = self.adapter
+        if self.calibration_examples and (adapter.quantization == "none" or adapter.type not in ("lora", "rslora")):
+            raise ValueError(
+                f"training.calibration_examples: got {self.calibration_examples} with adapter.type={adapter.type} and "
+                f"adapter.quantization={adapter.quantization}, expected lora or rslora over nf4, which can start from "
+                "the error of rounding; set it to 0, or choose them"
             )
         return self
 

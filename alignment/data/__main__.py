@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from typing import get_args
@@ -19,7 +20,11 @@ from alignment.data.show import escaped, shown_rows
 def main(arguments: list[str] | None = None) -> int:
     """Exit code: 0, or 2 with one line that says what was refused."""
     given = _parser().parse_args(arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may know fewer characters than the data
     color = sys.stdout.isatty() and not given.no_color and not os.environ.get("NO_COLOR")
+    if not given.file:
+        return _refuse("file: got nothing, expected a file, a glob or asset:NAME; name one")
     name = given.file.removeprefix("asset:")
     try:
         source = SftSourceConfig(
@@ -68,9 +73,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _positive(text: str) -> int:
-    if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"got {number}, expected 1 or more")
-    return number
+    if not text.isdecimal() or len(text) > 18 or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a number from 1; correct it")
+    return int(text)
 
 
 if __name__ == "__main__":

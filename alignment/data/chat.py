@@ -212,7 +212,8 @@ def check_messages(messages: Any) -> list[dict[str, str]]:
         ValueError: not a list of `{"role", "content"}` with text in both.
     """
     if not isinstance(messages, (list, tuple)) or not messages:
-        raise ValueError(f"messages: got {type(messages).__name__}, expected a list of role and content; correct it")
+        got = "an empty list" if messages in ([], ()) else type(messages).__name__
+        raise ValueError(f"messages: got {got}, expected a list of role and content; correct it")
     for message in messages:
         content = message.get("content") if isinstance(message, Mapping) else None
         if not isinstance(content, str) or message.get("role") not in ROLES:

@@ -66,13 +66,18 @@ def _lines(path: Path, file: IO[bytes]) -> Iterator[tuple[str, str]]:
     number = 0
     while raw := file.readline(MAX_LINE_BYTES + 1):
         number += 1
-        yield f"{path}:{number}", _decode(raw, path, number)
+        yield f"{path}:{number}", _line(raw, path, number)
+
+
+def _line(raw: bytes, path: Path, number: int) -> str:
+    if len(raw) > MAX_LINE_BYTES:
+        got = f"got a line over {MAX_LINE_BYTES:,} bytes, expected one row a line"
+        _refuse(f"{path}:{number}", got, "split the row")
+    return _decode(raw, path, number)
 
 
 def _decode(raw: bytes, path: Path, number: int) -> str:
     where = f"{path}:{number}"
-    if len(raw) > MAX_LINE_BYTES:
-        _refuse(where, f"got a line over {MAX_LINE_BYTES:,} bytes, expected one row a line", "split the row")
     if b"\0" in raw:
         _refuse(where, "got a NUL byte, expected text", "remove it, or save the file as UTF-8")
     try:
@@ -98,12 +103,13 @@ def jsonl_row(raw: bytes, path: Path, number: int) -> Row | None:
         ValueError: as `read_file`, but for text that a tokenizer cannot take: see `check_text`.
     """
     where = f"{path}:{number}"
-    text = _decode(raw, path, number)
+    text = _line(raw, path, number)
     return Row(_object(_parse(text, where), where), where) if text.strip() else None
 
 
 def _json(path: Path, file: IO[bytes]) -> Iterator[Row]:
-    lines = [text for _, text in _lines(path, file)]
+    # All rows may stand in one line, of any length.
+    lines = [_decode(raw, path, number) for number, raw in enumerate(file, start=1)]
     if not any(line.strip() for line in lines):
         return
     rows = _parse("\n".join(lines), str(path))
@@ -118,8 +124,16 @@ def _parse(text: str, where: str) -> Any:
     def no_constant(name: str) -> NoReturn:
         _refuse(where, f"got {name}, which is not JSON, expected a number or null", "correct the row")
 
+    def integer(digits: str) -> int:
+        try:
+            return int(digits)
+        except ValueError:
+            _refuse(
+                where, f"got an integer of {len(digits):,} digits, expected a number of a usual size", "correct it"
+            )
+
     try:
-        return json.loads(text, parse_constant=no_constant)
+        return json.loads(text, parse_constant=no_constant, parse_int=integer)
     except json.JSONDecodeError as error:
         place = f"line {error.lineno}, column {error.colno}" if error.lineno > 1 else f"column {error.colno}"
         _refuse(

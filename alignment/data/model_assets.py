@@ -8,11 +8,14 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from alignment.data.assets import ASSETS, fetch_asset
 from alignment.data.cache import cache_dir, filled_once
 from alignment.data.hub import remedy, why_offline
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PREFIX = "asset:"
 
@@ -103,12 +106,8 @@ def weight_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """
     from safetensors import SafetensorError, safe_open
 
-    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    files = [whole] if whole.is_file() else []
-    if not files and index.is_file():
-        files = sorted({folder / name for name in _read_object(index).get("weight_map", {}).values()})
     shapes: dict[str, tuple[int, ...]] = {}
-    for file in files if all(file.is_file() for file in files) else []:
+    for file in _weight_files(folder):
         try:
             with safe_open(file, framework="np") as tensors:
                 names = tensors.keys()
@@ -119,6 +118,27 @@ def weight_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
                 "weights; copy or download it again (git lfs pull, where it is only a pointer to the file)"
             ) from error
     return shapes
+
+
+def read_weight(folder: Path, name: str) -> Tensor:
+    """One tensor of a folder, as it is stored there; KeyError where no file has it."""
+    from safetensors import safe_open
+
+    for file in _weight_files(folder):
+        with safe_open(file, framework="pt") as tensors:
+            if name in set(tensors.keys()):
+                weight: Tensor = tensors.get_tensor(name)
+                return weight
+    raise KeyError(name)
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """None where some are still on the hub."""
+    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    files = [whole] if whole.is_file() else []
+    if not files and index.is_file():
+        files = sorted({folder / name for name in _read_object(index).get("weight_map", {}).values()})
+    return files if all(file.is_file() for file in files) else []
 
 
 @contextlib.contextmanager

@@ -40,7 +40,8 @@ def shown_rows(
     for row in read_rows(config.sources[0]):
         format = detect_format(row) if format == "auto" else format
         lesson = encoder.lesson(row, format)
-        head = f"{escaped(row.where)}: {format}"
+        where = escaped(row.where).replace("\n", "\\n")
+        head = f"{where}: {format}"
         if not lesson.messages and not lesson.text:
             yield f"{head}: nobody answers; the row is dropped\n"
             continue
@@ -51,7 +52,9 @@ def shown_rows(
         head += f", {len(example.input_ids)} tokens, {example.num_trained} trained"
         head += "".join(f", {what.replace('_', ' ')} dropped" for what in lesson.dropped)
         head += f", cut to {config.max_tokens}" if too_long else ""
-        yield f"{head}\n{painted(example, tokenizer, color=color)}\n"
+        # Indented, so that no text of the data can pass for the head of a row.
+        text = painted(example, tokenizer, color=color).replace("\n", "\n  ")
+        yield f"{head}\n  {text}\n"
 
 
 def painted(example: SftExample, tokenizer: PreTrainedTokenizerBase, *, color: bool) -> str:

@@ -12,7 +12,8 @@ from alignment.adapters import TrainingMethod
 from alignment.batching import micro_batches, rollout_batch, rollout_lengths
 from alignment.distributed import Alone, Ranks, own_rows
 from alignment.engines.base import Engine
-from alignment.models import CausalModel, idle_output
+from alignment.forward import idle_output
+from alignment.models import CausalModel
 from alignment.packing import MicroBatchLimit
 from alignment.types import Rollout
 

@@ -13,6 +13,7 @@ from alignment.adapters import TrainingMethod
 from alignment.advantages import gae
 from alignment.batching import minibatches, rollout_batch, rollout_lengths
 from alignment.engines.base import Engine
+from alignment.forward import response_logprobs, response_values
 from alignment.learners.base import (
     Tally,
     begin_update,
@@ -24,7 +25,7 @@ from alignment.learners.base import (
     per_response,
 )
 from alignment.losses import Metrics, aggregate, ppo_policy_loss, ppo_value_loss
-from alignment.models import CausalModel, response_logprobs, response_values
+from alignment.models import CausalModel
 from alignment.packing import MicroBatchLimit
 from alignment.rollout_correction import correction_weights, mismatch_metrics, require_match
 from alignment.schedules import KlAdaptiveRate

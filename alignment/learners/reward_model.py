@@ -12,6 +12,7 @@ from alignment.adapters import TrainingMethod
 from alignment.batching import micro_batches, sequence_batch
 from alignment.distributed import Ranks
 from alignment.engines.base import Engine
+from alignment.forward import idle_output, sequence_scores
 from alignment.learners.base import (
     Tally,
     begin_update,
@@ -23,7 +24,7 @@ from alignment.learners.base import (
     own_micro_batches,
 )
 from alignment.losses import reward_model_loss
-from alignment.models import CausalModel, idle_output, sequence_scores
+from alignment.models import CausalModel
 from alignment.packing import MicroBatchLimit
 from alignment.types import PreferencePair
 

@@ -14,6 +14,7 @@ from alignment.adapters import TrainingMethod
 from alignment.batching import micro_batches, sft_batch
 from alignment.distributed import Ranks
 from alignment.engines.base import Engine
+from alignment.forward import response_logprobs
 from alignment.learners.base import (
     Tally,
     begin_update,
@@ -25,7 +26,7 @@ from alignment.learners.base import (
     own_micro_batches,
 )
 from alignment.losses import sft_loss
-from alignment.models import CausalModel, HfModel, response_logprobs
+from alignment.models import CausalModel, HfModel
 from alignment.packing import MicroBatchLimit
 from alignment.types import SftExample
 

@@ -53,7 +53,8 @@ training:
 def test_attention_implementations_agree(tiny, attention):
     """bfloat16 log-probabilities of packed rows against eager attention, each sequence alone."""
     from alignment.batching import sequence_batch
-    from alignment.models import load_causal_lm, response_logprobs
+    from alignment.forward import response_logprobs
+    from alignment.models import load_causal_lm
 
     if attention == "flash_attention_2":
         pytest.importorskip("flash_attn")

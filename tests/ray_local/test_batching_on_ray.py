@@ -19,7 +19,7 @@ from actors.handles import CriticHandle, PolicyHandle, RewardHandle
 from actors.launch import session
 from actors.reward_training import RewardTrainingActor
 from actors.worker import UpdateOnce
-from alignment import models
+from alignment import forward, models
 from alignment.config import (
     CriticConfig,
     ModelConfig,
@@ -149,7 +149,7 @@ def batch_of(count=12, scores=None):
 def policy_step(tiny, batch):
     """One forward over the whole batch, padded, in this process."""
     model = models.load_causal_lm(str(tiny / "policy"))
-    logprobs, _ = models.response_logprobs(
+    logprobs, _ = forward.response_logprobs(
         model, batch.input_ids, batch.attention_mask, batch.response_mask, temperature=0.8
     )
     loss, _ = ppo_policy_loss(logprobs, batch.old_logprobs, batch.advantages, batch.response_mask, clip_ratio=0.2)
@@ -158,7 +158,7 @@ def policy_step(tiny, batch):
 
 def critic_step(tiny, batch):
     model = models.load_scalar_model(str(tiny / "policy"), head="zeros")
-    values = models.response_values(model, batch.input_ids, batch.attention_mask)
+    values = forward.response_values(model, batch.input_ids, batch.attention_mask)
     loss, _ = ppo_value_loss(values, batch.old_values, batch.returns, batch.response_mask, value_clip=0.2)
     return first_step(model, loss)
 
@@ -299,7 +299,7 @@ def test_pairs_of_a_reward_model(tiny, groups, num_ranks):
     scores = []
     for ids in [pair.prompt_ids + answer for pair in pairs for answer in (pair.chosen_ids, pair.rejected_ids)]:
         tokens = torch.tensor([ids])
-        scores.append(models.sequence_scores(model, tokens, torch.ones_like(tokens)))
+        scores.append(forward.sequence_scores(model, tokens, torch.ones_like(tokens)))
     loss, _ = reward_model_loss(torch.cat(scores[::2]), torch.cat(scores[1::2]), center_coef=0.01)
     expected = first_step(model, loss)
     for limits in ({"micro_batch_size": 1}, {"micro_batch_size": 4}, {"max_tokens_per_micro_batch": 40}):

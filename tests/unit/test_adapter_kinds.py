@@ -26,7 +26,7 @@ from adapter_runs import (
 from tiny import write_tiny_model, write_tiny_reward_model
 
 from actors.loading import load_trained, save_trained
-from alignment import adapters, models
+from alignment import adapters, forward, models
 from alignment.learners.base import load_method, method_state
 
 KINDS = tuple(SETTINGS)
@@ -169,7 +169,7 @@ def test_a_scalar_head_is_trained_beside_it(tmp_path, kind):
     folder = write_tiny_reward_model(tmp_path / "reward")
     model, _ = attached(folder, kind, load=models.load_scalar_model)
     assert model.model.score.weight.requires_grad
-    models.sequence_scores(model, IDS, torch.ones_like(IDS)).sum().backward()
+    forward.sequence_scores(model, IDS, torch.ones_like(IDS)).sum().backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 

@@ -127,7 +127,7 @@ def ppo(**sections):
         ),
         (
             {"type": "p_tuning", "virtual_tokens": {"text": "x"}},
-            r"adapter.virtual_tokens.text: got one with adapter.type=p_tuning, expected prompt",
+            r"adapter.virtual_tokens.text: got one with adapter.type=p_tuning, expected prompt or p_tuning_v2",
         ),
         ({"type": "prefix", "last_layers": 2}, r"adapter.last_layers: got 2 with adapter.type=prefix, expected null"),
         ({"type": "lisa"}, r"Input should be 'lora', 'rslora'"),

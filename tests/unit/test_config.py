@@ -107,13 +107,26 @@ def test_minibatches_divide_a_step(minibatch_size, fits):
             PpoRunConfig(reward=REWARD, ppo=ppo)
 
 
+def test_roles_of_a_group_follow_the_one_whose_workers_are_given(tmp_path):
+    file = tmp_path / "cluster.yaml"
+    file.write_text("policy: {num_workers: 2, gpus_per_worker: 1}\nreference: {cpus_per_worker: 0.5}\n")
+    cluster = load_config(ClusterConfig, file=file)
+    assert (cluster.reference.num_workers, cluster.reference.gpus_per_worker) == (2, 1)
+    assert cluster.reference.cpus_per_worker == 0.5
+    assert cluster.critic.num_workers == 1
+    file.write_text("critic: {num_workers: 3}\ncolocate: [[reward_model, critic]]\n")
+    cluster = load_config(ClusterConfig, file=file)
+    assert (cluster.reward_model.num_workers, cluster.critic.num_workers, cluster.policy.num_workers) == (3, 3, 1)
+    assert ClusterConfig.model_validate({"policy": {"num_workers": 2}, "colocate": []}).reference.num_workers == 1
+
+
 @pytest.mark.parametrize(
     ("values", "reason"),
     [
         ({"colocate": (("policy", "judge"),)}, "at most once"),
         ({"colocate": (("policy", "critic"), ("policy", "reference"))}, "at most once"),
         (
-            {"policy": {"num_workers": 2}, "colocate": (("policy", "reference"),)},
+            {"policy": {"num_workers": 2}, "reference": {"num_workers": 1}, "colocate": (("policy", "reference"),)},
             "num_workers: got policy 2, reference 1 of roles that share",
         ),
         ({"policy": {"resources": {"x": -1}}}, "policy.resources"),

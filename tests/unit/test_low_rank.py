@@ -10,7 +10,7 @@ import torch
 from adapter_runs import IDS, attached, engine_of, hidden, moved, named, train, write_model
 from tiny import write_tiny_reward_model
 
-from alignment import adapters, models
+from alignment import adapters, forward, models
 from alignment.engines.torch import TorchEngine
 
 R, ALPHA = 4, 8
@@ -181,8 +181,8 @@ def test_the_merged_model_with_a_head_scores_alike(tmp_path, kind):
     again = models.load_scalar_model(str(tmp_path / "merged"))
     with torch.no_grad():
         torch.testing.assert_close(
-            models.sequence_scores(again, IDS, torch.ones_like(IDS)),
-            models.sequence_scores(model, IDS, torch.ones_like(IDS)),
+            forward.sequence_scores(again, IDS, torch.ones_like(IDS)),
+            forward.sequence_scores(model, IDS, torch.ones_like(IDS)),
             rtol=1e-4,
             atol=1e-5,
         )

@@ -12,7 +12,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny import byte_tokenizer, tiny_config, write_tiny_model, write_tiny_reward_model
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    MptConfig,
+    MptForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+)
 
 from actors.build import ppo_actors
 from alignment.config import AdapterConfig, ClusterConfig, ModelConfig, PpoRunConfig
@@ -132,6 +139,28 @@ def test_a_scalar_model_is_checked_for_reward_training_too(tiny):
     assert check_model("training", model, tokenizer, AdapterConfig(r=2), head="random") == scalar
     with pytest.raises(ValueError, match=r"training: adapter\.target_modules"):
         check_model("training", model, tokenizer, AdapterConfig(r=2, target_modules=("nope",)), head="random")
+
+
+def test_an_adapter_that_could_not_be_attached_is_refused_without_weights(tiny, tmp_path):
+    tokenizer = load_tokenizer(str(tiny / "policy"))
+    model = ModelConfig(path=str(tiny / "policy"))
+
+    def refusal_of(config: ModelConfig, **adapter: object) -> str:
+        with pytest.raises(ValueError) as error:
+            check_model("training", config, tokenizer, AdapterConfig(**adapter))
+        return str(error.value)
+
+    assert refusal_of(model, r=2, last_layers=3).startswith("training: adapter.last_layers: got 3, expected at most ")
+    assert "adapter.r: got 33 with adapter.type=pissa, expected at most 16" in refusal_of(model, type="pissa", r=33)
+    assert check_model("training", model, tokenizer, AdapterConfig(type="pissa", r=16))
+    # Of OPT the feed-forward has no module of its own, of MPT keys and values stand in a matrix of an unknown name.
+    loose = OPTConfig(vocab_size=259, hidden_size=8, word_embed_proj_dim=8, num_hidden_layers=1, num_attention_heads=2)
+    OPTForCausalLM(loose).save_pretrained(tmp_path / "opt")
+    parts = refusal_of(ModelConfig(path=str(tmp_path / "opt")), type="bottleneck", r=2)
+    assert "adapter.type: got bottleneck with a model whose layer 0 has the parts ['self_attn', 'fc1', 'fc2']" in parts
+    MptForCausalLM(MptConfig(vocab_size=259, d_model=8, n_layers=1, n_heads=2)).save_pretrained(tmp_path / "mpt")
+    names = refusal_of(ModelConfig(path=str(tmp_path / "mpt")), type="ia3")
+    assert "adapter.type: got ia3 with a model whose layers are named ['Wqkv', 'down_proj'," in names
 
 
 def copied(tiny: Path, role: str, target: Path) -> Path:

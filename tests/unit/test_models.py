@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny import write_tiny_model, write_tiny_reward_model
 
-from alignment import adapters, models
+from alignment import adapters, forward, models
 from alignment.logprobs import token_logprobs
 
 
@@ -30,7 +30,7 @@ def test_chunked_logprobs_equal_the_models_own_logits(any_model_folder):
     model = models.load_causal_lm(str(any_model_folder))
     ids, mask, response = batch_of([9, 6], [3, 2], 9)
     with torch.no_grad():
-        got, entropy = models.response_logprobs(model, ids, mask, response, temperature=0.7, with_entropy=True)
+        got, entropy = forward.response_logprobs(model, ids, mask, response, temperature=0.7, with_entropy=True)
         whole = token_logprobs(model.model(input_ids=ids, attention_mask=mask.long()).logits, ids, temperature=0.7)
     torch.testing.assert_close(got[response], whole[response], rtol=1e-5, atol=1e-5)
     assert (got[~response] == 0).all()
@@ -45,9 +45,9 @@ def test_padding_side_width_and_content_change_nothing(any_model_folder, garbage
     wide, wide_mask, wide_response = batch_of([7, 4], [3, 2], 12, garbage=garbage)
     left, left_mask, left_response = batch_of([7, 4], [3, 2], 12, left=True, garbage=garbage)
     with torch.no_grad():
-        tight = models.response_logprobs(model, ids, mask, response, temperature=1.0)[0][response]
-        right = models.response_logprobs(model, wide, wide_mask, wide_response, temperature=1.0)[0][wide_response]
-        padded_left = models.response_logprobs(model, left, left_mask, left_response, temperature=1.0)[0][
+        tight = forward.response_logprobs(model, ids, mask, response, temperature=1.0)[0][response]
+        right = forward.response_logprobs(model, wide, wide_mask, wide_response, temperature=1.0)[0][wide_response]
+        padded_left = forward.response_logprobs(model, left, left_mask, left_response, temperature=1.0)[0][
             left_response
         ]
     torch.testing.assert_close(tight, right, rtol=1e-5, atol=1e-5)
@@ -64,7 +64,7 @@ def test_gradients_of_the_chunked_form_equal_those_of_whole_logits(any_model_fol
         (logprobs[response] * weights).sum().backward()
         return [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
-    chunked = gradients(models.response_logprobs(model, ids, mask, response, temperature=1.0)[0])
+    chunked = gradients(forward.response_logprobs(model, ids, mask, response, temperature=1.0)[0])
     whole = gradients(token_logprobs(model.model(input_ids=ids, attention_mask=mask.long()).logits, ids))
     for a, b in zip(chunked, whole, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
@@ -74,10 +74,10 @@ def test_a_value_speaks_of_the_state_before_its_token(tiny):
     model = models.load_scalar_model(str(tiny / "policy"), head="random", seed=5)
     ids, mask, _ = batch_of([6], [2], 6)
     with torch.no_grad():
-        values = models.response_values(model, ids, mask)
+        values = forward.response_values(model, ids, mask)
         changed = ids.clone()
         changed[0, 4] = 77
-        after = models.response_values(model, changed, mask)
+        after = forward.response_values(model, changed, mask)
     assert values[0, 0] == 0
     torch.testing.assert_close(values[0, :5], after[0, :5])
     assert not torch.isclose(values[0, 5], after[0, 5])
@@ -88,12 +88,12 @@ def test_score_is_read_at_the_last_attended_token_whatever_the_padding(tiny):
     ids, mask, _ = batch_of([7, 4, 5], [2, 2, 2], 9, garbage=2)
     left, left_mask, _ = batch_of([7, 4, 5], [2, 2, 2], 11, left=True, garbage=2)
     with torch.no_grad():
-        scores = models.sequence_scores(model, ids, mask)
+        scores = forward.sequence_scores(model, ids, mask)
         alone = torch.cat(
-            [models.sequence_scores(model, ids[i : i + 1, :n], mask[i : i + 1, :n]) for i, n in enumerate([7, 4, 5])]
+            [forward.sequence_scores(model, ids[i : i + 1, :n], mask[i : i + 1, :n]) for i, n in enumerate([7, 4, 5])]
         )
         torch.testing.assert_close(scores, alone, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(scores, models.sequence_scores(model, left, left_mask), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(scores, forward.sequence_scores(model, left, left_mask), rtol=1e-5, atol=1e-5)
         # transformers reads the same head, one row at a time.
         direct = model.model(input_ids=ids[1:2, :4]).logits.squeeze()
     torch.testing.assert_close(scores[1], direct, rtol=1e-5, atol=1e-5)
@@ -137,7 +137,7 @@ def test_gradient_checkpointing_changes_memory_not_gradients(any_model_folder):
         model = models.load_causal_lm(str(any_model_folder))
         if checkpointing:
             models.enable_gradient_checkpointing(model)
-        models.response_logprobs(model, ids, mask, response, temperature=1.0)[0].sum().backward()
+        forward.response_logprobs(model, ids, mask, response, temperature=1.0)[0].sum().backward()
         found.append([p.grad for p in model.parameters() if p.grad is not None])
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)

@@ -11,7 +11,7 @@ from tiny_learners import rollouts_of
 from torch import nn
 from transformers import AutoModelForCausalLM, Lfm2Config, MambaConfig, MistralConfig
 
-from alignment import adapters, models
+from alignment import adapters, forward, models
 from alignment.engines.torch import TorchEngine
 from alignment.learners.ppo import PolicyLearner
 from alignment.packed import packed_hidden, packing_errors, saves_tokens
@@ -44,7 +44,7 @@ def causal(folder, layout, **settings):
 def logprobs_and_gradients(model, batch):
     """Log-probabilities and entropies of the responses, and the gradients of an uneven sum of both."""
     ids, mask, response = batch
-    logprobs, entropy = models.response_logprobs(model, ids, mask, response, temperature=0.8, with_entropy=True)
+    logprobs, entropy = forward.response_logprobs(model, ids, mask, response, temperature=0.8, with_entropy=True)
     weights = torch.linspace(-1, 1, int(response.sum()))
     model.zero_grad()
     ((logprobs + 0.1 * entropy)[response] * weights).sum().backward()
@@ -108,7 +108,7 @@ def test_values_and_scores_are_those_of_the_padded_forward(tiny, layout):
         for kind in ("padded", layout):
             model.layout = kind
             model.zero_grad()
-            values, scores = models.response_values(model, ids, mask), models.sequence_scores(model, ids, mask)
+            values, scores = forward.response_values(model, ids, mask), forward.sequence_scores(model, ids, mask)
             (values[reads].square().sum() + scores.exp().sum()).backward()
             gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
             found.append((values.detach()[reads], scores.detach(), gradients))
@@ -129,7 +129,7 @@ def test_another_sequence_changes_not_a_bit(any_model_folder, layout, attention)
         for tokens in (ids, other):
             embeddings = []
             hook = model.model.get_input_embeddings().register_forward_hook(lambda _, __, out: embeddings.append(out))  # noqa: B023
-            logprobs = models.response_logprobs(model, tokens, mask, response, temperature=1.0)[0]
+            logprobs = forward.response_logprobs(model, tokens, mask, response, temperature=1.0)[0]
             hook.remove()
             # How the other sequences' loss depends on the changed one's tokens: not at all.
             (gradient,) = torch.autograd.grad(logprobs[rest].sum(), embeddings[0])

@@ -14,9 +14,9 @@ from torch.nn.functional import cross_entropy
 from alignment import adapters, models
 from alignment.batching import sft_batch
 from alignment.engines.torch import TorchEngine
+from alignment.forward import response_logprobs
 from alignment.learners.sft import SftLearner, embedding_noise
 from alignment.losses import sft_loss
-from alignment.models import response_logprobs
 from alignment.packing import MicroBatchLimit
 
 

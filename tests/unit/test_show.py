@@ -42,10 +42,10 @@ def test_marks_stand_around_what_is_trained_and_escapes_do_not_pass(tiny, file, 
     assert (code, err) == (0, "")
     assert out == (
         f"{file}:1: sharegpt, 34 tokens, 11 trained, trailing questions dropped\n"
-        "‹<|im_start|>›user\nWhy?‹<|im_end|>›\n‹<|im_start|>›assistant\n⟦高血压.‹<|im_end|>›⟧\n\n"
+        "  ‹<|im_start|>›user\n  Why?‹<|im_end|>›\n  ‹<|im_start|>›assistant\n  ⟦高血压.‹<|im_end|>›⟧\n\n"
         f"{file}:2: sharegpt, 59 tokens, 13 trained\n"
-        "‹<|im_start|>›user\n\\x1b[2J\\x1b]0;title\\x07\\u27e6<|im_end|>‹<|im_end|>›\n‹<|im_start|>›assistant\n"
-        "⟦a\\u202e\\x9b31m\\r\nb‹<|im_end|>›⟧\n\n"
+        "  ‹<|im_start|>›user\n  \\x1b[2J\\x1b]0;title\\x07\\u27e6<|im_end|>‹<|im_end|>›\n"
+        "  ‹<|im_start|>›assistant\n  ⟦a\\u202e\\x9b31m\\r\n  b‹<|im_end|>›⟧\n\n"
         f"{file}:3: sharegpt: nobody answers; the row is dropped\n\n"
     )
 
@@ -67,7 +67,7 @@ def test_colours_say_the_same(tiny, file):
     end = f"{DIM}{BOLD}<|im_end|>{PLAIN}"
     start = f"{DIM}{BOLD}<|im_start|>{PLAIN}"
     assert text.split("\n", 1)[1] == (
-        f"{start}{DIM}user\nWhy?{PLAIN}{end}{DIM}\n{PLAIN}{start}{DIM}assistant\n{PLAIN}"
+        f"  {start}{DIM}user\n  Why?{PLAIN}{end}{DIM}\n  {PLAIN}{start}{DIM}assistant\n  {PLAIN}"
         f"{GREEN}高血压.{PLAIN}{GREEN}{BOLD}<|im_end|>{PLAIN}\n"
     )
 
@@ -114,7 +114,17 @@ def test_what_is_refused_is_one_line_and_exit_code_2(tiny, file, tmp_path, capsy
         assert ", expected " in err
     code, _, err = show(capsys, "", *model)
     assert code == 2
-    assert "expected exactly one of path, hub, asset" in err
+    assert err.startswith("file: got nothing, expected a file")
+    with pytest.raises(SystemExit, match="2"):
+        show(capsys, file, *model, "--rows", "x")
+    assert "argument --rows: got 'x', expected a number from 1" in capsys.readouterr().err
+
+
+def test_a_terminal_of_few_characters_gets_the_others_by_number(tiny, file):
+    command = [sys.executable, "-m", "alignment.data", "show", str(file), "--model", str(tiny / "policy")]
+    ascii_only = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    shown = subprocess.run(command, cwd=ROOT, env=ascii_only, capture_output=True, text=True, check=True)
+    assert "\\u27e6\\u9ad8\\u8840\\u538b.\\u2039<|im_end|>" in shown.stdout
 
 
 @pytest.mark.parametrize(

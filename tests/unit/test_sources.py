@@ -77,6 +77,7 @@ def test_glob_reads_in_order_of_name_and_limit_counts_over_files(tmp_path):
         ("a.jsonl", b'{"a": NaN}\n', ":1", "got NaN, which is not JSON"),
         ("a.jsonl", b"[" * 100_000 + b"\n", ":1", "nested too deeply"),
         ("a.jsonl", b'{"a": 1}\n{"a": "' + b"x" * MAX_LINE_BYTES + b'"}\n', ":2", "over 10,000,000 bytes"),
+        ("a.jsonl", b'{"a": ' + b"9" * 5000 + b"}\n", ":1", "got an integer of 5,000 digits"),
         ("a.json", b'[{"a": 1}, 3]', ":row 2", "got a JSON int"),
         ("a.json", b'{"a": 1}', "", "expected a list of rows"),
         ("a.json", b'[{"a": 1},\n{"a": }]', "", "broken JSON at line 2"),
@@ -93,6 +94,11 @@ def test_broken_rows_name_their_place_and_the_remedy(tmp_path, name, content, wh
         values(file)
     assert str(caught.value).startswith(f"{file}{where}: ")
     assert reason in str(caught.value)
+
+
+def test_all_rows_of_a_json_list_may_stand_in_one_line(tmp_path):
+    rows = [{"text": "x" * (MAX_LINE_BYTES // 2)}] * 3
+    assert values(write(tmp_path / "a.json", json.dumps(rows).encode())) == rows
 
 
 def test_cut_off_gz_is_refused_though_its_first_rows_are_whole(tmp_path):

@@ -7,7 +7,7 @@ import torch
 from adapter_runs import IDS, VIRTUAL, attached, engine_of, hidden, loss_of, moved, named, train
 from tiny import byte_tokenizer, write_tiny_model
 
-from alignment import adapters, models
+from alignment import adapters, forward, models
 from alignment.generation import generate
 
 TOKENS = 5
@@ -191,6 +191,18 @@ def test_prompt_tuning_without_a_text_starts_from_words_drawn_by_seed(llama):
     assert not torch.equal(start, other.virtual_tokens())
 
 
+@pytest.mark.parametrize("kind", ["prompt", "p_tuning_v2"])
+def test_a_start_does_what_its_words_in_front_would_do(llama, kind):
+    tokenizer = byte_tokenizer()
+    model, _ = attached(llama, kind, text="Answer", tokenizer=tokenizer)
+    front = torch.tensor((tokenizer("Answer")["input_ids"] * TOKENS)[:TOKENS]).expand(len(IDS), -1)
+    plain = models.load_causal_lm(str(llama))
+    with torch.no_grad():
+        expected = plain.hidden(torch.cat([front, IDS], 1), torch.ones(len(IDS), TOKENS + IDS.shape[1]))[:, TOKENS:]
+    found = hidden(model, mask=torch.ones_like(IDS))
+    torch.testing.assert_close(found, expected.flatten(0, 1), rtol=1e-5, atol=1e-5)
+
+
 def test_a_text_without_a_token_is_refused(llama):
     with pytest.raises(ValueError, match=r"adapter.virtual_tokens.text: got '' .* expected some words"):
         attached(llama, "prompt", text="", tokenizer=byte_tokenizer())
@@ -234,7 +246,7 @@ def test_sampling_sees_them(folder, kind):
         ids = torch.tensor([row + list(sample.response_ids)])
         response = torch.arange(ids.shape[1]).unsqueeze(0) >= len(row)
         with torch.no_grad():
-            logprobs, _ = models.response_logprobs(model, ids, torch.ones_like(ids), response, temperature=0.8)
+            logprobs, _ = forward.response_logprobs(model, ids, torch.ones_like(ids), response, temperature=0.8)
         torch.testing.assert_close(logprobs[response], torch.tensor(sample.rollout_logprobs), rtol=1e-4, atol=1e-4)
 
 
