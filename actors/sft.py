@@ -110,12 +110,15 @@ class SftActor(Actor):
         return [decode(tokenizer, sample.response_ids) for sample in samples]
 
     def num_parameters(self) -> dict[str, int]:
-        """How many numbers the model has, how many of them are trained, and how many bytes this process holds."""
+        """How many numbers the model has and how many of them are trained, and the bytes that this process holds of
+        both."""
         parameters = list(self.model.parameters())
+        trained = [parameter for parameter in parameters if parameter.requires_grad]
         return {
-            "trained": sum(num_weights(p) for p in parameters if p.requires_grad),
-            "all": sum(num_weights(p) for p in parameters),
-            "bytes": sum(stored_bytes(p) for p in parameters),
+            "trained": sum(map(num_weights, trained)),
+            "all": sum(map(num_weights, parameters)),
+            "trained_bytes": sum(map(stored_bytes, trained)),
+            "bytes": sum(map(stored_bytes, parameters)),
         }
 
     def save(self, folder: Path) -> None:
