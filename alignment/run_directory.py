@@ -190,7 +190,7 @@ def check_run_directory(path: Path) -> None:
 def _refuse_shape(path: Path) -> None:
     try:
         there = path.exists()
-    except PermissionError as error:
+    except OSError as error:
         raise _not_writable(path, error.strerror) from None
     if there and not path.is_dir():
         raise ValueError(f"{path}: got a file, expected a directory; choose another output-dir")

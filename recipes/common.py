@@ -117,6 +117,8 @@ def _where_to_go_on(job: Job[Any] | None) -> str:
     """What an interrupted run has on disk."""
     from alignment.checkpoint import CheckpointStore
 
+    if job is not None and any(job.output_dir.glob("*/config.yaml")):
+        return "the runs in it that are finished stay so, and the same command goes on"
     steps = CheckpointStore(job.output_dir / "checkpoints", keep=1).complete() if job is not None else []
     if not steps:
         return "no step is on disk yet: the same command starts again"

@@ -60,7 +60,7 @@ class Disease:
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
+class DiseaseQuestion:
     """A question with a closed list of answers."""
 
     prompt: str
@@ -96,7 +96,7 @@ def disease_rows() -> list[Row]:
     return rows
 
 
-def held_out_questions() -> list[Question]:
+def held_out_questions() -> list[DiseaseQuestion]:
     """For every held-out disease and each wording, the department. Read a score beside `majority_floor`.
 
     Where a training disease has the very symptoms, the question by symptoms alone is left out: it was trained on.
@@ -104,7 +104,7 @@ def held_out_questions() -> list[Question]:
     choices = tuple(sorted({disease.department for disease in diseases() if not disease.held_out}))
     trained_on = {row.values["prompt"] for row in disease_rows()}
     return [
-        Question(prompt, answer, choices, kind, disease.icd10)
+        DiseaseQuestion(prompt, answer, choices, kind, disease.icd10)
         for disease in diseases()
         if disease.held_out and disease.department in choices
         for kind, prompt, answer in _asked(disease)
@@ -112,7 +112,7 @@ def held_out_questions() -> list[Question]:
     ]
 
 
-def majority_floor(questions: Sequence[Question]) -> float:
+def majority_floor(questions: Sequence[DiseaseQuestion]) -> float:
     """The score of always answering with the most frequent department of training; of several, the best score."""
     trained = Counter(disease.department for disease in diseases() if not disease.held_out)
     most = max(trained.values())

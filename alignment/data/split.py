@@ -47,27 +47,19 @@ def hold_out(
     Raises:
         ValueError: nothing is left to train on.
     """
-    sizes: dict[str, int] = {}
-    for record in records:
-        sizes[group(record)] = sizes.get(group(record), 0) + 1
-    kept: set[str] = set()
-    taken = 0
-    for name in sorted(sizes, key=digest):
-        if taken >= wanted:
-            break
-        kept.add(name)
-        taken += sizes[name]
-    train = [record for record in records if group(record) not in kept]
+    groups = np.array([int(digest(group(record)), 16) for record in records], dtype=np.uint64)
+    out = held_out_groups(groups, wanted)
+    train = [record for record, is_out in zip(records, out, strict=True) if not is_out]
     if not train:
         raise ValueError(
             f"data.held_out: got {wanted} of {len(records)} {what}, which leaves none to train on, expected some; "
             "lower data.held_out or add rows"
         )
-    return Split(train, [record for record in records if group(record) in kept], dict(counts))
+    return Split(train, [record for record, is_out in zip(records, out, strict=True) if is_out], dict(counts))
 
 
 def held_out_groups(groups: np.ndarray, wanted: int) -> np.ndarray:
-    """The rule of `hold_out` over records known by their group alone.
+    """Which records are out, by the rule of `hold_out`.
 
     Args:
         groups: (N,) uint64, `digest` of each record's group as a number.

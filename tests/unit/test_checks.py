@@ -148,6 +148,7 @@ def test_a_dry_run_refuses_what_a_run_would_and_touches_nothing(tmp_path):
     for output, flags, part in [
         ("held", [], f"in use by pid {os.getpid()}"),
         ("file", [], "got a file, expected a directory"),
+        ("x" * 300, [], "got File name too long, expected a writable directory"),
         ("file/below", [], "expected a writable directory"),
         ("nowhere", [], "a link that leads nowhere"),
         ("run", ["--kl.coef", "0.7"], "kl.coef: 0.03 -> 0.7"),
