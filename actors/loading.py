@@ -14,7 +14,6 @@ from alignment.config import (
     AdapterConfig,
     CriticConfig,
     ModelConfig,
-    OptimizerConfig,
     PolicyConfig,
     RewardModelTrainingConfig,
     SftTrainingConfig,
@@ -99,40 +98,23 @@ def make_trainable(
     machines: RoleConfig,
     device: str,
     tokenizer: Any | None = None,
+    calibrate: Callable[[], None] | None = None,
 ) -> tuple[Engine, TrainingMethod | None]:
     """Attach the adapter, if one is asked for, and return the optimiser of what is left to train, and what the
     learner has to tell of its updates.
 
     Args:
         tokenizer: the model's, for virtual tokens that start from a text.
+        calibrate: moves the adapter to where it begins, on the first rank for all.
     """
+    optimizer = trained.optimizer
     method = attach_adapter(model, trained.adapter, total_updates=total_updates, seed=seed, tokenizer=tokenizer)
-    engine = engine_of(
-        model,
-        settings,
-        trained.optimizer,
-        total_updates=total_updates,
-        ranks=ranks,
-        machines=machines,
-        device=device,
-    )
-    return engine, method
-
-
-def engine_of(
-    model: models.HfModel,
-    settings: ModelConfig,
-    optimizer: OptimizerConfig,
-    *,
-    total_updates: int,
-    ranks: Ranks,
-    machines: RoleConfig,
-    device: str,
-) -> Engine:
-    """The optimiser of what is left to train; it may split the model over the ranks."""
+    if calibrate is not None and ranks.rank == 0:
+        calibrate()
+    adapters.share_start(model.model, ranks)
     if settings.gradient_checkpointing:
         models.enable_gradient_checkpointing(model)
-    return make_engine(
+    engine = make_engine(
         model,
         ranks=ranks,
         engine=machines.engine,
@@ -150,6 +132,7 @@ def engine_of(
         max_grad_norm=optimizer.max_grad_norm,
         max_skipped_in_a_row=optimizer.max_skipped_in_a_row,
     )
+    return engine, method
 
 
 def tokenizer_of_text(adapter: AdapterConfig, path: str, revision: str | None) -> Any | None:

@@ -6,10 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from actors.loading import (
-    attach_adapter,
     causal_model,
-    engine_of,
     load_trained,
+    make_trainable,
     original_weights,
     save_trained,
     tokenizer_of_text,
@@ -54,29 +53,17 @@ class SftActor(Actor):
     def setup(self, peers: Mapping[str, Actor]) -> None:
         quantization = self.config.adapter.quantization
         self.model = causal_model(self.model_path, self.model_config, self.device, quantization=quantization)
-        method = attach_adapter(
-            self.model,
-            self.config.adapter,
-            total_updates=self.total_updates,
-            seed=self.seed,
-            tokenizer=tokenizer_of_text(self.config.adapter, self.model_path, self.model_config.revision),
-        )
-        if self.calibration:
-            adapters.absorb_rounding(
-                self.model.model,
-                lambda: run_singly(self.model, [example.input_ids for example in self.calibration]),
-                original_weights(self.model_path, self.model_config.revision),
-                seed=self.seed,
-                ranks=self.ranks,
-            )
-        engine = engine_of(
+        engine, method = make_trainable(
             self.model,
             self.model_config,
-            self.config.optimizer,
+            self.config,
             total_updates=self.total_updates,
+            seed=self.seed,
             ranks=self.ranks,
             machines=self.machines,
             device=self.device,
+            tokenizer=tokenizer_of_text(self.config.adapter, self.model_path, self.model_config.revision),
+            calibrate=self._absorb_rounding if self.calibration else None,
         )
         self.learner = SftLearner(
             self.model,
@@ -86,6 +73,14 @@ class SftActor(Actor):
             method=method,
             seed=self.seed,
             device=self.device,
+        )
+
+    def _absorb_rounding(self) -> None:
+        adapters.absorb_rounding(
+            self.model.model,
+            lambda: run_singly(self.model, [example.input_ids for example in self.calibration]),
+            original_weights(self.model_path, self.model_config.revision),
+            seed=self.seed,
         )
 
     def update(self, examples: Sequence[SftExample], *, step: int) -> dict[str, float]:

@@ -59,7 +59,9 @@ def check_model(
             modules, last_layers = adapter.target_modules, adapter.last_layers
             check_targets(built, type=adapter.type, r=adapter.r, target_modules=modules, last_layers=last_layers)
             if read_singly:
-                _check_names(folder, target_names(built, modules, last_layers))
+                _check_single(
+                    folder, {n: built.get_submodule(n).weight for n in target_names(built, modules, last_layers)}
+                )
         if adapter is not None and adapter.type in VIRTUAL_TOKEN_TYPES:
             lengths = {**(lengths or {}), "adapter.virtual_tokens.num_tokens": adapter.virtual_tokens.num_tokens}
         _check_positions(model.path, num_positions(built.config), lengths or {})
@@ -144,13 +146,15 @@ def _check_weights(folder: Path, built: PreTrainedModel, head: HeadStart | None)
         raise ValueError(f"got {folder} with {_some(wrong)}, {expected}; {remedy}")
 
 
-def _check_names(folder: Path, layers: list[str]) -> None:
+def _check_single(folder: Path, weights: Mapping[str, Any]) -> None:
+    """Whether the files have these layers' weights as the model has them."""
     shapes = weight_shapes(folder)
-    absent = [name for name in layers if shapes and f"{name}.weight" not in shapes]
-    if absent:
+    others = [name for name, own in weights.items() if shapes and shapes.get(f"{name}.weight") != tuple(own.shape)]
+    if others:
         raise ValueError(
-            f"training.calibration_examples: got {folder}, whose files have no {_some(absent)} under these names, "
-            "expected the model's own; set it to 0, or save the model again with transformers"
+            f"training.calibration_examples: got {folder}, whose files do not have {_some(others)} under these names "
+            "in these shapes, expected the model's own weights, not quantised ones; set it to 0, or save the model "
+            "again with transformers"
         )
 
 

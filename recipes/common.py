@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import io
 import json
 import signal
@@ -61,6 +62,8 @@ class Job(Generic[ConfigT]):
     """What the steps took that earlier starts of the run completed."""
     started: bool = False
     """True once actors may exist: from then on an error is a failure (1), before it a refusal (2)."""
+    is_of_runs: bool = False
+    """Whether the output directory holds runs, each in a folder of its own."""
 
     @contextlib.contextmanager
     def groups(self, actors: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -104,7 +107,10 @@ def end_with(name: str, job: Job[Any] | None, error: Exception) -> int:
     """The exit code of an error, after a line that a person can act on. The one broad catch of a recipe."""
     if Terminated.asked:  # raised inside a library, the signal may come out as another error
         return _end_interrupted(name, job)
-    if isinstance(error, ValueError) and not (job is not None and job.started):
+    started = job is not None and job.started
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG and not started:
+        error = ValueError(f"{str(error.filename)[:60]}...: got a name too long for a file, expected less; shorten it")
+    if isinstance(error, ValueError) and not started:
         _say(f"{name}: refused: {error}")
         return 2
     traceback.print_exception(error)
@@ -117,7 +123,7 @@ def _where_to_go_on(job: Job[Any] | None) -> str:
     """What an interrupted run has on disk."""
     from alignment.checkpoint import CheckpointStore
 
-    if job is not None and any(job.output_dir.glob("*/config.yaml")):
+    if job is not None and job.is_of_runs:
         return "the runs in it that are finished stay so, and the same command goes on"
     steps = CheckpointStore(job.output_dir / "checkpoints", keep=1).complete() if job is not None else []
     if not steps:

@@ -34,16 +34,19 @@ HEAD = (
 def run_zoo(job: common.Job[PeftZooConfig]) -> None:
     """One method after the other. All are checked before the first one starts."""
     jobs = {name: job_of(job, name) for name in job.config.zoo}
-    for one in jobs.values():
-        check(one)
-        # Of a method that is finished too: its figures must be those of this config.
-        checks.check_start(one)
+    for name, one in jobs.items():
+        try:
+            check(one)
+            # Of a method that is finished too: its figures must be those of this config.
+            checks.check_start(one)
+        except ValueError as error:
+            raise ValueError(f"zoo.{name}: {error}") from error
     if job.dry_run:
         for one in jobs.values():
             run_sft(one)
         return
     with contextlib.nullcontext() if job.local else session():
-        job.started = True
+        job.started = job.is_of_runs = True
         for name, one in jobs.items():
             if not (one.output_dir / "summary.json").exists():
                 print(f"== {name}", flush=True)

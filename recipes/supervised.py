@@ -80,6 +80,11 @@ def check(job: common.Job[SftRunConfig], ask: Ask | None = None) -> Start:
             f"data.held_out: got {config.data.held_out}, of which data.on_long and data.max_tokens leave none, "
             "expected examples to validate on; raise data.max_tokens, or set data.held_out to 0"
         )
+    if config.training.calibration_examples > data.num_examples:
+        raise ValueError(
+            f"training.calibration_examples: got {config.training.calibration_examples}, expected at most the "
+            f"{data.num_examples} training examples; lower it"
+        )
     quiz = Quiz() if ask is None else ask(tokenizer, config.data.system_prompt)
     if quiz.questions and not job.local and job.cluster.policy.zero_stage == 3:
         raise ValueError(

@@ -30,7 +30,14 @@ LAYERS = {
     **dict.fromkeys(["alignment.memory", "alignment.fingerprint", "alignment.quantization"], 1),
     "alignment.model_card": 1,
     **dict.fromkeys(
-        ["alignment.packed", "alignment.experience", "alignment.models", "alignment.engines", "alignment.checkpoint"],
+        [
+            "alignment.packed",
+            "alignment.experience",
+            "alignment.models",
+            "alignment.forward",
+            "alignment.engines",
+            "alignment.checkpoint",
+        ],
         2,
     ),
     **dict.fromkeys(["alignment.learners", "alignment.generation", "alignment.model_checks"], 2),

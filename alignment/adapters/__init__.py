@@ -2,7 +2,7 @@
 peft; docs/peft.md compares the methods."""
 
 from alignment.adapters.adalora import RankBudget
-from alignment.adapters.attach import attach, check_targets
+from alignment.adapters.attach import attach, check_targets, share_start
 from alignment.adapters.layers import adapter_disabled, has_adapter, target_names
 from alignment.adapters.low_rank import attach_lora
 from alignment.adapters.merge import (
@@ -37,5 +37,6 @@ __all__ = [
     "merged_state_dict",
     "merged_weights",
     "save_adapter",
+    "share_start",
     "target_names",
 ]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from alignment.adapters.layers import stored_transposed, target_names, train_adapter_only, tuner_layers
+from alignment.adapters.layers import seeded, stored_transposed, target_names, train_adapter_only, tuner_layers
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,8 +58,7 @@ def attach_adalora(
         deltaT=budget.interval,
         orth_reg_weight=budget.orthogonality,
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(model, seed):
         inject_adapter_in_model(config, model)
     for name, parameter in model.named_parameters():
         # Importance is a product of weight and gradient; and what is pruned has no rounded copy to come back from.

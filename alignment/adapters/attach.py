@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
+import torch
+
 from alignment.adapters.adalora import RankBudget, attach_adalora
 from alignment.adapters.bottleneck import attach_bottlenecks, blocks
 from alignment.adapters.half import attach_half
 from alignment.adapters.ia3 import attach_ia3, ia3_targets
-from alignment.adapters.layers import target_names
+from alignment.adapters.layers import START, is_adapter_name, target_names, tuner_layers
 from alignment.adapters.low_rank import attach_lora
 from alignment.adapters.method import TrainingMethod
 from alignment.adapters.virtual_tokens import TokenSettings, attach_virtual_tokens
 from alignment.config.model import VIRTUAL_TOKEN_TYPES, AdapterType
+from alignment.distributed import Ranks
 from alignment.sharding import decoder_layers
 
 
@@ -71,6 +74,21 @@ def attach(
     return None
 
 
+@torch.no_grad()
+def share_start(model: Any, ranks: Ranks) -> None:
+    """Give all ranks what an adapter begins with on the first: a decomposition, or a forward, of another machine
+    differs in its last bits, and nothing later would bring the ranks together."""
+    if ranks.size == 1:
+        return
+    shared = [p for name, p in model.named_parameters() if p.requires_grad or is_adapter_name(name)]
+    # What pissa began with is missing from the weights below it.
+    shared += [x.get_base_layer().weight for _, x in tuner_layers(model) if START in getattr(x, "lora_A", {})]
+    if ranks.rank > 0:
+        for parameter in shared:
+            parameter.zero_()
+    ranks.sum_(shared)
+
+
 def check_targets(
     model: Any, *, type: AdapterType, r: int, target_modules: tuple[str, ...] | str, last_layers: int | None
 ) -> None:
@@ -85,6 +103,7 @@ def check_targets(
             f"adapter.last_layers: got {last_layers}, expected at most the {layers} layers of this model; lower it, "
             "or set it to null for all"
         )
+    # Each refuses on its way to what it is made for.
     if type == "ia3":
         ia3_targets(model, target_modules, last_layers)
     elif type == "bottleneck":

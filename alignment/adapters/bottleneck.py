@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from alignment.adapters.layers import linear_layers, train_adapter_only
+from alignment.adapters.layers import linear_layers, seeded, train_adapter_only
 from alignment.sharding import assign, collect, decoder_layers
 
 INIT_STD = 1e-2
@@ -46,8 +46,7 @@ def attach_bottlenecks(model: Any, *, r: int, last_layers: int | None, seed: int
     """
     like = next(p for p in model.parameters() if p.is_floating_point())
     width = model.config.get_text_config().hidden_size
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(model, seed):
         for block in blocks(model, last_layers):
             block.bottleneck = Bottleneck(width, r, like=like)
             block.register_forward_hook(_through_bottleneck)

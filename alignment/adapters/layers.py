@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import nn
 
 from alignment.sharding import decoder_layers
@@ -52,9 +53,13 @@ def target_names(model: nn.Module, target_modules: tuple[str, ...] | str, last_l
 
 def stored_transposed(model: nn.Module, names: list[str]) -> bool:
     """Whether these layers keep their matrix as (inputs, outputs), as GPT-2's do."""
+    return any(is_transposed(type(model.get_submodule(name))) for name in names)
+
+
+def is_transposed(kind: type) -> bool:
     from transformers.pytorch_utils import Conv1D
 
-    return any(isinstance(model.get_submodule(name), Conv1D) for name in names)
+    return issubclass(kind, Conv1D)
 
 
 def train_adapter_only(model: nn.Module) -> None:
@@ -71,6 +76,15 @@ def is_adapter_name(name: str) -> bool:
 
 def has_adapter(model: nn.Module) -> bool:
     return any(is_adapter_name(name) for name, _ in model.named_parameters())
+
+
+@contextlib.contextmanager
+def seeded(model: nn.Module, seed: int) -> Iterator[None]:
+    """Draws of the block depend on the seed alone, and those after it do not depend on the block."""
+    device = next(model.parameters()).device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
 
 
 def tuner_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from alignment.adapters.layers import START, stored_transposed, target_names, train_adapter_only, tuner_layers
+from alignment.adapters.layers import START, seeded, stored_transposed, target_names, train_adapter_only, tuner_layers
 from alignment.quantization import is_quantized
 
 Variant = Literal["lora", "rslora", "dora", "pissa"]
@@ -61,8 +61,7 @@ def attach_lora(
         fan_in_fan_out=stored_transposed(model, names),
         **changes,
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(model, seed):
         inject_adapter_in_model(config, model)
     if variant == "pissa":
         keep_start(model, r=r, alpha=alpha)

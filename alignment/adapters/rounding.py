@@ -10,11 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from alignment.adapters.layers import adapter_disabled, tuner_layers
-from alignment.distributed import Alone, Ranks
+from alignment.adapters.layers import adapter_disabled, is_transposed, seeded, tuner_layers
 from alignment.quantization import dequantized, is_quantized
 
-MOST_BYTES = 2 * 2**30
+MOST_BYTES = 2**30
 """Of errors and covariances that are held at once; a larger model is gone through in several passes."""
 SUBSPACE_ITERATIONS = 8
 
@@ -26,7 +25,6 @@ def absorb_rounding(
     original: Callable[[str], Tensor],
     *,
     seed: int = 0,
-    ranks: Ranks = Alone(),
     most_bytes: int = MOST_BYTES,
 ) -> None:
     """Move the factors B, A of every adapted four-bit matrix from 0 to the least error of its outputs.
@@ -39,7 +37,6 @@ def absorb_rounding(
         run: forwards over the inputs that count, without padding; called once or more.
         original: a matrix's weight (out, in) before it was rounded, by the linear layer's name.
         seed: of the subspace iteration (Halko 2011).
-        ranks: all take the first one's factors: another machine's differ in their last bits.
 
     Raises:
         ValueError: a weight of another shape.
@@ -51,13 +48,8 @@ def absorb_rounding(
         with adapter_disabled(model):
             covariances = _covariances(group, errors, run)
         for name, layer in group:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed)
+            with seeded(model, seed):
                 _start(layer, errors[name], covariances[name])
-    factors = [f["default"].weight for _, layer in layers for f in (layer.lora_A, layer.lora_B)]
-    if ranks.rank > 0:
-        torch._foreach_zero_(factors)
-    ranks.sum_(factors)
 
 
 def _groups(layers: Sequence[tuple[str, Any]], most_bytes: int) -> Iterator[list[tuple[str, Any]]]:
@@ -76,10 +68,8 @@ def _groups(layers: Sequence[tuple[str, Any]], most_bytes: int) -> Iterator[list
 
 
 def _error(name: str, layer: Any, weight: Tensor) -> Tensor:
-    from transformers.pytorch_utils import Conv1D
-
     rounded = dequantized(layer.weight).float()
-    weight = weight.T if getattr(layer, "source_cls", None) is Conv1D else weight
+    weight = weight.T if is_transposed(getattr(layer, "source_cls", type(layer))) else weight
     if weight.shape != rounded.shape:
         raise ValueError(
             f"training.calibration_examples: got {name} of shape {[*weight.shape]} in the model's files, expected "
@@ -117,7 +107,9 @@ def _start(layer: Any, error: Tensor, covariance: Tensor) -> None:
     directions = directions[:, :wanted]
     rows = directions.T @ error
     # What an ordinary start draws from: uniform, of variance 1 / (3 inputs).
-    length = rows.norm(dim=1).clamp(min=torch.finfo(rows.dtype).tiny) * math.sqrt(3)
+    length = rows.norm(dim=1) * math.sqrt(3)
+    # A direction in which nothing is lost starts as usual: a row of zeros would never learn.
+    some = length > torch.finfo(rows.dtype).tiny
     a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-    a[:wanted].copy_(rows / length.unsqueeze(1))
-    b[:, :wanted].copy_(directions * (length / scale))
+    a[:wanted][some] = (rows / length.unsqueeze(1))[some].to(a)
+    b[:, :wanted][:, some] = (directions * (length / scale))[:, some].to(b)

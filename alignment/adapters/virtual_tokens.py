@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from alignment.adapters.layers import train_adapter_only
+from alignment.adapters.layers import seeded, train_adapter_only
 from alignment.sharding import assign, collect, gathered
 
 PEFT_FILE = "adapter_model.safetensors"
@@ -130,8 +130,7 @@ def attach_virtual_tokens(
     """
     width = model.config.get_text_config().hidden_size
     common = {"num_virtual_tokens": settings.num_tokens, "task_type": _task(model)}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(model, seed):
         made, config = _MAKERS[kind](model, common, settings.encoder_hidden or width, settings.encoder)
         if kind in ("prompt", "p_tuning_v2"):
             start_from_words(model, made, _words(model, settings, tokenizer), as_prefix=kind == "p_tuning_v2")
@@ -209,12 +208,16 @@ def _words(model: Any, settings: TokenSettings, tokenizer: Any) -> Tensor:
 @torch.no_grad()
 def start_from_words(model: Any, made: Any, ids: Tensor, *, as_prefix: bool) -> None:
     """Let `made`, peft's for `prompt` or `p_tuning_v2`, do what words of these ids (m,) in front would do."""
+    from transformers.cache_utils import DynamicCache
+
     words = model.get_input_embeddings()
     ids = ids.to(words.weight.device)
     if not as_prefix:
         made.embedding.weight.copy_(words(ids))
         return
-    layers = model.base_model(input_ids=ids.unsqueeze(0), use_cache=True).past_key_values.layers
+    # Not the model's own kind of cache, which may keep a window of the last ones only.
+    cache = DynamicCache()
+    layers = model.base_model(input_ids=ids.unsqueeze(0), past_key_values=cache, use_cache=True).past_key_values.layers
     # (layers * 2, heads, m, head width); all numbers of a virtual token stand in one row.
     both = torch.stack([tensor[0] for layer in layers for tensor in (layer.keys, layer.values)])
     made.embedding.weight.copy_(both.permute(2, 0, 1, 3).flatten(1))

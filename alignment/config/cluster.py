@@ -150,8 +150,8 @@ ROLES = (*LEARNERS_AND_SCORERS, "rollout")
 class ClusterConfig(Config):
     """The machines: the only file to edit to scale a run.
 
-    Learners and scorers that share their processes (`colocate`) have the same number of workers and GPUs: it is enough
-    to give them for one.
+    Learners and scorers that share their processes (`colocate`) have the same number of workers and GPUs: in the YAML
+    it is enough to give them for one.
     """
 
     policy: RoleConfig = RoleConfig()
@@ -187,7 +187,7 @@ class ClusterConfig(Config):
             roles = [role for role in LEARNERS_AND_SCORERS if isinstance(group, tuple) and role in group]
             settings = {role: given.get(role, {}) for role in roles}
             for key in ("num_workers", "gpus_per_worker"):
-                said = [one[key] for one in settings.values() if isinstance(one, dict) and key in one]
+                said = [one[key] for one in settings.values() if isinstance(one, dict) and _is_count(one.get(key))]
                 for role, one in settings.items():
                     if said and isinstance(one, dict):
                         given[role] = settings[role] = {key: said[0], **one}
@@ -196,10 +196,12 @@ class ClusterConfig(Config):
     @model_validator(mode="after")
     def _colocate_names_roles(self) -> ClusterConfig:
         named = [role for group in self.colocate for role in group]
-        unknown = sorted(set(named) - set(ROLES))
-        if unknown or len(named) != len(set(named)):
+        if unknown := sorted(set(named) - set(ROLES)):
+            raise ValueError(f"colocate: got {unknown[0]!r}, expected some of {', '.join(ROLES)}; correct its name")
+        if len(named) != len(set(named)) or () in self.colocate:
             raise ValueError(
-                f"colocate: got {self.colocate}, expected each of {ROLES} at most once; correct the groups"
+                f"colocate: got {[list(group) for group in self.colocate]}, expected groups of roles, each role at "
+                "most once; correct the groups"
             )
         for group in self.colocate:
             if "rollout" in group and len(group) > 1 and (most := self.rollout.engine_limits[1]) > 1:
@@ -232,3 +234,7 @@ class ClusterConfig(Config):
                     "them, or separate the roles, all of them with colocate: []"
                 )
         return self
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0

@@ -30,8 +30,8 @@ class SftTrainingConfig(MicroBatchConfig):
     batch_size: Positive = 8
     """Examples per optimiser step."""
     calibration_examples: NonNegative = 0
-    """The first so many training examples start lora and rslora over four bits: the factors begin where they give the
-    outputs back what rounding took, as far as their rank allows (Zhang 2025). 0 begins at the rounded weights."""
+    """The first so many examples of the first epoch start lora and rslora over four bits: the factors begin where they
+    give the outputs back what rounding took, as far as their rank allows (Zhang 2025). 0 begins at rounded weights."""
     neftune_alpha: NonNegativeFloat = 0.0
     """Noise on the embeddings while training, of size alpha / sqrt(tokens x width) (NEFTune, Jain 2023); 0 adds none,
     5 is customary."""

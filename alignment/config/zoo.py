@@ -19,6 +19,8 @@ class PeftZooConfig(SftRunConfig):
 
     @model_validator(mode="after")
     def _methods_are_configs(self) -> PeftZooConfig:
+        if len({name.casefold() for name in self.zoo}) < len(self.zoo):
+            raise ValueError(f"zoo: got {list(self.zoo)}, expected names that differ by more than case; rename one")
         for name in self.zoo:
             if not re.fullmatch(r"\w[\w-]{0,63}", name):
                 raise ValueError(f"zoo: got the name {name!r}, expected letters, digits, - and _; choose another")
@@ -38,12 +40,13 @@ class PeftZooConfig(SftRunConfig):
             key = ".".join(str(part) for part in first["loc"] if part != "training")
             if first["type"] == "extra_forbidden":
                 raise ValueError(
-                    f"zoo.{name}.{key}: got an unknown key, expected one of `training`; correct its name, or remove it"
+                    f"zoo.{name}.{key}: got an unknown key, expected those of the section `training`, as `adapter`; "
+                    "correct its name, or remove it"
                 ) from error
             reason = first["msg"].removeprefix("Value error, ")
             if first["type"] != "value_error":
                 reason = f"got {first['input']!r}, expected another value ({reason}); correct it"
-            raise ValueError(f"zoo.{name}.{key}: {reason}") from error
+            raise ValueError(f"{'.'.join(['zoo', name, *filter(None, [key])])}: {reason}") from error
 
 
 def _merged(shared: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:

@@ -14,18 +14,23 @@ from alignment.config import SftDataConfig, SftSourceConfig
 from alignment.config.data import SftFormat, TrainOn
 from alignment.data.chat import eos_ids_of_model, load_tokenizer
 from alignment.data.model_assets import resolve_model
-from alignment.data.show import escaped, shown_rows
+from alignment.data.show import MARKS, escaped, shown_rows
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit code: 0, or 2 with one line that says what was refused."""
     given = _parser().parse_args(arguments)
+    color = sys.stdout is not None and sys.stdout.isatty() and not given.no_color and not os.environ.get("NO_COLOR")
     if isinstance(sys.stdout, io.TextIOWrapper):
+        if not color and not _can_write(MARKS, sys.stdout.encoding):
+            return _refuse(
+                f"output: got {sys.stdout.encoding}, which has no {MARKS}, expected UTF-8: they say what is trained; "
+                "set PYTHONIOENCODING=utf-8"
+            )
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may know fewer characters than the data
-    color = sys.stdout.isatty() and not given.no_color and not os.environ.get("NO_COLOR")
-    if not given.file:
-        return _refuse("file: got nothing, expected a file, a glob or asset:NAME; name one")
     name = given.file.removeprefix("asset:")
+    if not name or not given.model:
+        return _refuse("file, --model: got nothing, expected a name, asset:NAME or, for the file, a glob; name one")
     try:
         source = SftSourceConfig(
             **{"path" if name == given.file else "asset": name}, format=given.format, limit=given.rows
@@ -48,7 +53,19 @@ def main(arguments: list[str] | None = None) -> int:
         return _refuse("; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()))
     except ValueError as error:
         return _refuse(str(error))
+    except OSError as error:  # a name too long for a file, or an output that takes no more
+        return _refuse(
+            f"{str(error.filename or 'output')[:60]}: got {error.strerror}, expected to read or write there"
+        )
     return 0
+
+
+def _can_write(text: str, encoding: str) -> bool:
+    try:
+        text.encode(encoding)
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _refuse(reason: str) -> int:

@@ -121,7 +121,11 @@ def weight_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 
 
 def read_weight(folder: Path, name: str) -> Tensor:
-    """One tensor of a folder, as it is stored there; KeyError where no file has it."""
+    """One tensor of a folder, as it is stored there.
+
+    Raises:
+        ValueError: no file has it.
+    """
     from safetensors import safe_open
 
     for file in _weight_files(folder):
@@ -129,11 +133,14 @@ def read_weight(folder: Path, name: str) -> Tensor:
             if name in set(tensors.keys()):
                 weight: Tensor = tensors.get_tensor(name)
                 return weight
-    raise KeyError(name)
+    raise ValueError(
+        f"model folder: got {folder}, whose files have no {name}, expected every weight by the model's own name; save "
+        "the model again with transformers"
+    )
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """None where some are still on the hub."""
+    """Empty where some are still on the hub."""
     whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     files = [whole] if whole.is_file() else []
     if not files and index.is_file():

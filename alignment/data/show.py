@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 GREEN, DIM, BOLD, PLAIN = "\x1b[32m", "\x1b[2m", "\x1b[1m", "\x1b[0m"
 OPEN, CLOSE = "⟦", "⟧"
+MARKS = f"{OPEN}{CLOSE}‹›"
 _KEPT = "\n"
 
 
@@ -82,7 +83,7 @@ def escaped(text: str) -> str:
 
 def _visible(character: str) -> str:
     hidden = unicodedata.category(character) in ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp") and character not in _KEPT
-    if hidden or character in f"{OPEN}{CLOSE}‹›":
+    if hidden or character in MARKS:
         return character.encode("unicode_escape", "surrogatepass").decode("ascii")
     return character
 

@@ -123,7 +123,8 @@ def test_roles_of_a_group_follow_the_one_whose_workers_are_given(tmp_path):
 @pytest.mark.parametrize(
     ("values", "reason"),
     [
-        ({"colocate": (("policy", "judge"),)}, "at most once"),
+        ({"colocate": (("policy", "judge"),)}, "colocate: got 'judge', expected some of policy, critic"),
+        ({"colocate": ((), ("policy",))}, "expected groups of roles"),
         ({"colocate": (("policy", "critic"), ("policy", "reference"))}, "at most once"),
         (
             {"policy": {"num_workers": 2}, "reference": {"num_workers": 1}, "colocate": (("policy", "reference"),)},

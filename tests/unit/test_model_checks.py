@@ -26,7 +26,7 @@ from alignment.config import AdapterConfig, ClusterConfig, ModelConfig, PpoRunCo
 from alignment.config_io import load_config
 from alignment.data.chat import load_tokenizer
 from alignment.data.model_assets import weight_shapes
-from alignment.model_checks import check_model
+from alignment.model_checks import _check_single, check_model
 from alignment.models import load_scalar_model
 from recipes.checks import check_models, resolve_paths
 
@@ -153,6 +153,14 @@ def test_an_adapter_that_could_not_be_attached_is_refused_without_weights(tiny, 
     assert refusal_of(model, r=2, last_layers=3).startswith("training: adapter.last_layers: got 3, expected at most ")
     assert "adapter.r: got 33 with adapter.type=pissa, expected at most 16" in refusal_of(model, type="pissa", r=33)
     assert check_model("training", model, tokenizer, AdapterConfig(type="pissa", r=16))
+    other = edited(tiny / "policy", tmp_path / "other")
+    weights = load_file(other / "model.safetensors")
+    weights["model.layers.0.mlp.up_proj.weight"] = weights["model.layers.0.mlp.up_proj.weight"].flatten().unsqueeze(1)
+    save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
+    adapter = AdapterConfig(r=2)
+    with pytest.raises(ValueError, match=r"calibration_examples: got .*do not have model.layers.0.mlp.up_proj under"):
+        _check_single(other, {"model.layers.0.mlp.up_proj": torch.empty(64, 32)})
+    assert check_model("training", model, tokenizer, adapter, read_singly=True)
     # Of OPT the feed-forward has no module of its own, of MPT keys and values stand in a matrix of an unknown name.
     loose = OPTConfig(vocab_size=259, hidden_size=8, word_embed_proj_dim=8, num_hidden_layers=1, num_attention_heads=2)
     OPTForCausalLM(loose).save_pretrained(tmp_path / "opt")

@@ -11,7 +11,6 @@ from adapter_runs import write_model
 from actors.loading import original_weights
 from alignment import adapters
 from alignment.adapters.layers import tuner_layers
-from alignment.distributed import Alone
 from alignment.forward import run_singly
 from alignment.models import HfModel, load_causal_lm
 from alignment.quantization import dequantized
@@ -98,19 +97,19 @@ def test_passes_and_their_number_change_nothing(path):
         torch.testing.assert_close(*products, rtol=1e-4, atol=1e-6, msg=name)
 
 
-def test_all_ranks_have_the_factors_of_the_first(path):
-    class Second(Alone):
-        """Rank 1 of 2, of which the first sends ones."""
-
-        rank, size = 1, 2
-
-        def sum_(self, tensors):
-            for tensor in tensors:
-                tensor.add_(1)
-
-    for _, layer in tuner_layers(started(path, 2, ranks=Second()).model):
-        for factors in (layer.lora_A, layer.lora_B):
-            assert bool((factors["default"].weight == 1).all())
+def test_where_nothing_is_lost_the_adapter_starts_as_usual(tmp_path):
+    path = write_model(tmp_path / "model")
+    model = load_causal_lm(str(path))
+    with torch.no_grad():
+        model.model.get_submodule("model.layers.1.mlp.down_proj").weight.zero_()
+    model.model.save_pretrained(path)
+    usual = load_causal_lm(str(path), quantization="nf4")
+    adapters.attach_lora(usual.model, r=4, alpha=3.0, seed=1)
+    (one, other) = (
+        dict(tuner_layers(m.model))["model.layers.1.mlp.down_proj"] for m in (started(str(path), 4), usual)
+    )
+    assert torch.equal(one.lora_A["default"].weight, other.lora_A["default"].weight)
+    assert one.lora_B["default"].weight.abs().max() == 0
 
 
 def test_a_weight_of_another_shape_is_refused(tmp_path):

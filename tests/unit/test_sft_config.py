@@ -67,7 +67,7 @@ def test_a_method_changes_only_what_it_names():
     ("entry", "words"),
     [
         ({"a": {"adapter": {"type": "dora", "r": 0}}}, r"zoo\.a.*adapter\.r: got 0"),
-        ({"a": {"adaptor": {}}}, r"zoo\.a\.adaptor: got an unknown key, expected one of"),
+        ({"a": {"adaptor": {}}}, r"zoo\.a\.adaptor: got an unknown key, expected those of the section"),
         ({"a": {"batch_size": 0}}, r"zoo\.a\.batch_size: got 0, expected another value"),
         ({"../a": {}}, r"zoo: got the name '\.\./a', expected"),
         ({"zoo.md": {}}, r"zoo: got the name 'zoo\.md', expected"),

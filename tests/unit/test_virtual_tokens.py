@@ -203,6 +203,12 @@ def test_a_start_does_what_its_words_in_front_would_do(llama, kind):
     torch.testing.assert_close(found, expected.flatten(0, 1), rtol=1e-5, atol=1e-5)
 
 
+def test_a_window_of_attention_drops_no_word_of_the_start(tmp_path):
+    folder = write_tiny_model(tmp_path / "mistral", "mistral", sliding_window=3)
+    model, _ = attached(folder, "p_tuning_v2")
+    assert model.model.virtual_tokens().shape == (TOKENS, 64)
+
+
 def test_a_text_without_a_token_is_refused(llama):
     with pytest.raises(ValueError, match=r"adapter.virtual_tokens.text: got '' .* expected some words"):
         attached(llama, "prompt", text="", tokenizer=byte_tokenizer())
