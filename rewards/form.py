@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
-from jsonschema import Draft202012Validator, exceptions
+from jsonschema import Draft202012Validator, exceptions, validators
 from referencing import Registry
 
 from rewards.patterns import MAX_CHARS, bounded
@@ -57,7 +57,7 @@ def matches(
 def valid_json(
     prompts: list[str], responses: list[str], *, json_schema: list[Any] | None = None, **columns: Any
 ) -> list[float | None]:
-    """1 where the answer is JSON, bare or in one fence, that meets the row's schema; 0.5 where it is other JSON; else 0.
+    """1 where the answer is JSON, bare or in one fence, that meets the row's schema; 0.5 for other JSON; else 0.
 
     NaN, infinities, a name given twice, over 100,000 characters and nesting beyond the parser's are no JSON.
 
@@ -147,13 +147,15 @@ def parse_json(response: str) -> Any:
 
 
 @lru_cache(maxsize=256)
-def _validator(schema: str) -> Draft202012Validator:
+def _validator(schema: str) -> Any:
     try:
         value = json.loads(schema)
         Draft202012Validator.check_schema(value)
     except (ValueError, exceptions.SchemaError, RecursionError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"json_schema: got {schema[:200]!r} ({reason}), expected a JSON Schema; correct it") from error
+        raise ValueError(
+            f"json_schema: got {schema[:200]!r} ({reason}), expected a JSON Schema; correct it"
+        ) from error
     for key, inner in _members(value):
         if key == "pattern" and isinstance(inner, str):
             bounded(inner, what="json_schema pattern")
@@ -164,7 +166,18 @@ def _validator(schema: str) -> Draft202012Validator:
                 f"json_schema: got a reference to {inner!r}, expected one within the schema (#/...); copy it in"
             )
     # An empty registry: a schema out of a data set must not make this machine fetch anything.
-    return Draft202012Validator(value, registry=Registry())
+    return _Validator(value, registry=Registry())
+
+
+def _unique_items(validator: Any, wanted: bool, instance: Any, schema: Any) -> Iterator[exceptions.ValidationError]:
+    """In linear time, where the library compares each with each."""
+    if wanted and isinstance(instance, list):
+        different = {json.dumps(item, sort_keys=True) for item in instance}
+        if len(different) < len(instance):
+            yield exceptions.ValidationError("items that are equal")
+
+
+_Validator = validators.extend(Draft202012Validator, {"uniqueItems": _unique_items})
 
 
 def _members(value: Any) -> Iterator[tuple[str, Any]]:

@@ -95,9 +95,9 @@ def read_gold(
 
 @lru_cache(maxsize=1024, typed=True)
 def _gold(answer: Any, lower: Any, upper: Any, tolerance: Any, named: Any, relative_tolerance: float) -> Gold | None:
-    gold = _read(answer)
+    gold = as_quantity(answer)
     measured = unit(plain(named)) if isinstance(named, str) else unit(gold.unit) if gold else None
-    low, high, width = _read(lower), _read(upper), _read(tolerance)
+    low, high, width = as_quantity(lower), as_quantity(upper), as_quantity(tolerance)
     if low is not None or high is not None:
         return Gold(low.value if low else None, high.value if high else None, measured)
     if gold is None:
@@ -106,7 +106,8 @@ def _gold(answer: Any, lower: Any, upper: Any, tolerance: Any, named: Any, relat
     return Gold(gold.value - abs(margin), gold.value + abs(margin), measured)
 
 
-def _read(value: Any) -> Quantity | None:
+def as_quantity(value: Any) -> Quantity | None:
+    """A number of a data set, or text that begins with one; None for anything else."""
     if isinstance(value, str):
         return parse_quantity(plain(value))
     if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):

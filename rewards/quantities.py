@@ -11,7 +11,10 @@ from rewards.arithmetic import NotArithmetic, evaluate, number
 from rewards.units import MAX_UNIT
 
 _DIGITS = r"\d{1,3}(?:,\d{3})+(?:\.\d+)?(?![\d])|\d+(?:\.\d+)?|\.\d+"
-_UNIT_TEXT = r"(?:%|‰|°\s?[CF]|[A-Za-zμ℃℉][A-Za-zμ0-9^]*(?:/[A-Za-zμ][A-Za-zμ0-9^]*)*|[\u4e00-\u9fff]{1,4}(?:/[\u4e00-\u9fff]{1,2})?)"
+_UNIT_TEXT = (
+    r"(?:%|‰|°\s?[CF]|[A-Za-zμ℃℉][A-Za-zμ0-9^]*(?:/[A-Za-zμ][A-Za-zμ0-9^]*)*"
+    r"|[\u4e00-\u9fff]{1,4}(?:/[\u4e00-\u9fff]{1,2})?)"
+)
 _QUANTITY = re.compile(
     rf"(?<![A-Za-z\d_.])(?P<sign>[-+]\s?)?\$?(?P<digits>{_DIGITS})(?:[eE](?P<exponent>[-+]?\d+))?"
     rf"(?:\s?\*\s?10\s?\^\s?\{{?(?P<power>[-+]?\d{{1,4}})\}}?|(?P<fraction>\s?/\s?\d+(?![\d.,]*\d)|\s\d+/\d+))?"
@@ -58,7 +61,7 @@ def stated_quantities(text: str, *, expressions: bool = False) -> list[Quantity]
     Returns:
         Nothing where no number is settled on.
     """
-    text = _without_tex(text)
+    text = _without_tex(text).replace("mm Hg", "mmHg")
     places = [found.end() for found in _BOXED.finditer(text)]
     if places:
         said = [text[place : _closing(text, place)] for place in places[-MAX_STATED - 1 :]]

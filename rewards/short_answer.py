@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
+from itertools import islice
 from typing import Any
 
 from rewards.reading import final_answer, plain
@@ -88,7 +89,7 @@ def list_f1(
 
 
 def normalised(text: str) -> tuple[str, ...]:
-    """Words in lower case without articles and punctuation, each Chinese character one."""
+    """Words in lower case without punctuation and articles (but where nothing else is left); a Chinese character is one."""
     return tuple(_words(text))
 
 
@@ -118,14 +119,9 @@ def _stated(response: str) -> str:
 
 
 def _words(text: str) -> list[str]:
-    found = []
-    for match in _WORD.finditer(plain(text).lower()):
-        word = match.group()
-        if word not in _ARTICLES:
-            found.append(word)
-            if len(found) == MAX_WORDS:
-                break
-    return found
+    words = [match.group() for match in islice(_WORD.finditer(plain(text).lower()), MAX_WORDS)]
+    # "A" alone is no article: a blood group, a vitamin, an item of a list.
+    return [word for word in words if word not in _ARTICLES] or words
 
 
 @lru_cache(maxsize=1024)
