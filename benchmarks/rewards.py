@@ -16,8 +16,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from rewards.base import load_function
 
-ROWS = 256
-SECONDS = 1.0
+ROWS = 128
+SECONDS = 0.2
 
 WORKED = (
     "The patient's height is 175 cm, which is 175 / 100 = 1.75 m, and the weight is 70 kg. The body mass index is the "

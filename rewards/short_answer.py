@@ -89,7 +89,7 @@ def list_f1(
 
 
 def normalised(text: str) -> tuple[str, ...]:
-    """Words in lower case without punctuation and articles (but where nothing else is left); a Chinese character is one."""
+    """Words in lower case without punctuation, and without articles unless that is all; a Chinese character is one."""
     return tuple(_words(text))
 
 
