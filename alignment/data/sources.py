@@ -11,6 +11,7 @@ from typing import Any
 
 from alignment.config import SourceConfig
 from alignment.data.assets import ASSETS, fetch_asset
+from alignment.data.calculators import calculator_rows, held_out_calculator_rows
 from alignment.data.diseases import disease_rows
 from alignment.data.files import SUFFIXES, Row, read_file
 from alignment.data.hub import remedy, why_offline
@@ -24,6 +25,8 @@ DERIVED: dict[str, Callable[[], Iterable[Row]]] = {
     "treatment-plan-answers": treatment_plan_answers,
     "disease-table-zh": disease_rows,
     "sharegpt": sharegpt_rows,
+    "medical-calculators": calculator_rows,
+    "medical-calculators-held-out": held_out_calculator_rows,
 }
 """Assets whose rows are built from an archive's files, not read as they stand."""
 

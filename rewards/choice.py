@@ -1,0 +1,219 @@
+"""Multiple choice: the letter, the letters or the option's own words that an answer settles on."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from itertools import islice
+from typing import Any
+
+from rewards.reading import final_answer, plain
+
+MAX_OPTION_PROMPT = 8_000
+"""Options are looked for in the end of a prompt of at most so many characters."""
+
+MAX_CUES = 64
+"""Of "the answer is" and the like: an answer with more of them settles on nothing."""
+
+_LETTERS = (
+    r"[(\[]?([A-Z](?:\s*(?:[,、&/+]|和|与|或|\band\b|\bor\b)+\s*[A-Z](?![A-Za-z'])|[A-Z])*)(?![A-Za-z'])"
+    r"(?:[)\]]|(?=$|[^)\]]))"
+)
+_SMALL = r"\(?([a-z])\)?(?=\s*[.。,，;!]?\s*(?:\n|$))"
+_OPEN = r"[\s*_\"'“:]*"
+_CUES = (
+    r"(?:answer|choice)s?\b(?:\s+(?:is|are|would be|should be|must be)\b|\s*[:=])\s*(?:clearly |definitely |simply )?"
+    r"(?:option|choice|letter)?"
+    r"|\b(?:choose|select|pick|go with|opt for|answer with)\s+(?:option|choice|letter|answer)?"
+    r"|\\boxed\{\s*(?:\\text\{)?"
+    r"|(?<!不是)(?:正确)?答案(?:应该|应当|应|就)?\s*(?:是|为|选|:)\s*(?:选项)?"
+    r"|(?<![不可挑勿])(?:选择|应选|故选|选)\s*[:]?\s*(?:选项)?"
+)
+_CUE = re.compile(f"(?:{_CUES}){_OPEN}", re.I)
+_CAPITAL = re.compile(_LETTERS)
+_LOWER = re.compile(_SMALL)
+_CALLED_RIGHT = re.compile(
+    r"(?<![A-Za-z'])\(?([A-Z])\)?\*{0,2}\s*"
+    r"(?:(?:is|are)\s+(?:the\s+)?(?:right|correct|best)\b|(?:项|选项)?\s*(?:是)?(?:正确|对的|最佳))"
+)
+_LEADING = re.compile(r"^[\s*_\"'(\[#>]*([A-Z])(?:[.):,、\]*]|\s*$|\s*\n)")
+_LONE_LINE = re.compile(r"(?:^|\n)[ \t*_\"'(\[]*([A-Z])[ \t*_\"')\].。]*(?=\n|$)")
+_LONE_SMALL = re.compile(r"[\s*_\"'(]*([a-z])[\s*_\"').]*$")
+_MARKER = re.compile(r"(?<![A-Za-z\d.'])([A-Z])[.):、]")
+_ARTICLE = re.compile(r"\s+(?!because\b|since\b|as\b|for\b|is\b|and\b|or\b|due\b)[a-z]")
+_HEDGE = re.compile(r"\bor\b|或|/")
+_GOLD = re.compile(r"^\W*([A-Za-z](?:\s*[,、]?\s*[A-Z])*)(?=[.):、,]|\s*$|\s)")
+_SPACES = re.compile(r"[\W_]+")
+
+
+def choice(
+    prompts: list[str],
+    responses: list[str],
+    *,
+    answer: list[Any],
+    choices: list[Any] | None = None,
+    **columns: Any,
+) -> list[float | None]:
+    """1 where the answer settles on the letter (or the letters, in any order) of `answer`, else 0.
+
+    Two statements that differ, more letters than the gold has, "A or B", and a letter beside another option's text
+    settle on nothing. Reasoning in <think> is passed over.
+
+    Args:
+        answer: "C", "C. text", "ACD", or the words of an option.
+        choices: the options of each row, a list or a mapping from letters; without it they are read off the prompt.
+
+    Returns:
+        None where the row has no letter to compare with.
+    """
+    given = choices or [None] * len(prompts)
+    return [_score(*row) for row in zip(prompts, responses, answer, given, strict=True)]
+
+
+def options_in(text: str) -> tuple[str, ...]:
+    """The options of a question, each found by the next expected letter: their text may hold line breaks.
+
+    Of several runs of letters the longest counts, of equals the last.
+    """
+    text = plain(text[-MAX_OPTION_PROMPT:])
+    markers = [(found.group(1), found.start(), found.end()) for found in _MARKER.finditer(text)]
+    best: list[tuple[str, int, int]] = []
+    for first, marker in enumerate(markers):
+        if marker[0] != "A":
+            continue
+        run = [marker]
+        for one in markers[first + 1 :]:
+            if ord(one[0]) == ord(run[-1][0]) + 1 and text[run[-1][2] : one[1]].strip():
+                run.append(one)
+        if len(run) >= max(2, len(best)):
+            best = run
+    ends = [start for _, start, _ in best[1:]] + [len(text)]
+    return (
+        tuple(text[marker[2] : end].strip().removesuffix("(").strip() for marker, end in zip(best, ends, strict=True))
+        if best
+        else ()
+    )
+
+
+def settled(response: str, options: Sequence[str] = (), *, several: bool = False) -> frozenset[str]:
+    """The letters that a response settles on; none where it says nothing, or says different things.
+
+    Args:
+        several: whether letters next to each other ("ABD") are an answer of several.
+    """
+    text = final_answer(response)
+    stated: list[frozenset[str]] = []
+    cues = list(islice(_CUE.finditer(text), MAX_CUES + 1))
+    if len(cues) > MAX_CUES:
+        return frozenset()
+    for cue in cues:
+        if (letters := _after_cue(text, cue.end(), options, several)) is not None:
+            stated.append(letters)
+    stated += [frozenset(found.group(1)) for found in _CALLED_RIGHT.finditer(text)]
+    if not stated:
+        stated = _unstated(text, options)
+    return stated[0] if len(set(stated)) == 1 else frozenset()
+
+
+def _score(prompt: str, response: str, answer: Any, choices: Any) -> float | None:
+    options = _options(prompt, choices)
+    gold = _gold(answer, options)
+    if not gold:
+        return None
+    return float(settled(response, options, several=len(gold) > 1) == gold)
+
+
+def _options(prompt: str, choices: Any) -> tuple[str, ...]:
+    if isinstance(choices, Mapping):
+        return tuple(str(choices[key]) for key in sorted(choices))
+    if isinstance(choices, str):
+        return _parsed(choices)
+    if isinstance(choices, Sequence) and choices:
+        return tuple(str(one) for one in choices)
+    return _parsed(prompt)
+
+
+@lru_cache(maxsize=256)
+def _parsed(text: str) -> tuple[str, ...]:
+    # Every sample of one prompt asks for the same options.
+    return options_in(text)
+
+
+def _gold(answer: Any, options: Sequence[str]) -> frozenset[str]:
+    if not isinstance(answer, str):
+        return frozenset()
+    if (letter := _named(answer, options)) is not None:
+        return frozenset(letter)
+    found = _GOLD.match(plain(answer))
+    if found is None or (found.group(1).islower() and len(answer.strip()) > 1 and answer.strip()[1].isspace()):
+        return frozenset()
+    return frozenset(re.findall("[A-Z]", found.group(1).upper()))
+
+
+def _after_cue(text: str, start: int, options: Sequence[str], several: bool) -> frozenset[str] | None:
+    """What stands behind "the answer is": letters, or an option's text; None for something else."""
+    found = _CAPITAL.match(text, start)
+    if found is None:
+        small = _LOWER.match(text, start)
+        if small is not None:
+            return frozenset(small.group(1).upper())
+        letter = _beginning(text[start : start + 200], options)
+        return frozenset(letter) if letter else None
+    named = re.findall("[A-Z]", found.group(1))
+    if len(named) == 1:
+        if named[0] in "AI" and _ARTICLE.match(text, found.end()):
+            return None
+        other = _beginning(text[found.end() : found.end() + 200].lstrip(" .:)-*]、\n"), options)
+        return frozenset() if other and other != named[0] else frozenset(named)
+    if found.group(1).isalpha() and found.group(1).isascii() and not several:
+        # Letters that touch are a word or an abbreviation where one letter is asked for.
+        return _one_or_none(_beginning(text[start : start + 200], options))
+    hedged = _HEDGE.search(found.group(1))
+    return frozenset() if hedged else frozenset(named)
+
+
+def _one_or_none(letter: str | None) -> frozenset[str] | None:
+    return frozenset(letter) if letter else None
+
+
+def _unstated(text: str, options: Sequence[str]) -> list[frozenset[str]]:
+    """Without "the answer is": a letter in front, or one alone on its line, or an option in front by its text."""
+    if lone := _LONE_SMALL.match(text):
+        return [frozenset(lone.group(1).upper())]
+    marked = {found.group(1) for found in _MARKER.finditer(text)}
+    alone = {found.group(1) for found in _LONE_LINE.finditer(text)}
+    leading = _LEADING.match(text)
+    if leading and len(marked | alone | {leading.group(1)}) == 1:
+        rest = _beginning(text[leading.end() : leading.end() + 200].lstrip(" .:)-*]、\n"), options)
+        return [frozenset(leading.group(1))] if rest in (None, leading.group(1)) else []
+    if len(alone) == 1 and not marked - alone:
+        return [frozenset(alone)]
+    head = re.split(r"[.,;:\n。]", text.strip(" *_\"'\n"), maxsplit=1)[0]
+    letter = _named(text[:1000], options) or _named(head[:1000], options)
+    return [frozenset(letter)] if letter and not marked else []
+
+
+def _named(text: str, options: Sequence[str]) -> str | None:
+    """The letter of the option whose words these are."""
+    words = _words(text)
+    fits = [index for index, option in enumerate(options) if words and _words(option) == words]
+    return chr(ord("A") + fits[0]) if len(fits) == 1 and fits[0] < 26 else None
+
+
+def _beginning(text: str, options: Sequence[str]) -> str | None:
+    """The letter of the longest option that the text begins with."""
+    if not options:
+        return None
+    words = f"{_words(text)} "
+    fits = [(len(plain), index) for index, plain in enumerate(map(_words, options)) if plain and _starts(words, plain)]
+    return chr(ord("A") + max(fits)[1]) if fits and max(fits)[1] < 26 else None
+
+
+def _starts(words: str, option: str) -> bool:
+    return words.startswith(option) and (words[len(option)] == " " or not option[-1].isascii())
+
+
+@lru_cache(maxsize=1024)
+def _words(text: str) -> str:
+    return _SPACES.sub(" ", plain(text).lower()).strip()
