@@ -1,8 +1,8 @@
 """A reward server with batches against one request after the other: `python benchmarks/reward_server.py`.
 
 The same responses are scored three ways by one server process: one request for each, one after the other; one request
-for each, many at a time, which the server puts together; and as a client of a run sends them, many to a request. Scores
-must agree. Seconds are the client's, the best of the repetitions.
+for each, many at a time, which the server puts together; and as a client of a run sends them, many to a request.
+Scores must agree. Seconds are the client's, the best of the repetitions.
 """
 
 from __future__ import annotations
@@ -23,28 +23,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from rewards.remote import RemoteReward
+from rewards.remote import RemoteReward  # noqa: E402
 
-WORDS = [
-    "rest",
-    "water",
-    "fever",
-    "doctor",
-    "the",
-    "a",
-    "of",
-    "pain",
-    "often",
-    "should",
-    "not",
-    "with",
-    "tablets",
-    "take",
-    "daily",
-    "symptoms",
-    "blood",
-    "heart",
-]
+WORDS = tuple("abdefghijklmnoprstuvw")  # as many tokens as words
 Scores = list[float | None]
 
 
