@@ -126,7 +126,9 @@ class ScalarModel:
             ValueError: no such model, or one without one trained score head and a chat template.
         """
         from transformers import AutoTokenizer
+        from transformers.utils import logging as transformers_logging
 
+        transformers_logging.disable_progress_bar()
         try:
             tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
             self._model = _load(path, revision, DTYPES[dtype]).to(device).eval().requires_grad_(False)
