@@ -177,7 +177,8 @@ def serve(arguments: argparse.Namespace) -> None:
     if not alone and scheme == "http" and not is_loopback(arguments.host):
         log.warning("texts and token travel in the clear: pass --tls-cert and --tls-key, or put TLS in front")
     listening.listen(BACKLOG)
-    print(f"listening on {scheme}://{arguments.host}:{listening.getsockname()[1]}", flush=True)
+    host = f"[{arguments.host}]" if ":" in arguments.host else arguments.host
+    print(f"listening on {scheme}://{host}:{listening.getsockname()[1]}", flush=True)
     uvicorn.Server(config).run(sockets=[listening])
     service.close()
     log.info("stopped")
