@@ -26,7 +26,7 @@ pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm
 
 TOKEN = "local-test-token"
-PATIENCE = 300
+PATIENCE = 600
 QUESTIONS = ["What helps against hay fever?", "Is aspirin safe for children?", "What does an MRI show?", "Why drink?"]
 GOOD = ["Antihistamines.", "No: ask a doctor first.", "Soft tissue in layers.", "The body loses water all day."]
 BAD = ["Bananas are yellow.", "Yes, any amount.", "The price of gold.", "x"]
