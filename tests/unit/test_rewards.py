@@ -7,8 +7,9 @@ import math
 import numpy
 import pytest
 
+from alignment.scores import combine
 from rewards import text
-from rewards.base import check_columns, combine, load_function
+from rewards.base import check_columns, load_function
 from rewards.exact_match import multiple_choice, stated_letter
 from rewards.medical import advises_care, unsafe_advice
 from rewards.text import finished_sentence, length_between, no_refusal, no_repetition, words
