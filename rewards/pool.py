@@ -116,11 +116,12 @@ class RewardPool:
         return self._thread.submit(run)
 
     def close(self) -> None:
-        """End all processes."""
-        self._closed = True
-        self._thread.submit(self._end_all).result()
-        self._thread.shutdown()
-        self._selector.close()
+        """End all processes, once; what is being scored is given up."""
+        if not self._closed:
+            self._closed = True
+            self._thread.submit(self._end_all).result()
+            self._thread.shutdown()
+            self._selector.close()
 
     def _end_all(self) -> None:
         while self._workers:

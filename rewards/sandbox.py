@@ -37,7 +37,7 @@ try:
     network = "open"
 except OSError as error:
     network = error.errno
-seen = [path for path in ("/etc/passwd", "/etc/shadow", "/root", "/home", "/proc/1") if os.path.exists(path)]
+seen = [path for path in ("/etc/passwd", "/etc/shadow", "/home", "/proc/1") if os.path.exists(path)]
 print(network, seen, dict(os.environ), os.getuid() != 0, os.getpid())
 """
 CONTAINED = "101 [] {} True 2\n"
@@ -72,7 +72,7 @@ class Outcome:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Test:
+class ProgramTest:
     """Standard input and what must be printed; or a function, its arguments, and what it must return."""
 
     stdin: str = ""
@@ -144,7 +144,7 @@ def passes_tests(
     ]
 
 
-def _share(program: str | None, tests: Sequence[Test], limits: Limits, partial: bool) -> float:
+def _share(program: str | None, tests: Sequence[ProgramTest], limits: Limits, partial: bool) -> float:
     if program is None:
         return 0.0
     if partial:
@@ -167,7 +167,7 @@ def last_program(response: str) -> str | None:
     return found
 
 
-def read_test(test: Any) -> Test:
+def read_test(test: Any) -> ProgramTest:
     """One test as a data set writes it.
 
     Raises:
@@ -175,10 +175,12 @@ def read_test(test: Any) -> Test:
     """
     if isinstance(test, dict):
         if set(test) in ({"stdin", "stdout"}, {"stdout"}) and all(isinstance(text, str) for text in test.values()):
-            return Test(**test)
+            return ProgramTest(**test)
         if {"function", "returns"} <= set(test) <= {"function", "args", "kwargs", "returns"}:
             args, kwargs = tuple(test.get("args", ())), dict(test.get("kwargs", {}))
-            return Test(function=test["function"], args=repr(args), kwargs=repr(kwargs), returns=test["returns"])
+            return ProgramTest(
+                function=test["function"], args=repr(args), kwargs=repr(kwargs), returns=test["returns"]
+            )
     if isinstance(test, str):
         with contextlib.suppress(SyntaxError, ValueError, TypeError):
             return _read_assertion(test)
@@ -188,18 +190,18 @@ def read_test(test: Any) -> Test:
     )
 
 
-def _read_assertion(text: str) -> Test:
+def _read_assertion(text: str) -> ProgramTest:
     match ast.parse(text.strip()).body:
         case [ast.Assert(test=ast.Compare(left=ast.Call() as call, ops=[ast.Eq()], comparators=[expected]))]:
             if isinstance(call.func, ast.Name):
                 args = tuple(ast.literal_eval(arg) for arg in call.args)
                 kwargs = {str(one.arg): ast.literal_eval(one.value) for one in call.keywords}
                 wanted = ast.literal_eval(expected)
-                return Test(function=call.func.id, args=repr(args), kwargs=repr(kwargs), returns=wanted)
+                return ProgramTest(function=call.func.id, args=repr(args), kwargs=repr(kwargs), returns=wanted)
     raise ValueError("no such assertion")
 
 
-def passes(program: str, test: Test, limits: Limits) -> bool:
+def passes(program: str, test: ProgramTest, limits: Limits) -> bool:
     """Whether the program does what the test asks. One that crashes or takes too much does not."""
     if test.function is None:
         outcome = run_program(program, stdin=test.stdin, limits=limits)
@@ -266,7 +268,7 @@ def run_program(
     status, theirs = os.pipe()
     with os.fdopen(status, "rb") as said:
         launcher = subprocess.Popen(
-            [os.path.realpath(sys.executable), "-sPSB", str(JAIL), str(theirs)],
+            [os.path.realpath(sys.executable), "-sPSB", "-Xutf8", str(JAIL), str(theirs)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

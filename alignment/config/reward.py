@@ -42,12 +42,15 @@ class RewardFunctionConfig(Config):
         """What its part is called."""
         return self.part if self.part is not None else self.name
 
+    @field_validator("clip")
+    @classmethod
+    def _limits_leave_room(cls, clip: tuple[float, float] | None) -> tuple[float, float] | None:
+        if clip is not None and clip[0] >= clip[1]:
+            raise ValueError(f"got {list(clip)}, expected [low, high] with low below high; widen the limits")
+        return clip
+
     @model_validator(mode="after")
-    def _numbers_make_sense(self) -> RewardFunctionConfig:
-        if self.clip is not None and self.clip[0] >= self.clip[1]:
-            raise ValueError(
-                f"{self.key}, clip: got {list(self.clip)}, expected [low, high] with low below high; widen them"
-            )
+    def _gate_reads_its_own_numbers(self) -> RewardFunctionConfig:
         if self.gate and self.normalize:
             raise ValueError(
                 f"{self.key}, gate: got normalize: true, expected a gate that reads its own numbers: it is open above "
