@@ -91,7 +91,7 @@ def check_settings(name: str, function: Callable[..., Any], settings: Mapping[st
     for key, value in settings.items():
         if key in SAMPLED or key not in own:
             known = sorted(set(own) - set(SAMPLED))
-            expected = _choice(key, known) if known else "none: it has no settings; remove it"
+            expected = _choice(key, known) if known else "expected none: it has no settings; remove it"
             raise ValueError(f"reward.functions: got a setting {key!r} of {name}, {expected}")
         try:
             TypeAdapter(hints.get(key, Any)).validate_json(json.dumps(value), strict=True)

@@ -98,9 +98,7 @@ def test_a_source_is_exactly_one(values):
 
 
 def test_a_gate_is_not_normalised():
-    with pytest.raises(
-        ValidationError, match="x, gate: got normalize: true, expected a gate that reads its own numbers"
-    ):
+    with pytest.raises(ValidationError, match="x, gate: got normalize: true, expected a gate that reads its own"):
         RewardFunctionConfig(name="text:no_refusal", part="x", gate=True, normalize=True)
 
 
