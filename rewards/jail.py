@@ -133,11 +133,11 @@ def build_root(request: dict[str, Any]) -> None:
     if machine not in PIVOT_ROOT:
         raise Refused(f"machine {machine}")
     call("mount", "none", NEW_ROOT, "tmpfs", MS_NOSUID | MS_NODEV, "size=1m,mode=755")
-    for path in dict.fromkeys((*LIBRARIES, *DEVICES, os.path.realpath(sys.base_prefix))):
-        show(path)
-    os.makedirs(NEW_ROOT + HERE, exist_ok=True)
+    os.mkdir(NEW_ROOT + HERE)  # before the interpreter, which may be installed below it
     size = f"size={request['disk_mb']}m,mode=1777"
     call("mount", "none", NEW_ROOT + HERE, "tmpfs", MS_NOSUID | MS_NODEV, size)
+    for path in dict.fromkeys((*LIBRARIES, *DEVICES, os.path.realpath(sys.base_prefix))):
+        show(path)
     os.chdir(NEW_ROOT)
     if libc.syscall(PIVOT_ROOT[machine], b".", b".") != 0:
         raise Refused(f"pivot_root: {os.strerror(ctypes.get_errno())}")

@@ -110,7 +110,11 @@ class RewardPool:
         parts = {part: Part([None] * len(responses), {}) for part in self.functions}
 
         def run() -> dict[str, Part]:
-            self._run(calls, parts, texts)
+            try:
+                self._run(calls, parts, texts)
+            except BaseException:
+                self._end_all()  # or an answer that is still to come would be taken for one of the next call
+                raise
             return parts
 
         return self._thread.submit(run)
