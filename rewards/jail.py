@@ -132,6 +132,7 @@ def build_root(request: dict[str, Any]) -> None:
     machine = os.uname().machine
     if machine not in PIVOT_ROOT:
         raise Refused(f"machine {machine}")
+    os.umask(0o022)  # the caller may keep its files to itself; the program is somebody else
     call("mount", "none", NEW_ROOT, "tmpfs", MS_NOSUID | MS_NODEV, "size=1m,mode=755")
     os.mkdir(NEW_ROOT + HERE)  # before the interpreter, which may be installed below it
     size = f"size={request['disk_mb']}m,mode=1777"

@@ -354,6 +354,14 @@ def test_twenty_programs_that_hang_leave_nothing():
     assert children() == before
 
 
+def test_a_caller_that_keeps_its_files_to_itself_has_a_sandbox():
+    before = os.umask(0o077)
+    try:
+        check_sandbox()
+    finally:
+        os.umask(before)
+
+
 def test_a_sandbox_that_fails_says_nothing_of_the_answer():
     with pytest.raises(SandboxError):
         run_program("print(1)", limits=Limits(disk_mb=-1))
