@@ -140,21 +140,22 @@ def test_statistics_of_a_part_are_saved_and_taken_up_again(tiny, tmp_path, train
 
 
 def test_an_answer_without_a_score_is_left_out_within_the_budget_and_stops_the_run_beyond_it(tiny, tmp_path):
-    """Where the function gets no answer to compare with, it has no number, and none is made up."""
-    rules = {"functions": [{"name": "exact_match:multiple_choice", "settings": {"answer": [None] * 4}}]}
+    """Where the function gets no answer to compare with, it has no number, and none is made up. The four answers of a
+    step are one call."""
+    rules = {"functions": [{"name": "exact_match:multiple_choice", "settings": {"answer": ["A", *[None] * 3]}}]}
     loop = Loop(tiny, tmp_path / "over", train_ppo, reward=rules)
     before = loop.weights("policy")
-    with pytest.raises(RuntimeError, match=r"got 4 of 4 answers without a score \(4 none; the first: prompt"):
+    with pytest.raises(RuntimeError, match=r"got 3 of 4 answers without a score \(3 none; the first: prompt"):
         loop.up_to(1)
     assert unchanged(before, loop.weights("policy"))
     loop.stack.close()
-    within = Loop(tiny, tmp_path / "within", train_ppo, reward={**rules, "max_unscorable": 1.0})
-    before = within.weights("policy")
+    within = Loop(tiny, tmp_path / "within", train_ppo, reward={**rules, "max_unscorable": 0.75})
     within.up_to(1)
     (row,) = within.metrics()
-    assert row["reward/unscorable_count"] == row["reward/unscored/none"] == 4
-    assert "reward/mean" not in row
-    sample = json.loads(within.directory.rollouts.read_text().splitlines()[0])
-    assert sample["score"] is None
-    assert sample["failures"] == {"exact_match:multiple_choice": "none: the function gave no number"}
+    assert row["reward/unscorable_count"] == row["reward/unscored/none"] == 3
+    assert row["reward/mean"] == row["reward/exact_match:multiple_choice/mean"]
+    samples = [json.loads(line) for line in within.directory.rollouts.read_text().splitlines()]
+    assert [sample["score"] is None for sample in samples] == [False, True, True, True]
+    assert samples[1]["failures"] == {"exact_match:multiple_choice": "none: the function gave no number"}
+    assert "failures" not in samples[0]
     within.stack.close()
