@@ -12,18 +12,23 @@ from actors.worker import WHOLE, Actor
 from alignment import models
 from alignment.config import ModelConfig, RewardConfig
 from alignment.config.cluster import RoleConfig
+from alignment.config.reward import MODEL_PART
 from alignment.data.chat import encode_conversation, eos_ids_of_model, load_tokenizer
 from alignment.learners.reward_model import score_sequences
+from alignment.scores import combine
 from alignment.types import Rollout, Score
-from rewards.base import RewardFunction, combine, load_function, refuse_reserved
+from rewards.base import check_settings, load_function, refuse_reserved
+from rewards.pool import Part, PoolFunction, RewardPool
 
 STATISTICS_FILE = "score_statistics.json"
+TOO_LONG = "length: longer than the reward model's positions"
 
 
 class RewardModelActor(Actor):
     """Scores rollouts. Text goes in: the reward model may have another tokenizer and template than the policy."""
 
     role = "reward_model"
+    pool: RewardPool | None = None
 
     def __init__(
         self, *, model: ModelConfig, reward: RewardConfig, device: str = "cpu", machines: RoleConfig = WHOLE
@@ -31,13 +36,11 @@ class RewardModelActor(Actor):
         self.model_config, self.config, self.device, self.machines = model, reward, device, machines
 
     def setup(self, peers: Mapping[str, Actor]) -> None:
-        self.functions: dict[str, RewardFunction] = {f.name: load_function(f.name) for f in self.config.functions}
-        self.weights = {f.name: f.weight for f in self.config.functions}
+        self.pool = self._start_pool() if self.config.functions else None
         self.mean, self.std = 0.0, 1.0
         self.model: models.HfModel | None = None
         if self.config.model is None:
             return
-        self.weights["reward_model"] = self.config.model_weight
         own = self.model_config.at(self.config.model, self.config.revision)
         self.tokenizer = load_tokenizer(own.path, own.revision)
         self.eos_ids = eos_ids_of_model(self.tokenizer, own.path, own.revision)
@@ -55,14 +58,49 @@ class RewardModelActor(Actor):
             return []
         responses = [rollout.response for rollout in rollouts]
         prompts = [rollout.prompt.messages[-1]["content"] for rollout in rollouts]
-        columns = _columns(rollouts) if self.functions else {}
-        parts: dict[str, list[float | None]] = {}
+        # The functions are at work while the model is.
+        scoring = self.pool.score(prompts, responses, _columns(rollouts)) if self.pool is not None else None
+        said: dict[str, Part] = {}
         if self.model is not None:
-            parts["reward_model"] = self._model_scores(rollouts)
-        for name, function in self.functions.items():
-            parts[name] = function(prompts, responses, **columns)
-        totals, breakdowns = combine(parts, self.weights, num_responses=len(rollouts))
-        return [Score(total=total, parts=breakdown) for total, breakdown in zip(totals, breakdowns, strict=True)]
+            numbers = self._model_scores(rollouts)
+            said[MODEL_PART] = Part(numbers, {i: TOO_LONG for i, number in enumerate(numbers) if number is None})
+        if scoring is not None:
+            said |= scoring.result()
+        totals, breakdowns = combine(
+            {name: part.numbers for name, part in said.items()},
+            self.config.weights,
+            clips=self.config.clips,
+            gates=self.config.gates,
+            num_responses=len(rollouts),
+        )
+        return [
+            Score(
+                total=total,
+                parts=breakdown,
+                failures={name: part.failures[i] for name, part in said.items() if i in part.failures},
+            )
+            for i, (total, breakdown) in enumerate(zip(totals, breakdowns, strict=True))
+        ]
+
+    def close(self) -> None:
+        if self.pool is not None:
+            self.pool.close()
+            self.pool = None
+
+    def _start_pool(self) -> RewardPool:
+        """The processes that the rule functions run in, ready to be asked."""
+        execution, functions = self.config.execution, {}
+        for one in self.config.functions:
+            check_settings(one.name, load_function(one.name), one.settings)
+            functions[one.key] = PoolFunction(
+                name=one.name,
+                settings=one.settings,
+                time_limit=one.time_limit or execution.time_limit,
+                samples_per_call=one.samples_per_call or execution.samples_per_call,
+            )
+        pool = RewardPool(functions, num_workers=execution.num_workers, memory_mb=execution.memory_mb)
+        pool.start()
+        return pool
 
     def _model_scores(self, rollouts: Sequence[Rollout]) -> list[float | None]:
         """The answer is read as a finished turn, end token included, exactly as the training pairs were.

@@ -1,11 +1,101 @@
-"""From raw scores to the scores that PPO sees: penalties, clip, running normalisation. One sequence, one number."""
+"""From the parts of a reward to the scores that PPO sees: weights, gates, running normalisation, clips, penalties.
+
+One sequence, one number; None where there is none, and never a number made up for it.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from numbers import Real
+from typing import Any
 
 from alignment.types import Rollout, Score
+
+FLOAT32_MAX = 3.4028234663852886e38
+
+
+def combine(
+    parts: Mapping[str, Sequence[float | None]],
+    weights: Mapping[str, float],
+    *,
+    clips: Mapping[str, tuple[float, float]] | None = None,
+    gates: Collection[str] = (),
+    num_responses: int | None = None,
+) -> tuple[list[float | None], list[dict[str, float | None]]]:
+    """Weighted sum of the parts of every response.
+
+    A gate is open where its number, cut to its limits, is above 0. Where a gate is shut the total is the weighted sum
+    of the gates that are, and no other part counts, scored or not.
+
+    Args:
+        parts: by name, one number or None per response.
+        weights: by the same names.
+        clips: [low, high] of the parts whose numbers are cut to it.
+        gates: names of the parts that are gates.
+        num_responses: how many there must be; None takes the first part's.
+
+    Returns:
+        The total of each response, None where a part is None; and its unweighted, uncut parts by name.
+
+    Raises:
+        ValueError: names that differ, no parts, a wrong length, something that is no finite number, or a total that
+            float32, in which the learners compute, cannot hold.
+    """
+    if not parts or set(parts) != set(weights):
+        raise ValueError(
+            f"rewards: got parts {sorted(parts)} and weights {sorted(weights)}, expected the same names; align them"
+        )
+    expected = len(next(iter(parts.values()))) if num_responses is None else num_responses
+    for name, numbers in parts.items():
+        if not isinstance(numbers, Sequence) or isinstance(numbers, str) or len(numbers) != expected:
+            got = len(numbers) if isinstance(numbers, Sequence) else type(numbers).__name__
+            raise ValueError(f"reward {name!r}: got {got} numbers, expected a list of {expected}, one per response")
+        for index, number in enumerate(numbers):
+            if number is not None and not _is_finite_number(number):
+                raise ValueError(
+                    f"reward {name!r}, response {index}: got {number!r}, expected a finite number, or None where it "
+                    "cannot score; correct the function"
+                )
+    breakdown = [
+        {name: None if numbers[i] is None else float(numbers[i]) for name, numbers in parts.items()}  # type: ignore[arg-type]
+        for i in range(expected)
+    ]
+    totals = [_total(one, weights, clips or {}, gates) for one in breakdown]
+    for index, total in enumerate(totals):
+        if total is not None and not abs(total) <= FLOAT32_MAX:
+            raise ValueError(
+                f"rewards, response {index}: got a total of {total!r} from {breakdown[index]}, expected one that "
+                "float32 can hold; lower the weights"
+            )
+    return totals, breakdown
+
+
+def _total(
+    one: Mapping[str, float | None],
+    weights: Mapping[str, float],
+    clips: Mapping[str, tuple[float, float]],
+    gates: Collection[str],
+) -> float | None:
+    cut = {
+        name: number if number is None or name not in clips else min(max(number, clips[name][0]), clips[name][1])
+        for name, number in one.items()
+    }
+    if any(cut[name] is None for name in gates):
+        return None
+    shut = {name: number for name, number in cut.items() if name in gates and number is not None and number <= 0}
+    total = 0.0
+    for name, number in (shut or cut).items():
+        if number is None:
+            return None
+        total += weights[name] * number
+    return total
+
+
+def _is_finite_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def length_penalty(length: int, *, max_new_tokens: int, buffer: int, penalty: float) -> float:
@@ -78,3 +168,64 @@ def shape_scores(
         )
         shaped.append(value)
     return shaped
+
+
+def normalize_parts(
+    scores: Sequence[Score],
+    normalizers: Mapping[str, ScoreNormalizer],
+    weights: Mapping[str, float],
+    *,
+    clips: Mapping[str, tuple[float, float]] | None = None,
+    gates: Collection[str] = (),
+) -> list[Score]:
+    """The scores with the totals that their parts give once those with a normaliser are scaled; parts stay raw.
+
+    The statistics take in this batch first, in its order.
+    """
+    parts = {name: [score.parts[name] for score in scores] for name in weights}
+    for name, normalizer in normalizers.items():
+        normalizer.update([number for number in parts[name] if number is not None])
+        parts[name] = [None if number is None else normalizer(number) for number in parts[name]]
+    totals, _ = combine(parts, weights, clips=clips, gates=gates, num_responses=len(scores))
+    return [replace(score, total=total) for score, total in zip(scores, totals, strict=True)]
+
+
+def score_metrics(scores: Sequence[Score]) -> dict[str, float]:
+    """Mean of the raw total; mean, deviation and unscored answers of each part; and why they are unscored."""
+    metrics: dict[str, float] = {}
+    if totals := [score.total for score in scores if score.total is not None]:
+        metrics["reward/mean"] = sum(totals) / len(totals)
+    for name in scores[0].parts:
+        numbers = [number for score in scores if (number := score.parts[name]) is not None]
+        if numbers:
+            mean = sum(numbers) / len(numbers)
+            metrics[f"reward/{name}/mean"] = mean
+            metrics[f"reward/{name}/std"] = math.sqrt(sum((number - mean) ** 2 for number in numbers) / len(numbers))
+        metrics[f"reward/{name}/unscored_count"] = float(len(scores) - len(numbers))
+    kinds = Counter(kind_of(failure) for score in scores for failure in score.failures.values())
+    return metrics | {f"reward/unscored/{kind}": float(count) for kind, count in sorted(kinds.items())}
+
+
+def kind_of(failure: str) -> str:
+    """The class of a failure, which stands before its colon."""
+    return failure.partition(":")[0]
+
+
+def refuse_unscorable(rollouts: Sequence[Rollout], scores: Sequence[Score], limit: float) -> None:
+    """Stop when more answers than the budget allows have no score; nothing is ever made up for them.
+
+    Raises:
+        RuntimeError: naming why, and the first such answer.
+    """
+    missing = [(r, score) for r, score in zip(rollouts, scores, strict=True) if score.total is None]
+    if len(missing) <= limit * len(scores):
+        return
+    kinds = Counter(kind_of(failure) for _, score in missing for failure in score.failures.values())
+    counted = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
+    first, score = missing[0]
+    what = "; ".join(f"{name}: {failure}" for name, failure in score.failures.items())
+    raise RuntimeError(
+        f"reward: got {len(missing)} of {len(scores)} answers without a score ({counted}; the first: prompt "
+        f"{first.prompt.id}, sample {first.sample_index}, {what}), expected at most {limit:.0%}; mend the reward, or "
+        "raise reward.max_unscorable to leave such answers out"
+    )

@@ -62,6 +62,8 @@ class Score:
     """Weighted sum of the parts; None when a part could not be scored."""
     parts: Mapping[str, float | None] = field(default_factory=dict)
     """Unweighted parts by name."""
+    failures: Mapping[str, str] = field(default_factory=dict)
+    """Why a part has no number, by its name: `KIND: what happened`, e.g. `timeout: no answer within 10 s`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

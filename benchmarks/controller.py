@@ -34,9 +34,10 @@ from actors.launch import session
 from actors.object_store import Shelf
 from actors.worker import Actor
 from alignment.config import PpoRunConfig
-from alignment.loops.ppo import PpoState, experience_of, score_metrics, shaped_scores
+from alignment.loops.ppo import PpoState, experience_of, shaped_scores
 from alignment.loops.run import Run
 from alignment.run_directory import RunDirectory
+from alignment.scores import score_metrics
 from alignment.types import Experience, Prompt, Rollout, Score
 
 SEQUENCES = (64, 512, 4096)

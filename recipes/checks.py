@@ -165,12 +165,14 @@ def check_splitting(model: ModelConfig, cluster: ClusterConfig, adapters: Mappin
 
 
 def check_reward_functions(reward: RewardConfig, prompts: Iterable[Prompt]) -> None:
-    """Every rule reward exists, and the columns of the prompts are what it can be called with."""
-    from rewards.base import check_columns, load_function
+    """Every rule reward exists, takes its settings, and can be called with the columns of the prompts."""
+    from rewards.base import check_columns, check_settings, load_function
 
     columns = {name for prompt in prompts for name in prompt.columns}
     for function in reward.functions:
-        check_columns(function.name, load_function(function.name), columns)
+        loaded = load_function(function.name)
+        check_settings(function.name, loaded, function.settings)
+        check_columns(function.name, loaded, columns, function.settings)
 
 
 def is_own_reward_model(path: str) -> bool:

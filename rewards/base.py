@@ -1,11 +1,13 @@
-"""What a reward function is, how a config names one, and how several become one number.
+"""What a reward function is, how a config names one, and what it may be called with.
 
 A reward function takes all prompts and responses of a batch, and every other column of the rows by name, and
 returns one number per response. None means "could not score": that response is left out and counted. A number is
 never made up.
 
 A parameter of its own without a default takes the column of that name, as does one whose default is None; any other
-default is a setting, which no column may replace.
+default is a setting, which no column may replace. A config may give a value to any of them: it is a setting then.
+
+Each response is scored for itself: answers are handed over in portions, and one by one where a portion fails.
 """
 
 from __future__ import annotations
@@ -13,17 +15,19 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
-import math
+import json
 import pkgutil
-from collections.abc import Callable, Collection, Mapping, Sequence
-from numbers import Real
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar, get_type_hints
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 SAMPLED = ("finish_reasons", "lengths")
 """Columns that every function is given beside those of the data: how each answer ended, and its number of tokens."""
 RESERVED = ("prompts", "responses", *SAMPLED)
-FLOAT32_MAX = 3.4028234663852886e38
+NO_REWARDS = frozenset({"base", "pool", "worker", "jail"})
+"""Modules of the package that hold no reward functions."""
 
 
 class RewardFunction(Protocol):
@@ -40,7 +44,7 @@ def load_function(name: str) -> RewardFunction:
             not take columns it has no use for.
     """
     module_name, colon, function_name = name.partition(":")
-    modules = sorted(m.name for m in pkgutil.iter_modules([str(Path(__file__).parent)]) if m.name != "base")
+    modules = sorted(m.name for m in pkgutil.iter_modules([str(Path(__file__).parent)]) if m.name not in NO_REWARDS)
     if not colon or not function_name:
         raise ValueError(f"reward function: got {name!r}, expected MODULE:FUNCTION such as text:finished_sentence")
     if module_name not in modules:
@@ -64,15 +68,62 @@ def load_function(name: str) -> RewardFunction:
     return function
 
 
-def check_columns(name: str, function: Callable[..., Any], columns: Collection[str]) -> None:
+def only_where(check: Callable[..., None]) -> Callable[[Function], Function]:
+    """Let `check(**settings)` refuse, before a run starts, what the function would refuse on its first call."""
+
+    def mark(function: Function) -> Function:
+        vars(function)["check"] = check
+        return function
+
+    return mark
+
+
+def check_settings(name: str, function: Callable[..., Any], settings: Mapping[str, Any]) -> None:
+    """Refuse settings that the function `name` does not have, or of another type than it says; then ask its own check.
+
+    Raises:
+        ValueError: an unknown setting, one that is given by every call, a wrong type, or what the check refuses.
+    """
+    from pydantic import TypeAdapter, ValidationError  # which the processes that run the functions do without
+
+    own = {p.name: p for p in _own_parameters(function)}
+    hints = get_type_hints(function)
+    for key, value in settings.items():
+        if key in SAMPLED or key not in own:
+            known = sorted(set(own) - set(SAMPLED))
+            expected = _choice(key, known) if known else "expected none: it has no settings; remove it"
+            raise ValueError(f"reward.functions: got a setting {key!r} of {name}, {expected}")
+        try:
+            TypeAdapter(hints.get(key, Any)).validate_json(json.dumps(value), strict=True)
+        except ValidationError as error:
+            raise ValueError(
+                f"reward.functions: got {key}: {value!r} as a setting of {name}, expected "
+                f"{inspect.formatannotation(hints[key])} ({error.errors()[0]['msg']}); correct it"
+            ) from None
+    if check := getattr(function, "check", None):
+        taken = inspect.signature(check).parameters
+        check(**{key: value for key, value in settings.items() if key in taken})
+
+
+def check_columns(
+    name: str, function: Callable[..., Any], columns: Collection[str], settings: Collection[str] = ()
+) -> None:
     """Refuse columns of the data that the function `name` cannot be called with.
+
+    Args:
+        settings: names of the parameters that the config gives a value.
 
     Raises:
         ValueError: a column that it needs is missing, replaces one of its settings, or has a reserved name.
     """
     refuse_reserved(columns)
-    for parameter in list(inspect.signature(function).parameters.values())[2:]:
-        if parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
+    for parameter in _own_parameters(function):
+        if parameter.name in settings:
+            if parameter.name in columns:
+                raise ValueError(
+                    f"reward.functions: got a column {parameter.name!r} in the data, expected none of that name: the "
+                    f"config gives {name} this setting; rename the column, or remove the setting"
+                )
             continue
         if parameter.default is parameter.empty and parameter.name not in {*columns, *SAMPLED}:
             raise ValueError(
@@ -95,67 +146,14 @@ def refuse_reserved(columns: Collection[str]) -> None:
         )
 
 
-def combine(
-    parts: Mapping[str, Sequence[float | None]], weights: Mapping[str, float], *, num_responses: int | None = None
-) -> tuple[list[float | None], list[dict[str, float | None]]]:
-    """Weighted sum of the parts of every response.
-
-    Args:
-        parts: by name, one number or None per response.
-        weights: by the same names.
-        num_responses: how many there must be; None takes the first part's.
-
-    Returns:
-        The total of each response, None where a part is None; and its unweighted parts by name.
-
-    Raises:
-        ValueError: names that differ, no parts, a wrong length, something that is no finite number, or a total that
-            float32, in which the learners compute, cannot hold.
-    """
-    if not parts or set(parts) != set(weights):
-        raise ValueError(
-            f"rewards: got parts {sorted(parts)} and weights {sorted(weights)}, expected the same names; align them"
-        )
-    expected = len(next(iter(parts.values()))) if num_responses is None else num_responses
-    for name, numbers in parts.items():
-        if not isinstance(numbers, Sequence) or isinstance(numbers, str) or len(numbers) != expected:
-            got = len(numbers) if isinstance(numbers, Sequence) else type(numbers).__name__
-            raise ValueError(f"reward {name!r}: got {got} numbers, expected a list of {expected}, one per response")
-        for index, number in enumerate(numbers):
-            if number is not None and not _is_finite_number(number):
-                raise ValueError(
-                    f"reward {name!r}, response {index}: got {number!r}, expected a finite number, or None where it "
-                    "cannot score; correct the function"
-                )
-    breakdown = [
-        {name: None if numbers[i] is None else float(numbers[i]) for name, numbers in parts.items()}  # type: ignore[arg-type]
-        for i in range(expected)
-    ]
-    totals = [_total(one, weights) for one in breakdown]
-    for index, total in enumerate(totals):
-        if total is not None and not abs(total) <= FLOAT32_MAX:
-            raise ValueError(
-                f"rewards, response {index}: got a total of {total!r} from {breakdown[index]}, expected one that "
-                "float32 can hold; lower the weights"
-            )
-    return totals, breakdown
+def _own_parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
+    """Those beside the prompts, the responses and `**columns`."""
+    named = list(inspect.signature(function).parameters.values())[2:]
+    return [p for p in named if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
 
 
 def _takes_texts(function: Callable[..., Any]) -> bool:
     return list(inspect.signature(function).parameters)[:2] == ["prompts", "responses"]
-
-
-def _total(one: Mapping[str, float | None], weights: Mapping[str, float]) -> float | None:
-    total = 0.0
-    for name, number in one.items():
-        if number is None:
-            return None
-        total += weights[name] * number
-    return total
-
-
-def _is_finite_number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _choice(got: str, known: Any) -> str:

@@ -17,13 +17,15 @@ from alignment.loops.run import Run
 from alignment.run_directory import RunDirectory
 
 
-def config_of(tiny, *, num_steps: int, limit: float | None, policy: dict | None = None, **rollout) -> PpoRunConfig:
+def config_of(
+    tiny, *, num_steps: int, limit: float | None, policy: dict | None = None, reward: dict | None = None, **rollout
+) -> PpoRunConfig:
     return PpoRunConfig.model_validate(
         {
             "run": {"num_steps": num_steps, "trackers": []},
             "data": {"source": {"path": f"{tiny}/prompts.jsonl"}, "held_out": 4},
             "model": {"path": str(tiny / "policy")},
-            "reward": {"functions": [{"name": "text:no_repetition"}], "missing_eos_penalty": 0.5},
+            "reward": reward or {"functions": [{"name": "text:no_repetition"}], "missing_eos_penalty": 0.5},
             "rollout": {"engine": "transformers", "max_new_tokens": 8, **rollout},
             "kl": {"limit": limit},
             "policy": policy or {},

@@ -11,7 +11,7 @@ from alignment.config.cluster import ROLES, ClusterConfig, RoleConfig, RolloutRo
 from alignment.config.data import PreferenceDataConfig, PromptDataConfig, SftDataConfig, SftSourceConfig, SourceConfig
 from alignment.config.model import AdapterConfig, MicroBatchConfig, ModelConfig, OptimizerConfig
 from alignment.config.ppo import CriticConfig, KlConfig, PolicyConfig, PpoConfig, PpoRunConfig
-from alignment.config.reward import RewardConfig, RewardFunctionConfig
+from alignment.config.reward import RewardConfig, RewardExecutionConfig, RewardFunctionConfig
 from alignment.config.reward_model import RewardModelRunConfig, RewardModelTrainingConfig
 from alignment.config.rollout import CorrectionConfig, RolloutConfig, VllmConfig
 from alignment.config.run import EvaluationConfig, RunConfig
@@ -35,6 +35,7 @@ __all__ = [
     "PreferenceDataConfig",
     "PromptDataConfig",
     "RewardConfig",
+    "RewardExecutionConfig",
     "RewardFunctionConfig",
     "RewardModelRunConfig",
     "RewardModelTrainingConfig",

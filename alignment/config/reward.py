@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar
 
-from pydantic import field_validator, model_validator
+from pydantic import JsonValue, field_validator, model_validator
 
 from alignment.config.base import Config, FiniteFloat, Fraction, NonNegative, NonNegativeFloat, Positive, PositiveFloat
 from alignment.config.model import MicroBatchConfig
+
+MODEL_PART = "reward_model"
+"""The part that the reward model gives."""
 
 
 class RewardFunctionConfig(Config):
@@ -17,6 +21,55 @@ class RewardFunctionConfig(Config):
     """`module:function` below the rewards package, e.g. `text:finished_sentence`."""
     weight: FiniteFloat = 1.0
     """Factor in the total."""
+    part: str | None = None
+    """What its numbers are called; None takes the name. So one function can count twice, with other settings."""
+    settings: dict[str, JsonValue] = {}
+    """Arguments of the function by name, e.g. `{min_words: 10}`; what is not named keeps its default."""
+    clip: tuple[FiniteFloat, FiniteFloat] | None = None
+    """Its numbers are cut to [low, high] before they are weighted."""
+    normalize: bool = False
+    """Subtract the running mean of its numbers and divide by their running standard deviation, before `clip`. While
+    training only: held-out scores stay comparable."""
+    gate: bool = False
+    """No reward unless it is above 0: an answer that fails it is worth its own weighted number and nothing else."""
+    time_limit: PositiveFloat | None = None
+    """Seconds for one call; None takes reward.execution.time_limit."""
+    samples_per_call: Positive | None = None
+    """Answers per call; None takes reward.execution.samples_per_call."""
+
+    @property
+    def key(self) -> str:
+        """What its part is called."""
+        return self.part if self.part is not None else self.name
+
+    @field_validator("clip")
+    @classmethod
+    def _limits_leave_room(cls, clip: tuple[float, float] | None) -> tuple[float, float] | None:
+        if clip is not None and clip[0] >= clip[1]:
+            raise ValueError(f"got {list(clip)}, expected [low, high] with low below high; widen the limits")
+        return clip
+
+    @model_validator(mode="after")
+    def _gate_reads_its_own_numbers(self) -> RewardFunctionConfig:
+        if self.gate and self.normalize:
+            raise ValueError(
+                f"{self.key}, gate: got normalize: true, expected a gate that reads its own numbers: it is open above "
+                "0, and normalised numbers are above and below 0 whatever they say; set one of the two to false"
+            )
+        return self
+
+
+class RewardExecutionConfig(Config):
+    """Where reward functions run: processes that are ended when they do not answer."""
+
+    num_workers: Positive = 1
+    """Processes per reward actor. The scores do not depend on it."""
+    time_limit: PositiveFloat = 10.0
+    """Seconds for one call."""
+    samples_per_call: Positive = 32
+    """Answers per call, at most. A call that fails is made again for each answer alone."""
+    memory_mb: Positive = 8192
+    """Address space of a process, in MB."""
 
 
 class RewardConfig(MicroBatchConfig):
@@ -34,6 +87,8 @@ class RewardConfig(MicroBatchConfig):
     """Subtract the mean and divide by the standard deviation saved with the reward model, where it has them."""
     functions: tuple[RewardFunctionConfig, ...] = ()
     """Rule rewards."""
+    execution: RewardExecutionConfig = RewardExecutionConfig()
+    """How they are run."""
     micro_batch_size: Positive | None = None
     """Sequences per forward on one worker, at most. None is 8, and no bound beside max_tokens_per_micro_batch."""
     max_tokens_per_micro_batch: Positive | None = None
@@ -55,9 +110,14 @@ class RewardConfig(MicroBatchConfig):
     @field_validator("functions")
     @classmethod
     def _each_function_once(cls, functions: tuple[RewardFunctionConfig, ...]) -> tuple[RewardFunctionConfig, ...]:
-        names = [function.name for function in functions]
-        if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"got {', '.join(twice)} more than once, expected each function once; add the weights up")
+        keys = [function.key for function in functions]
+        if twice := sorted({key for key in keys if keys.count(key) > 1}):
+            raise ValueError(
+                f"got {', '.join(twice)} more than once, expected each part once; add the weights up, or give the "
+                "second another name with part:"
+            )
+        if MODEL_PART in keys:
+            raise ValueError(f"got a part {MODEL_PART!r}, expected another name: it is the reward model's; rename it")
         return functions
 
     @model_validator(mode="after")
@@ -65,3 +125,24 @@ class RewardConfig(MicroBatchConfig):
         if self.model is None and not self.functions:
             raise ValueError("got no reward.model and no reward.functions, expected at least one; name one")
         return self
+
+    @property
+    def weights(self) -> Mapping[str, float]:
+        """Factor of every part of the total."""
+        model = {MODEL_PART: self.model_weight} if self.model is not None else {}
+        return {**model, **{function.key: function.weight for function in self.functions}}
+
+    @property
+    def clips(self) -> Mapping[str, tuple[float, float]]:
+        """Limits of the parts that have some."""
+        return {function.key: function.clip for function in self.functions if function.clip is not None}
+
+    @property
+    def gates(self) -> frozenset[str]:
+        """Parts without which there is no reward."""
+        return frozenset(function.key for function in self.functions if function.gate)
+
+    @property
+    def normalized(self) -> tuple[str, ...]:
+        """Parts with running statistics."""
+        return tuple(function.key for function in self.functions if function.normalize)

@@ -17,7 +17,7 @@ from alignment.kl import AdaptiveKLController
 from alignment.loops.invariants import check_first_step
 from alignment.loops.run import Run, StepLog
 from alignment.rollout_correction import MISMATCH_METRICS, require_current, require_match
-from alignment.scores import ScoreNormalizer, shape_scores
+from alignment.scores import ScoreNormalizer, normalize_parts, refuse_unscorable, score_metrics, shape_scores
 from alignment.types import Experience, Prompt, Rollout, Score
 
 
@@ -29,24 +29,31 @@ class PpoState:
     """The next step."""
     kl_coef: AdaptiveKLController
     normalizer: ScoreNormalizer
+    """Of the total."""
+    parts: dict[str, ScoreNormalizer]
+    """Of the parts that are normalised."""
 
     @classmethod
     def start(cls, config: PpoRunConfig) -> PpoState:
         # With no target the controller is never updated and the coefficient stays.
         target = config.kl.target if config.kl.target is not None else 1.0
-        return cls(0, AdaptiveKLController(config.kl.coef, target, config.kl.horizon), ScoreNormalizer())
+        kl_coef = AdaptiveKLController(config.kl.coef, target, config.kl.horizon)
+        return cls(0, kl_coef, ScoreNormalizer(), {name: ScoreNormalizer() for name in config.reward.normalized})
 
     def state_dict(self) -> dict[str, Any]:
         return {
             "step": self.step,
             "kl_coef": self.kl_coef.state_dict(),
             "normalizer": self.normalizer.state_dict(),
+            "parts": {name: normalizer.state_dict() for name, normalizer in self.parts.items()},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.step = state["step"]
         self.kl_coef.load_state_dict(state["kl_coef"])
         self.normalizer.load_state_dict(state["normalizer"])
+        for name, normalizer in self.parts.items():
+            normalizer.load_state_dict(state["parts"][name])
 
 
 def train_ppo(
@@ -190,7 +197,9 @@ def shaped_scores(
 ) -> list[float | None]:
     """Unpack the reward config; refuse a batch with more unscored answers than the budget."""
     reward = config.reward
-    refuse_unscorable(scores, reward.max_unscorable)
+    refuse_unscorable(rollouts, scores, reward.max_unscorable)
+    if state.parts:
+        scores = normalize_parts(scores, state.parts, reward.weights, clips=reward.clips, gates=reward.gates)
     return shape_scores(
         rollouts,
         scores,
@@ -234,25 +243,6 @@ def experience_of(
         **reward_settings(config, state),
     )
     return experience, {**described, "kl/coef": state.kl_coef.value}
-
-
-def score_metrics(scores: Sequence[Score]) -> dict[str, float]:
-    """Mean of the raw total and of each part over the answers that have one."""
-    columns = {"reward/mean": [score.total for score in scores]}
-    for name in scores[0].parts:
-        columns[f"reward/{name}"] = [score.parts[name] for score in scores]
-    kept = {name: [value for value in column if value is not None] for name, column in columns.items()}
-    return {name: sum(column) / len(column) for name, column in kept.items() if column}
-
-
-def refuse_unscorable(scores: Sequence[Score], limit: float) -> None:
-    """Stop when more answers than the budget allows have no score; nothing is ever made up for them."""
-    missing = sum(score.total is None for score in scores)
-    if missing > limit * len(scores):
-        raise RuntimeError(
-            f"reward: got {missing} of {len(scores)} answers without a score, expected at most "
-            f"{limit:.0%}; mend the reward, or raise reward.max_unscorable to leave such answers out"
-        )
 
 
 def stop_on_blow_up(kl: float, limit: float | None, step: int) -> None:

@@ -131,4 +131,5 @@ def _sample(rollout: Rollout, score: Score) -> dict[str, Any]:
         "num_tokens": len(rollout.response_ids),
         "score": score.total,
         "parts": dict(score.parts),
+        **({"failures": dict(score.failures)} if score.failures else {}),
     }

@@ -71,6 +71,11 @@ def test_configs_are_frozen():
         (RewardConfig, {"model": "m", "model_weight": float("inf")}),
         (RewardConfig, {"functions": REWARD.functions * 2}),
         (RolloutConfig, {"temperature": 0.0}),
+        (RewardFunctionConfig, {"name": "text:no_refusal", "clip": [1.0, 1.0]}),
+        (RewardFunctionConfig, {"name": "text:no_refusal", "time_limit": 0.0}),
+        (RewardConfig, {"functions": [{"name": "a:b"}, {"name": "c:d", "part": "a:b"}]}),
+        (RewardConfig, {"functions": [{"name": "a:b", "part": "reward_model"}]}),
+        (RewardConfig, {"model": "m", "execution": {"num_workers": 0}}),
         (RewardConfig, {"model": "m", "max_unscorable": 1.5}),
     ],
 )
@@ -90,6 +95,11 @@ def test_a_cut_support_is_refused_while_training(values):
 def test_a_source_is_exactly_one(values):
     with pytest.raises(ValidationError, match="exactly one of path, hub, asset"):
         SourceConfig(**values)
+
+
+def test_a_gate_is_not_normalised():
+    with pytest.raises(ValidationError, match="x, gate: got normalize: true, expected a gate that reads its own"):
+        RewardFunctionConfig(name="text:no_refusal", part="x", gate=True, normalize=True)
 
 
 def test_something_must_score():

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
 from alignment.experience import kl_per_sequence, make_experience
-from alignment.scores import ScoreNormalizer, length_penalty, shape_scores
+from alignment.scores import (
+    ScoreNormalizer,
+    length_penalty,
+    normalize_parts,
+    refuse_unscorable,
+    score_metrics,
+    shape_scores,
+)
 from alignment.types import Prompt, Rollout, Score
 
 
@@ -147,3 +156,52 @@ def test_running_normaliser_equals_the_statistics_of_all_scores_and_survives_sav
     constant = ScoreNormalizer()
     constant.update([3.0, 3.0])
     assert constant(3.0) == 0.0
+
+
+PARTS = [
+    Score(total=3.0, parts={"a": 1.0, "b": 2.0}),
+    Score(total=None, parts={"a": None, "b": 4.0}, failures={"a": "timeout: no answer within 2 s"}),
+    Score(total=9.0, parts={"a": 3.0, "b": 6.0}),
+]
+
+
+def test_a_normalised_part_is_scaled_by_what_was_seen_so_far():
+    normalizer = ScoreNormalizer()
+    weights = {"a": 1.0, "b": 0.5}
+    first = normalize_parts(PARTS, {"b": normalizer}, weights)
+    spread = (8 / 3) ** 0.5  # of 2, 4 and 6: an answer without a total has a part b
+    assert [score.total for score in first] == pytest.approx([1 - 1 / spread, None, 3 + 1 / spread])
+    assert [score.parts for score in first] == [score.parts for score in PARTS]
+    again = normalize_parts(PARTS[:1], {"b": normalizer}, weights, clips={"b": (-0.5, 0.5)})
+    assert normalizer.count == 4
+    assert [score.total for score in again] == [pytest.approx(1 - 0.25)]
+    resumed = ScoreNormalizer()
+    resumed.load_state_dict(json.loads(json.dumps(normalizer.state_dict())))
+    ours, theirs = (normalize_parts(PARTS, {"b": one}, weights) for one in (normalizer, resumed))
+    assert ours == theirs  # to the last bit
+    shut = normalize_parts(PARTS, {"b": ScoreNormalizer()}, weights, gates={"a"})
+    assert shut[0].total == pytest.approx(1 - 1 / spread)
+
+
+def test_every_part_and_every_failure_is_counted():
+    assert score_metrics(PARTS) == {
+        "reward/mean": 6.0,
+        "reward/a/mean": 2.0,
+        "reward/a/std": 1.0,
+        "reward/a/unscored_count": 1.0,
+        "reward/b/mean": 4.0,
+        "reward/b/std": pytest.approx((8 / 3) ** 0.5),
+        "reward/b/unscored_count": 0.0,
+        "reward/unscored/timeout": 1.0,
+    }
+
+
+def test_more_unscored_answers_than_the_budget_stop_the_run_and_name_the_first():
+    rows = [ROLLOUTS[0]] * 3
+    refuse_unscorable(rows, PARTS, 1 / 3)
+    with pytest.raises(
+        RuntimeError,
+        match=r"got 1 of 3 answers without a score \(1 timeout; the first: prompt p, sample 0, a: timeout: no answer "
+        r"within 2 s\), expected at most 33%; mend the reward, or raise reward\.max_unscorable",
+    ):
+        refuse_unscorable(rows, PARTS, 0.33)

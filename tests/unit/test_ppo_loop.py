@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 
 import pytest
 import torch
-from tiny_loop import Loop
+from tiny_loop import Loop, config_of
 
-from alignment.loops.ppo import train_ppo, train_ppo_one_pass
+from alignment.loops.ppo import PpoState, train_ppo, train_ppo_one_pass
 
 
 @pytest.fixture(autouse=True)
@@ -113,3 +114,48 @@ def test_a_sync_that_was_skipped_stops_the_next_step(tiny, tmp_path, train, monk
     with pytest.raises(RuntimeError, match=r"got answers sampled by weight versions \[0\], expected 1 alone"):
         loop.up_to(2)
     assert loop.run.store.complete() == [1]
+
+
+@pytest.mark.parametrize("train", [train_ppo, train_ppo_one_pass])
+def test_statistics_of_a_part_are_saved_and_taken_up_again(tiny, tmp_path, train):
+    """The third step of a run that was taken up after its second is that of the run that was not, to the last bit."""
+    rules = {"functions": [{"name": "text:no_repetition", "normalize": True}], "execution": {"samples_per_call": 3}}
+    whole = Loop(tiny, tmp_path / "whole", train, reward=rules)
+    whole.up_to(3)
+    assert whole.state.parts["text:no_repetition"].count == 12
+    again = Loop(tiny, tmp_path / "again", train, reward=rules)
+    again.up_to(2)
+    saved = json.loads((again.directory.checkpoints / "step_000002" / "loop.json").read_text())
+    assert saved["parts"]["text:no_repetition"]["count"] == 8
+    again.state = PpoState.start(config_of(tiny, num_steps=1, limit=None, reward=rules))
+    again.state.load_state_dict(saved)
+    again.up_to(3)
+    assert again.state.state_dict() == whole.state.state_dict()
+    rows = [{k: v for k, v in row.items() if not k.startswith("timing/")} for row in whole.metrics()]
+    assert [{k: v for k, v in row.items() if not k.startswith("timing/")} for row in again.metrics()] == rows
+    assert rows[2]["reward/shaped_score"] != pytest.approx(rows[2]["reward/mean"], abs=1e-3)
+    assert rows[2]["reward/text:no_repetition/unscored_count"] == 0
+    whole.stack.close()
+    again.stack.close()
+
+
+def test_an_answer_without_a_score_is_left_out_within_the_budget_and_stops_the_run_beyond_it(tiny, tmp_path):
+    """Where the function gets no answer to compare with, it has no number, and none is made up. The four answers of a
+    step are one call."""
+    rules = {"functions": [{"name": "exact_match:multiple_choice", "settings": {"answer": ["A", *[None] * 3]}}]}
+    loop = Loop(tiny, tmp_path / "over", train_ppo, reward=rules)
+    before = loop.weights("policy")
+    with pytest.raises(RuntimeError, match=r"got 3 of 4 answers without a score \(3 none; the first: prompt"):
+        loop.up_to(1)
+    assert unchanged(before, loop.weights("policy"))
+    loop.stack.close()
+    within = Loop(tiny, tmp_path / "within", train_ppo, reward={**rules, "max_unscorable": 0.75})
+    within.up_to(1)
+    (row,) = within.metrics()
+    assert row["reward/unscorable_count"] == row["reward/unscored/none"] == 3
+    assert row["reward/mean"] == row["reward/exact_match:multiple_choice/mean"]
+    samples = [json.loads(line) for line in within.directory.rollouts.read_text().splitlines()]
+    assert [sample["score"] is None for sample in samples] == [False, True, True, True]
+    assert samples[1]["failures"] == {"exact_match:multiple_choice": "none: the function gave no number"}
+    assert "failures" not in samples[0]
+    within.stack.close()

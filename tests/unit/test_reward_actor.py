@@ -13,11 +13,22 @@ from alignment.config import ModelConfig, RewardConfig
 from alignment.data.prompts import make_prompt
 from alignment.types import Rollout
 
+LENGTH = "text:length_between"
+STARTED: list[RewardModelActor] = []
+
 
 def actor_of(**reward: object) -> RewardModelActor:
     actor = RewardModelActor(model=ModelConfig(), reward=RewardConfig.model_validate(reward))
+    STARTED.append(actor)
     actor.setup({})
     return actor
+
+
+@pytest.fixture(autouse=True)
+def _no_process_is_left():
+    yield
+    while STARTED:
+        STARTED.pop().close()
 
 
 def rollout(response: str, **columns: object) -> Rollout:
@@ -78,3 +89,49 @@ def test_columns_are_handed_on_and_never_replaced(tmp_path):
         actor.score([rollout("B", answer="B", lengths=1)])
     judge = actor_of(model=str(write_tiny_reward_model(tmp_path / "judge")))
     assert judge.score([rollout("B", lengths=1)])[0].total is not None
+
+
+def test_parts_settings_gates_and_clips_come_from_the_config(tmp_path):
+    actor = actor_of(
+        model=str(write_tiny_reward_model(tmp_path / "judge")),
+        model_weight=0.0,
+        functions=[
+            {"name": "text:finished_sentence", "gate": True, "weight": 0.25},
+            {
+                "name": "text:length_between",
+                "part": "short",
+                "settings": {"min_words": 1, "max_words": 1},
+                "weight": 2,
+            },
+            {"name": LENGTH, "settings": {"min_words": 2}, "clip": [0.0, 0.75]},
+        ],
+        execution={"num_workers": 2, "samples_per_call": 1},
+    )
+    scores = actor.score([rollout("Rest."), rollout("Rest"), rollout("Rest well.")])
+    assert [score.total for score in scores] == [0.25 + 2.0 + 0.5, 0.0, 0.25 + 0.0 + 0.75]
+    assert {name: scores[2].parts[name] for name in ("short", LENGTH)} == {
+        "short": 0.0,
+        LENGTH: 1.0,
+    }
+    assert all(score.failures == {} for score in scores)
+
+
+def test_what_has_no_number_has_a_reason(tmp_path):
+    actor = actor_of(
+        model=str(short_judge(tmp_path / "judge")),
+        functions=[{"name": "exact_match:multiple_choice", "part": "exact"}],
+    )
+    scores = actor.score([rollout("a" * 60, answer="A"), rollout("B", answer=None), rollout("B", answer="B")])
+    assert [dict(score.failures) for score in scores] == [
+        {"reward_model": "length: longer than the reward model's positions"},
+        {"exact": "none: the function gave no number"},
+        {},
+    ]
+    assert [score.total is None for score in scores] == [True, True, False]
+
+
+def test_settings_are_checked_before_anything_is_scored():
+    with pytest.raises(
+        ValueError, match=r"got a setting 'min_word' of text:length_between, .* did you mean 'min_words'"
+    ):
+        actor_of(functions=[{"name": "text:length_between", "settings": {"min_word": 3}}])

@@ -7,8 +7,9 @@ import math
 import numpy
 import pytest
 
+from alignment.scores import combine
 from rewards import text
-from rewards.base import check_columns, combine, load_function
+from rewards.base import check_columns, check_settings, load_function, only_where
 from rewards.exact_match import multiple_choice, stated_letter
 from rewards.medical import advises_care, unsafe_advice
 from rewards.text import finished_sentence, length_between, no_refusal, no_repetition, words
@@ -298,3 +299,68 @@ def test_a_function_must_take_every_column(monkeypatch):
     monkeypatch.setattr(text, "narrow", narrow, raising=False)
     with pytest.raises(ValueError, match=r"got 'text:narrow' without \*\*columns, expected f\(prompts, responses"):
         load_function("text:narrow")
+
+
+GATED = {"format": [1.0, 0.0, -1.0, 0.0, None, 0.5], "value": [0.5, 0.9, 9.0, None, 1.0, None]}
+
+
+def test_a_shut_gate_is_all_that_counts():
+    totals, breakdown = combine(GATED, {"format": 2.0, "value": 1.0}, gates={"format"})
+    # Open: 2 * 1 + 0.5. Shut: the gate's own number times its weight, whatever the other says. Unknown: no total.
+    assert totals == [2.5, 0.0, -2.0, 0.0, None, None]
+    assert breakdown[2] == {"format": -1.0, "value": 9.0}
+    assert combine(GATED, {"format": 0.0, "value": 1.0}, gates={"format"})[0] == [0.5, 0.0, 0.0, 0.0, None, None]
+    two = {"a": [0.0, 1.0], "b": [-1.0, -1.0], "c": [5.0, 5.0]}
+    assert combine(two, {"a": 1.0, "b": 0.5, "c": 1.0}, gates={"a", "b"})[0] == [-0.5, -0.5]
+
+
+def test_clips_cut_before_the_weights():
+    parts = {"a": [-9.0, 0.25, 9.0, None], "b": [1.0, 1.0, 1.0, 1.0]}
+    totals, breakdown = combine(parts, {"a": 10.0, "b": 1.0}, clips={"a": (-1.0, 0.5)})
+    assert totals == [-9.0, 3.5, 6.0, None]
+    assert breakdown[0] == {"a": -9.0, "b": 1.0}
+    # A gate reads what is left of its number.
+    assert combine({"a": [3.0]}, {"a": 1.0}, clips={"a": (-1.0, 0.0)}, gates={"a"})[0] == [0.0]
+
+
+def with_settings(prompts, responses, *, answer, scale: float = 1.0, answers: list[str] = (), kind="x", **columns):
+    return [scale] * len(responses)
+
+
+def test_settings_are_those_of_the_function():
+    check_settings("a:b", with_settings, {"scale": 2, "kind": "y", "answers": ["a"], "answer": "A"})
+    check_settings("a:b", finished_sentence, {})
+    with pytest.raises(ValueError, match=r"got a setting 'scal' of a:b, expected one of .*did you mean 'scale'"):
+        check_settings("a:b", with_settings, {"scal": 2.0})
+    with pytest.raises(
+        ValueError, match=r"got scale: '2' as a setting of a:b, expected float \(Input should be a valid"
+    ):
+        check_settings("a:b", with_settings, {"scale": "2"})
+    with pytest.raises(ValueError, match=r"got answers: \['a', 1\] as a setting"):
+        check_settings("a:b", with_settings, {"answers": ["a", 1]})
+    with pytest.raises(ValueError, match="got a setting 'x' of a:b, expected none: it has no settings; remove it"):
+        check_settings("a:b", finished_sentence, {"x": 1})
+    for given in ("prompts", "lengths"):
+        with pytest.raises(ValueError, match=f"got a setting '{given}'"):
+            check_settings("a:b", needing_lengths, {given: 1})
+
+
+def test_a_setting_stands_for_a_column_and_excludes_one():
+    check_columns("a:b", multiple_choice, {"topic"}, {"answer"})
+    with pytest.raises(ValueError, match=r"got a column 'answer' in the data, .* the config gives a:b this setting"):
+        check_columns("a:b", multiple_choice, {"answer"}, {"answer"})
+
+
+def test_a_function_refuses_before_a_run_what_it_would_refuse_in_it():
+    def refuse(*, depth: int = 3) -> None:
+        if depth > 5:
+            raise ValueError(f"depth: got {depth}, expected at most 5; lower it")
+
+    @only_where(refuse)
+    def deep(prompts, responses, *, depth: int = 3, kind: str = "x", **columns):
+        return [0.0] * len(responses)
+
+    check_settings("a:b", deep, {"kind": "y"})
+    check_settings("a:b", deep, {"depth": 5, "kind": "y"})
+    with pytest.raises(ValueError, match="depth: got 6, expected at most 5"):
+        check_settings("a:b", deep, {"depth": 6})

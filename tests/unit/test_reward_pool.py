@@ -1,0 +1,272 @@
+"""Reward functions that hang, crash and take too much: cut, named and counted, while the others keep their numbers."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from rewards.pool import Part, PoolFunction, RewardPool
+
+ROOT = Path(__file__).resolve().parents[2]
+HOSTILE = '''
+"""What goes wrong in reward functions, each told to by the text of an answer."""
+
+import ctypes
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+
+def act(prompts, responses, *, factor=1.0, **columns):
+    return [float(one(text)) * factor if text[:1].isalpha() else float(text) for text in responses]
+
+
+def one(text):
+    if text == "hang":
+        while True:
+            pass
+    if text == "hold":  # the interpreter's lock, in C: no thread of the process ever runs again
+        ctypes.PyDLL(None).pause()
+    if text == "sleep":
+        time.sleep(600)
+    if text == "exit":
+        os._exit(3)
+    if text == "segfault":
+        ctypes.string_at(0)
+    if text == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if text == "memory":
+        return len(bytearray(64 * 2**30))
+    if text == "blow":
+        rows = []
+        while True:
+            rows.append(bytearray(2**24))
+    if text == "flood":
+        for _ in range(3000):
+            os.write(1, b"x" * 2**16)
+        return 5
+    if text == "raise":
+        raise ZeroDivisionError("no such thing")
+    if text == "leave":
+        sys.exit("bye")
+    if text == "deep":
+        return one(text)
+    if text == "child":  # which a killed function leaves behind, in a process group of its own
+        subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], process_group=0)
+        time.sleep(600)
+    if text == "random":
+        return random.random() + sum(0.1 * hash(word) for word in {"a", "b", "c"})
+    if text == "value":
+        return 7
+    raise AssertionError(text)
+
+
+def odd(prompts, responses, **columns):
+    kinds = {"nan": float("nan"), "inf": float("-inf"), "bool": True, "text": "1.0", "list": [1.0], "none": None}
+    return [kinds[text] if text in kinds else 10**400 if text == "big" else int(text) for text in responses]
+
+
+def short(prompts, responses, **columns):
+    return [1.0] * (len(responses) - 1)
+
+
+def number(prompts, responses, **columns):
+    return 1.0
+
+
+def whole(prompts, responses, *, note, **columns):
+    return [float(len(prompts)) if one == responses[0] else 0.5 for one in note]
+'''
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory) -> Path:
+    """A copy of the rewards package with one module more, to be imported by the processes instead of it."""
+    folder = tmp_path_factory.mktemp("hostile")
+    shutil.copytree(ROOT / "rewards", folder / "rewards", ignore=shutil.ignore_patterns("__pycache__"))
+    (folder / "rewards" / "hostile.py").write_text(HOSTILE)
+    return folder
+
+
+@pytest.fixture
+def opened(hostile, monkeypatch):
+    """Start pools that are closed at the end, when nothing may be left of them."""
+    monkeypatch.syspath_prepend(str(hostile))
+    before, pools = family(), []
+
+    def start(name: str = "act", *, num_workers: int = 1, memory_mb: int = 2048, **function) -> RewardPool:
+        function = {"time_limit": 30.0, **function}
+        pool = RewardPool(
+            {"part": PoolFunction(name=f"hostile:{name}", **function)}, num_workers=num_workers, memory_mb=memory_mb
+        )
+        pools.append(pool)
+        pool.start()
+        return pool
+
+    yield start
+    for pool in pools:
+        pool.close()
+    assert family() - before == set()
+
+
+def family() -> set[int]:
+    """What descends from this process."""
+    found, parents = {os.getpid()}, {}
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+        except OSError:
+            continue
+    while more := {pid for pid, parent in parents.items() if parent in found} - found:
+        found |= more
+    return found - {os.getpid()}
+
+
+def ask(pool: RewardPool, responses: list[str], **columns: list) -> Part:
+    return pool.score([f"p{i}" for i in range(len(responses))], responses, columns).result(timeout=300)["part"]
+
+
+@pytest.mark.parametrize(
+    ("text", "failure"),
+    [
+        ("hang", "timeout: no answer within 1 s"),
+        ("hold", "timeout: no answer within 1 s"),
+        ("sleep", "timeout: no answer within 1 s"),
+        ("child", "timeout: no answer within 1 s"),
+        ("exit", "crash: the process ended with exit code 3"),
+        ("segfault", "crash: the process ended with SIGSEGV"),
+        ("killed", "crash: the process ended with SIGKILL"),
+        ("memory", "memory: more than reward.execution.memory_mb"),
+        ("blow", "memory: more than reward.execution.memory_mb"),
+        ("raise", "error: ZeroDivisionError: no such thing (hostile.py:"),
+        ("leave", "error: SystemExit: bye (hostile.py:"),
+        ("deep", "error: RecursionError: maximum recursion depth exceeded"),
+    ],
+)
+def test_one_answer_that_breaks_the_function_is_cut_and_the_others_keep_their_numbers(opened, text, failure):
+    pool = opened(time_limit=1.0 if failure.startswith("timeout") else 30.0, samples_per_call=4)
+    responses = ["1", "2.5", text, "-3", "4", "5"]
+    part = ask(pool, responses)
+    assert part.numbers == [1.0, 2.5, None, -3.0, 4.0, 5.0]
+    assert list(part.failures) == [2]
+    assert part.failures[2].startswith(failure)
+    assert ask(pool, ["6"]) == Part([6.0], {})  # it goes on
+
+
+def test_a_flood_is_cut_and_the_number_kept(opened, capsys):
+    assert ask(opened(), ["flood", "1"]) == Part([5.0, 1.0], {})
+    assert capsys.readouterr().err == "x" * 2000
+
+
+def test_twenty_that_hang_leave_no_process(opened):
+    pool = opened(num_workers=4, time_limit=0.5, samples_per_call=1)
+    before = family()
+    part = ask(pool, ["hang", "child"] * 10)
+    assert part.numbers == [None] * 20
+    assert {part.failures[i].partition(":")[0] for i in range(20)} == {"timeout"}
+    assert len(family()) <= len(before)
+
+
+def test_numbers_that_are_none_are_named_one_by_one(opened):
+    part = ask(opened("odd"), ["1", "nan", "inf", "bool", "text", "list", "none", "big", "-2"])
+    assert part.numbers == [1.0, *[None] * 7, -2.0]
+    assert part.failures[6] == "none: the function gave no number"
+    told = [part.failures[i] for i in (1, 2, 3, 4, 5)]
+    assert told == [
+        f"invalid: got {shown}, expected a finite number or None"
+        for shown in ("nan", "-inf", "True", "'1.0'", "[1.0]")
+    ]
+    assert part.failures[7].startswith("invalid: got 1000")
+
+
+@pytest.mark.parametrize(("name", "failure"), [("short", "invalid: got 0 numbers"), ("number", "invalid: got float")])
+def test_a_function_that_gives_no_list_scores_nothing(opened, name, failure):
+    part = ask(opened(name), ["1", "2", "3"])
+    assert part.numbers == [None] * 3
+    assert all(part.failures[i].startswith(failure) for i in range(3))
+
+
+def test_the_scores_do_not_depend_on_the_number_of_processes(opened):
+    responses = ["random", "1", "hang", "random", "exit", "2", "raise", "random", "value", "3"] * 2
+    parts = [
+        ask(opened(num_workers=num_workers, time_limit=2.0, samples_per_call=3), responses)
+        for num_workers in (1, 2, 5)
+    ]
+    assert parts[0] == parts[1] == parts[2]
+    assert parts[0].numbers[0] is not None
+    assert sorted(parts[0].failures) == [2, 4, 6, 12, 14, 16]
+
+
+def test_a_process_that_was_killed_from_outside_costs_no_answer(opened):
+    pool = opened(samples_per_call=1)
+    for _ in range(2):
+        (worker,) = pool._workers
+        os.kill(worker.process.pid, signal.SIGKILL)
+        assert ask(pool, ["1", "value"]) == Part([1.0, 7.0], {})
+
+
+def test_settings_and_columns_reach_the_function(opened):
+    assert ask(opened(settings={"factor": 3.0}), ["value", "2"]).numbers == [21.0, 2.0]
+    pool = opened("whole", samples_per_call=2)
+    assert ask(pool, ["é\ud800", "b", "c"], note=["é\ud800", "b", "c"]).numbers == [2.0, 0.5, 1.0]
+    with pytest.raises(ValueError, match=r"got a column with values that are no plain data \(Object of type set"):
+        ask(pool, ["a"], note=[{1}])
+
+
+def test_a_function_that_cannot_be_loaded_is_refused_at_the_start(opened):
+    with pytest.raises(ValueError, match=r"ValueError: reward function: got 'nothing' in rewards\.hostile"):
+        opened("nothing")
+
+
+def test_a_killed_owner_leaves_no_process(hostile):
+    """Workers that hang, and one that waits: all end with the process that started them."""
+    code = f"""
+import sys, threading
+sys.path.insert(0, {str(hostile)!r})
+from rewards.pool import *
+pool = RewardPool({{"part": PoolFunction(name="hostile:act", time_limit=600.0, samples_per_call=1)}}, num_workers=3)
+pool.start()
+pending = pool.score(["p"] * 2, ["hold", "hang"], {{}})
+print(*[worker.process.pid for worker in pool._workers], flush=True)
+pending.result()
+"""
+    owner = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert owner.stdout is not None
+    pids = [int(word) for word in owner.stdout.readline().split()]
+    assert len(pids) == 3
+    assert all(Path(f"/proc/{pid}").exists() for pid in pids)
+    owner.kill()
+    owner.wait()
+    owner.stdout.close()
+    deadline = time.monotonic() + 20
+    while any(alive(pid) for pid in pids):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+def test_a_pool_is_closed_while_it_waits(opened):
+    pool = opened(time_limit=600.0)
+    pending = pool.score(["p"], ["hang"], {})
+    began = time.monotonic()
+    pool.close()
+    assert time.monotonic() - began < 30
+    with pytest.raises(RuntimeError, match="got a closed pool"):
+        pending.result()
+    pool.close()
