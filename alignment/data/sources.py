@@ -14,6 +14,7 @@ from alignment.data.assets import ASSETS, fetch_asset
 from alignment.data.diseases import disease_rows
 from alignment.data.files import SUFFIXES, Row, read_file
 from alignment.data.hub import remedy, why_offline
+from alignment.data.judged_assets import harm_rows, nq_pair_rows, nq_ranking_rows, refusal_rows, review_rows
 from alignment.data.medical import treatment_plan_answers, treatment_plan_pairs
 from alignment.data.sharegpt import sharegpt_rows
 
@@ -24,6 +25,11 @@ DERIVED: dict[str, Callable[[], Iterable[Row]]] = {
     "treatment-plan-answers": treatment_plan_answers,
     "disease-table-zh": disease_rows,
     "sharegpt": sharegpt_rows,
+    "refusals": refusal_rows,
+    "harm-ratings": harm_rows,
+    "reviews-zh": review_rows,
+    "nq-pairs": nq_pair_rows,
+    "nq-rankings": nq_ranking_rows,
 }
 """Assets whose rows are built from an archive's files, not read as they stand."""
 
