@@ -14,7 +14,7 @@ from actors.reward_training import objectives_of
 from alignment import models
 from alignment.config import ClusterConfig, RewardModelRunConfig
 from alignment.engines.torch import TorchEngine
-from alignment.judgements import LabelledAnswer, RatedAnswer, Ranking, SteppedAnswer
+from alignment.judgements import LabelledAnswer, Ranking, RatedAnswer, SteppedAnswer
 from alignment.learners.reward_model import RewardModelLearner
 from alignment.loops.offline import SftState, train_reward_model
 from alignment.loops.run import Run
