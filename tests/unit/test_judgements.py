@@ -193,8 +193,8 @@ def test_rows_that_are_too_long_may_be_left_out(tmp_path, tokenizer):
 def test_a_forward_holds_a_whole_row(kind, answers):
     data = {"kind": kind, "max_tokens": 100, "max_answers": 5}
     RewardModelRunConfig.model_validate({"data": data, "training": {"max_tokens_per_micro_batch": 100 * answers}})
+    small = {"max_tokens_per_micro_batch": 100 * answers - 1}
     with pytest.raises(ValueError, match=rf"got {100 * answers - 1}, expected at least the {100 * answers} of"):
-        small = {"max_tokens_per_micro_batch": 100 * answers - 1}
         RewardModelRunConfig.model_validate({"data": data, "training": small})
 
 
