@@ -48,6 +48,8 @@ def test_a_planted_preference_is_learnt_and_holds_for_others(tiny, kind, setting
     train, held_out = records[:56], records[56:]
     learner = reward_learner(tiny / "policy", **settings)
     objectives = learner.objectives
+    # What lies in the middle is neither right nor wrong.
+    held_out = [record for record in held_out if getattr(record, "target", None) != 0.5]
     before = held_out_loss(objectives, held_out, learner.scores(held_out))
     for step in range(50):
         learner.update(rows_for_step(train, step, batch_size=8, seed=0), step=step)
@@ -188,10 +190,10 @@ def test_a_run_that_was_cut_goes_on_to_the_same_end(tiny, tmp_path, kind, adapte
     again = RewardRun(tiny / "policy", tmp_path / "cut", data, **settings)
     with whole.stack, cut.stack, again.stack:
         whole.train()
-        cut.train(num_steps=5)
+        cut.train(num_steps=6)
         again.resume()
         assert again.state == cut.state
-        assert again.state.step == 5
+        assert again.state.step == 6
         again.train()
         assert again.state == whole.state
         expected = whole.weights()
@@ -202,10 +204,7 @@ def test_a_run_that_was_cut_goes_on_to_the_same_end(tiny, tmp_path, kind, adapte
     ]
     validated = [{k for k in row if k.startswith("validation/")} for row in rows[0]]
     assert [bool(names) for names in validated] == [step % 3 == 2 for step in range(9)]
-    # The cut run also validated after its own last step.
-    assert [{k: v for k, v in row.items() if "validation" not in k} for row in rows[0]] == [
-        {k: v for k, v in row.items() if "validation" not in k} for row in rows[1]
-    ]
+    assert rows[0] == rows[1]
 
 
 def test_the_best_step_is_kept_and_taken(tiny, tmp_path):
