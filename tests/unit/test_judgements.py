@@ -143,7 +143,7 @@ BAD = [
     ({**RATING, "ratings": []}, {}, "'ratings': got an empty list"),
     ({**RATING, "ratings": [0.5, 1.5]}, {}, "'ratings': got 1.5, expected a number from 0 to 1"),
     ({**RATING, "ratings": ["high"]}, {}, "'ratings': got 'high'"),
-    ({**RATING, "ratings": [float("nan")]}, {}, "'ratings': got nan"),
+    ({**RATING, "ratings": ["nan"]}, {}, "'ratings': got 'nan'"),
     ({**RATING, "response": " "}, {}, "got an empty 'response'"),
     ({"prompt": "a", "ratings": 1}, {}, "'response': got no such column"),
     ({**LABEL, "label": "maybe"}, {}, "'label': got 'maybe', expected true or false"),
