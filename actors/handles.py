@@ -16,7 +16,8 @@ from actors.weight_routes import Route
 from actors.weight_sync import BUCKETS_UNDER_WAY, SyncKind
 from actors.worker import ActorDiedError
 from alignment.interfaces import Metrics, Pending
-from alignment.types import Experience, PreferencePair, Prompt, Rollout, Score, SftExample
+from alignment.judgements import Judgement
+from alignment.types import Experience, Prompt, Rollout, Score, SftExample
 
 
 class Group(Protocol):
@@ -230,12 +231,12 @@ class RewardTrainingHandle(Handle):
 
     role = "reward_model"
 
-    def update(self, pairs: Sequence[PreferencePair], *, step: int) -> Pending[dict[str, float]]:
-        return self.group.call(self.role, "update", pairs, step=step)
+    def update(self, records: Sequence[Judgement], *, step: int) -> Pending[dict[str, float]]:
+        return self.group.call(self.role, "update", records, step=step)
 
-    def score_pairs(self, pairs: Sequence[PreferencePair]) -> Pending[list[tuple[float, float]]]:
-        lengths = [len(pair.prompt_ids) + len(pair.chosen_ids) + len(pair.rejected_ids) for pair in pairs]
-        return self.group.scatter(self.role, "score_pairs", pairs, lengths=lengths)
+    def scores(self, records: Sequence[Judgement]) -> Pending[list[tuple[float, ...]]]:
+        lengths = [sum(map(len, record.sequences)) for record in records]
+        return self.group.scatter(self.role, "scores", records, lengths=lengths)
 
     def export(self, folder: Path) -> Pending[Any]:
         return self.group.call(self.role, "export", folder)

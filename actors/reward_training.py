@@ -14,12 +14,13 @@ from alignment import adapters
 from alignment.config import ModelConfig, RewardModelTrainingConfig
 from alignment.config.cluster import RoleConfig
 from alignment.data.chat import load_tokenizer
+from alignment.judgements import Judgement
 from alignment.learners.reward_model import RewardModelLearner
-from alignment.types import PreferencePair
+from alignment.reward_objectives import Objectives
 
 
 class RewardTrainingActor(Actor):
-    """Trains a Bradley-Terry scalar head on a backbone, full or LoRA."""
+    """Trains a scalar head on a backbone, full or LoRA."""
 
     role = "reward_model"
     learns = True
@@ -63,19 +64,17 @@ class RewardTrainingActor(Actor):
             self.model,
             engine,
             micro_batch_limit=self.config.micro_batch_limit(self.model.layout),
-            center_coef=self.config.center_coef,
+            objectives=objectives_of(self.config),
             device=self.device,
             method=method,
         )
 
-    def update(self, pairs: Sequence[PreferencePair], *, step: int) -> dict[str, float]:
-        return self._once(step, lambda: self.learner.update(pairs, step=step))
+    def update(self, records: Sequence[Judgement], *, step: int) -> dict[str, float]:
+        return self._once(step, lambda: self.learner.update(records, step=step))
 
-    def score_pairs(self, pairs: Sequence[PreferencePair]) -> list[tuple[float, float]]:
-        """(chosen, rejected) scores per pair."""
-        chosen = self.learner.score([pair.prompt_ids + pair.chosen_ids for pair in pairs])
-        rejected = self.learner.score([pair.prompt_ids + pair.rejected_ids for pair in pairs])
-        return list(zip(chosen, rejected, strict=True))
+    def scores(self, records: Sequence[Judgement]) -> list[tuple[float, ...]]:
+        """Of each record the scores of its answers, or of its steps."""
+        return self.learner.scores(records)
 
     def save(self, folder: Path) -> None:
         save_trained(self.model, self.learner, folder, self.model_path)
@@ -88,6 +87,15 @@ class RewardTrainingActor(Actor):
         write = self.ranks.rank == 0
         tokenizer = load_tokenizer(self.model_path, self.model_config.revision)
         adapters.export_merged(self.model.model, folder, tokenizer, write=write)
+
+
+def objectives_of(training: RewardModelTrainingConfig) -> Objectives:
+    return Objectives(
+        center_coef=training.center_coef,
+        ranking=training.ranking_loss,
+        rating=training.rating_loss,
+        weigh_agreement=training.weigh_agreement,
+    )
 
 
 def write_statistics(folder: Path, scores: Sequence[float]) -> dict[str, float]:

@@ -82,6 +82,17 @@ def sequence_batch(sequences: Sequence[Sequence[int]], device: torch.device | st
     return ids.to(device), mask.to(device)
 
 
+def marked_batch(
+    sequences: Sequence[Sequence[int]], reads: Sequence[Sequence[int]], device: torch.device | str = "cpu"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Right-padded input_ids and attention_mask, and the positions to read of each sequence as (B, T) bool."""
+    ids, mask = sequence_batch(sequences)
+    marks = torch.zeros_like(mask)
+    for row, positions in zip(marks, reads, strict=True):
+        row[list(positions)] = True
+    return ids.to(device), mask.to(device), marks.to(device)
+
+
 def sft_batch(examples: Sequence[SftExample], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
     """Right-padded input_ids, attention_mask, response_mask, each (B, T)."""
     ids, mask = sequence_batch([example.input_ids for example in examples], device)

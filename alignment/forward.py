@@ -97,6 +97,16 @@ def _sequence_scores(model: CausalModel, input_ids: Tensor, attention_mask: Tens
     return model.head(hidden[torch.arange(hidden.shape[0], device=hidden.device), last]).squeeze(-1).float()
 
 
+def marked_scores(model: CausalModel, input_ids: Tensor, attention_mask: Tensor, marks: Tensor) -> Tensor:
+    """Reward-model scores (N,) float32 at the N true positions of `marks` (B, T) bool, row by row."""
+    scores: Tensor = _run(model, _marked_scores, input_ids, attention_mask, marks)
+    return scores
+
+
+def _marked_scores(model: CausalModel, input_ids: Tensor, attention_mask: Tensor, marks: Tensor) -> Tensor:
+    return model.head(model.hidden(input_ids, attention_mask)[marks]).squeeze(-1).float()
+
+
 def idle_output(model: CausalModel, device: torch.device | str = "cpu") -> Tensor:
     """A number that depends on every parameter: the least that a rank without a row of its own can compute."""
     ids = torch.zeros(1, 1, dtype=torch.int64, device=device)

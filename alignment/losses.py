@@ -16,6 +16,8 @@ from torch.nn.functional import logsigmoid
 from alignment.masked import masked_mean, masked_sum, zero_masked
 
 Aggregation = Literal["token_mean", "sequence_mean", "sequence_sum"]
+RankingKind = Literal["pairwise", "plackett_luce"]
+JudgementKind = Literal["cross_entropy", "squared"]
 Metrics = dict[str, Tensor]
 LOG_RATIO_LIMIT = 20.0
 
@@ -203,6 +205,113 @@ def reward_model_loss(
             "margin": mean(gap),
             "chosen_score": mean(chosen),
             "rejected_score": mean(rejected),
+        }
+    return loss, metrics
+
+
+def ranking_loss(
+    scores: Tensor,
+    ranks: Tensor,
+    mask: Tensor,
+    *,
+    kind: str = "pairwise",
+    center_coef: float = 0.0,
+    denominator: float | Tensor | None = None,
+) -> tuple[Tensor, Metrics]:
+    """Several answers to one prompt, put in order: the mean over rankings of one of
+
+    - "pairwise": -1/N sum over the N pairs i better than j of log sigmoid(s_i - s_j) (Ouyang 2022, arXiv 2203.02155,
+      eq. 1, where N = K (K - 1) / 2); answers that tie make no pair; center_coef * (s_i + s_j)^2 as for pairs;
+    - "plackett_luce": -sum_k log(exp s_k / sum_{j >= k} exp s_j), answers in order (Luce 1959, Plackett 1975).
+
+    Of two answers both are Bradley-Terry.
+
+    Args:
+        scores, ranks: (R, K), one ranking per row, the best answer first; ranks rise, ties share one.
+        mask: (R, K) bool, answers that are there.
+        denominator: global number of rankings, when this is a micro-batch.
+
+    Returns:
+        The loss, and `accuracy` (share of a ranking's pairs in the right order, a tie of scores is wrong), `margin`.
+
+    Raises:
+        ValueError: a tie, or a centring, with "plackett_luce".
+    """
+    if kind not in get_args(RankingKind):
+        raise ValueError(f"kind: got {kind!r}, expected one of {get_args(RankingKind)}; choose one of them")
+    _check_shapes(mask, scores=scores, ranks=ranks)
+    scores = zero_masked(scores, mask)
+    better = (ranks.unsqueeze(2) < ranks.unsqueeze(1)) & mask.unsqueeze(2) & mask.unsqueeze(1)
+    rows, pairs = mask.shape[0], better.flatten(1)
+    gap = (scores.unsqueeze(2) - scores.unsqueeze(1)).flatten(1)
+    count = float(rows) if denominator is None else denominator
+
+    def mean(x: Tensor) -> Tensor:
+        return aggregate(x, pairs, mode="sequence_mean", denominator=count)
+
+    if kind == "pairwise":
+        both = (scores.unsqueeze(2) + scores.unsqueeze(1)).flatten(1)
+        loss = mean(-logsigmoid(gap) + center_coef * both**2)
+    else:
+        present = mask.sum(1)
+        if center_coef or (better.sum((1, 2)) < present * (present - 1) // 2).any():
+            raise ValueError(
+                "plackett_luce: got answers that tie, or a center_coef, expected an order without ties, whose scores "
+                "have no natural zero; use pairwise"
+            )
+        # Padding keeps itself, so that no row is empty: the gradient of an empty one would be NaN.
+        itself = torch.eye(mask.shape[1], dtype=torch.bool, device=mask.device)
+        left = (torch.ones_like(itself).triu() & mask.unsqueeze(1)) | itself
+        rest = scores.unsqueeze(1).masked_fill(~left, -torch.inf).logsumexp(2)
+        loss = aggregate(rest - scores, mask, mode="sequence_sum", denominator=count)
+    with torch.no_grad():
+        metrics = {"accuracy": mean((gap > 0).float()), "margin": mean(gap)}
+    return loss, metrics
+
+
+def judgement_loss(
+    scores: Tensor,
+    targets: Tensor,
+    *,
+    weights: Tensor | None = None,
+    kind: str = "cross_entropy",
+    denominator: float | Tensor | None = None,
+) -> tuple[Tensor, Metrics]:
+    """Fit p = sigmoid(score) to what people say of an answer by itself, or of a step of one (Lightman 2023, arXiv
+    2305.20050): a label 0 or 1, or a rating in between.
+
+    "cross_entropy" is -t log p - (1 - t) log(1 - p), with labels logistic regression (Cox 1958), with ratings lowest
+    where p is their mean; "squared" is (p - t)^2 (Brier 1950).
+
+    Args:
+        scores, targets: (N,), one answer or step each; targets in 0 .. 1.
+        weights: (N,) not negative, how much each counts; None is 1.
+        denominator: global sum of weights, when this is a micro-batch.
+
+    Returns:
+        The loss, and `accuracy` (score and target on one side of the middle; in the middle is above it), `error`
+        (mean of |p - t|), `score`.
+    """
+    if kind not in get_args(JudgementKind):
+        raise ValueError(f"kind: got {kind!r}, expected one of {get_args(JudgementKind)}; choose one of them")
+    every = torch.ones_like(scores, dtype=torch.bool)
+    weights = torch.ones_like(targets) if weights is None else weights
+    _check_shapes(every, targets=targets, weights=weights)
+    scores, count = zero_masked(scores, every), weights.sum() if denominator is None else denominator
+
+    def mean(x: Tensor) -> Tensor:
+        return aggregate(weights * x, every, mode="token_mean", denominator=count)
+
+    probability = scores.sigmoid()
+    if kind == "cross_entropy":
+        loss = mean(-targets * logsigmoid(scores) - (1 - targets) * logsigmoid(-scores))
+    else:
+        loss = mean((probability - targets) ** 2)
+    with torch.no_grad():
+        metrics = {
+            "accuracy": mean(((scores >= 0) == (targets >= 0.5)).float()),
+            "error": mean((probability - targets).abs()),
+            "score": mean(scores),
         }
     return loss, metrics
 

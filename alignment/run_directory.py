@@ -19,7 +19,7 @@ from typing import IO, Any
 
 INNER = (
     *("config.yaml", "inputs.json", "metrics.jsonl", "rollouts.jsonl", "summary.json", ".lock"),
-    *("tensorboard", "checkpoints", "final"),
+    *("report.json", "report.md", "tensorboard", "checkpoints", "final"),
 )
 
 

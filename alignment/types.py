@@ -75,6 +75,20 @@ class PreferencePair:
     chosen_ids: tuple[int, ...]
     """Response tokens of the preferred answer, end-of-turn token included."""
     rejected_ids: tuple[int, ...]
+    margin: float = 0.0
+    """By how much the chosen answer's score should at least be the higher one."""
+    source: str = ""
+    """What a report tells accuracies of apart."""
+
+    @property
+    def sequences(self) -> tuple[tuple[int, ...], ...]:
+        """Prompt and answer, the preferred one first."""
+        return self.prompt_ids + self.chosen_ids, self.prompt_ids + self.rejected_ids
+
+    @property
+    def reads(self) -> tuple[tuple[int, ...], ...]:
+        """A score is read at the last token of each."""
+        return tuple((len(sequence) - 1,) for sequence in self.sequences)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

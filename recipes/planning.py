@@ -108,11 +108,12 @@ def reward_model_plan(job: Job[Any], num_parameters: int, data: str) -> str:
     from actors.plan import describe_plan, plan_processes
 
     training, workers = job.config.training, job.cluster.reward_model.num_workers
-    in_words = _micro_batches_in_words(training, training.batch_size, workers, 2 * job.config.data.max_tokens, "pair")
+    longest = job.config.data.sequences_per_row * job.config.data.max_tokens
+    in_words = _micro_batches_in_words(training, training.batch_size, workers, longest, "row")
     return "\n".join(
         [
-            f"pairs: {data}; {num_parameters / 1e6:.1f} M parameters",
-            f"{training.batch_size} pairs a step = {in_words}",
+            f"{data}; {num_parameters / 1e6:.1f} M parameters",
+            f"{training.batch_size} rows a step = {in_words}",
             describe_plan(plan_processes(job.cluster, ("reward_model",))),
             memory_plan(job),
             "dry run: no actor was started",

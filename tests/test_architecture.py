@@ -21,14 +21,14 @@ FOLDERS = ("alignment", "actors", "rewards", "recipes", "benchmarks")
 LAYERS = {
     **dict.fromkeys(["alignment.types", "alignment.config", "alignment.masked", "alignment.distributed"], 0),
     **dict.fromkeys(["alignment.run_directory", "alignment.metrics", "alignment.kl_controller", "rewards"], 0),
-    "alignment.packing": 0,
+    **dict.fromkeys(["alignment.packing", "alignment.judgements", "alignment.ensembles"], 0),
     **dict.fromkeys(["alignment.interfaces", "alignment.config_io", "alignment.logprobs", "alignment.kl"], 1),
     "alignment.rollout_correction": 1,
     **dict.fromkeys(["alignment.advantages", "alignment.losses", "alignment.batching", "alignment.adapters"], 1),
     "alignment.sharding": 1,
     **dict.fromkeys(["alignment.schedules", "alignment.bootstrap", "alignment.scores", "alignment.data"], 1),
     **dict.fromkeys(["alignment.memory", "alignment.fingerprint", "alignment.quantization"], 1),
-    "alignment.model_card": 1,
+    **dict.fromkeys(["alignment.model_card", "alignment.reward_objectives", "alignment.calibration"], 1),
     **dict.fromkeys(
         [
             "alignment.packed",
@@ -40,7 +40,7 @@ LAYERS = {
         ],
         2,
     ),
-    **dict.fromkeys(["alignment.learners", "alignment.generation", "alignment.model_checks"], 2),
+    **dict.fromkeys(["alignment.learners", "alignment.generation", "alignment.model_checks", "alignment.forward"], 2),
     **dict.fromkeys(["alignment.planning", "alignment.plan"], 2),
     "alignment.loops": 3,
     "actors": 4,

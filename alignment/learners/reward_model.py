@@ -1,4 +1,4 @@
-"""Bradley-Terry reward model: a scalar head learns to score the preferred answer higher."""
+"""A scalar head learns what people think of answers: from pairs, rankings, ratings, labels or steps."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from typing import Any
 import torch
 
 from alignment.adapters import TrainingMethod
-from alignment.batching import micro_batches, sequence_batch
+from alignment.batching import marked_batch, micro_batches
 from alignment.distributed import Ranks
 from alignment.engines.base import Engine
-from alignment.forward import idle_output, sequence_scores
+from alignment.forward import idle_output, marked_scores
+from alignment.judgements import Judgement, last_tokens
 from alignment.learners.base import (
     Tally,
     begin_update,
@@ -23,14 +24,13 @@ from alignment.learners.base import (
     missing_passes,
     own_micro_batches,
 )
-from alignment.losses import reward_model_loss
 from alignment.models import CausalModel
 from alignment.packing import MicroBatchLimit
-from alignment.types import PreferencePair
+from alignment.reward_objectives import Objectives
 
 
 class RewardModelLearner:
-    """One update per batch of pairs; both answers of a pair share a forward."""
+    """One update per batch of records of one kind; all answers of a record share a forward."""
 
     def __init__(
         self,
@@ -38,30 +38,31 @@ class RewardModelLearner:
         engine: Engine,
         *,
         micro_batch_limit: MicroBatchLimit,
-        center_coef: float = 0.0,
+        objectives: Objectives | None = None,
         device: torch.device | str = "cpu",
         method: TrainingMethod | None = None,
     ) -> None:
-        """`method`: what is told of every update."""
+        """
+        Args:
+            micro_batch_limit: its rows are records.
+            method: what is told of every update.
+        """
         self.model, self.engine, self.method, self.device = model, engine, method, device
-        self.micro_batch_limit, self.center_coef = micro_batch_limit, center_coef
+        self.micro_batch_limit, self.objectives = micro_batch_limit, objectives or Objectives()
 
-    def update(self, pairs: Sequence[PreferencePair], *, step: int) -> dict[str, float]:
-        """One optimiser step on `pairs`; the loss is the mean over all of them whatever the micro-batches."""
+    def update(self, records: Sequence[Judgement], *, step: int) -> dict[str, float]:
+        """One optimiser step; the loss is the mean over all of the batch whatever the micro-batches."""
         tally = Tally(self.engine.ranks)
         tally.begin_minibatch()
         begin_update(self.engine, self.method)
-        lengths = torch.tensor(
-            [[len(p.prompt_ids) + len(ids) for ids in (p.chosen_ids, p.rejected_ids)] for p in pairs]
-        )
-        rows, limit = torch.arange(len(pairs)), self.micro_batch_limit
-        for index in own_micro_batches(self.model, self.engine, rows, lengths, limit, device=self.device):
-            chosen = [pairs[i] for i in index.tolist()]
-            sequences = [p.prompt_ids + p.chosen_ids for p in chosen] + [p.prompt_ids + p.rejected_ids for p in chosen]
-            ids, mask = sequence_batch(sequences, self.device)
-            scores = sequence_scores(self.model, ids, mask)
-            better, worse = scores[: len(chosen)], scores[len(chosen) :]
-            loss, metrics = reward_model_loss(better, worse, center_coef=self.center_coef, denominator=len(pairs))
+        denominator = self.objectives.denominator(records)
+        rows, limit = torch.arange(len(records)), self.micro_batch_limit
+        for index in own_micro_batches(self.model, self.engine, rows, _lengths(records), limit, device=self.device):
+            chosen = [records[i] for i in index.tolist()]
+            sequences = [ids for record in chosen for ids in record.sequences]
+            reads = [positions for record in chosen for positions in record.reads]
+            scores = marked_scores(self.model, *marked_batch(sequences, reads, self.device))
+            loss, metrics = self.objectives.loss(chosen, scores, denominator=denominator)
             self.engine.backward(loss)
             tally.add({"loss": loss.detach(), **metrics})
         tally.end_minibatch()
@@ -69,11 +70,21 @@ class RewardModelLearner:
         return {**tally.result("reward_model"), **method_metrics(self.method)}
 
     @torch.no_grad()
-    def score(self, sequences: Sequence[Sequence[int]]) -> list[float]:
-        """One score per sequence of ids, in the order given. As many a forward as an update's pairs have."""
+    def scores(self, records: Sequence[Judgement]) -> list[tuple[float, ...]]:
+        """Of each record the scores at its reads, in the order given."""
+        widest = max((len(record.sequences) for record in records), default=1)
         rows = self.micro_batch_limit.rows
-        limit = dataclasses.replace(self.micro_batch_limit, rows=rows and 2 * rows)
-        return score_sequences(self.model, sequences, limit=limit, device=self.device, lockstep=self.engine.lockstep)
+        found = iter(
+            read_scores(
+                self.model,
+                [ids for record in records for ids in record.sequences],
+                [positions for record in records for positions in record.reads],
+                limit=dataclasses.replace(self.micro_batch_limit, rows=rows and widest * rows),
+                device=self.device,
+                lockstep=self.engine.lockstep,
+            )
+        )
+        return [tuple(score for _ in record.sequences for score in next(found)) for record in records]
 
     def state_dict(self) -> dict[str, Any]:
         return {"engine": self.engine.state_dict(), **method_state(self.method)}
@@ -83,7 +94,12 @@ class RewardModelLearner:
         load_method(self.method, state)
 
 
-@torch.no_grad()
+def _lengths(records: Sequence[Judgement]) -> torch.Tensor:
+    """(B, K) tokens of each record's sequences, 0 where it has fewer than K."""
+    lengths = [torch.tensor([len(ids) for ids in record.sequences]) for record in records]
+    return torch.nn.utils.rnn.pad_sequence(lengths, batch_first=True)
+
+
 def score_sequences(
     model: CausalModel,
     sequences: Sequence[Sequence[int]],
@@ -93,12 +109,30 @@ def score_sequences(
     lockstep: Ranks | None = None,
 ) -> list[float]:
     """Scores at the last token of each sequence, in the order given. `lockstep`: as for `per_response`."""
-    scores = torch.zeros(len(sequences))
-    lengths = torch.tensor([len(s) for s in sequences])
+    found = read_scores(model, sequences, last_tokens(sequences), limit=limit, device=device, lockstep=lockstep)
+    return [score for (score,) in found]
+
+
+@torch.no_grad()
+def read_scores(
+    model: CausalModel,
+    sequences: Sequence[Sequence[int]],
+    reads: Sequence[Sequence[int]],
+    *,
+    limit: MicroBatchLimit,
+    device: torch.device | str = "cpu",
+    lockstep: Ranks | None = None,
+) -> list[list[float]]:
+    """Scores at the positions `reads` of each sequence, in the order given. `lockstep`: as for `per_response`."""
+    found: list[list[float]] = [[] for _ in sequences]
+    lengths = torch.tensor([len(ids) for ids in sequences])
     batches = micro_batches(torch.arange(len(sequences)), lengths, limit)
     for _ in range(missing_passes(len(batches), lockstep)):
         idle_output(model, device)
     for index in batches:
-        ids, mask = sequence_batch([sequences[i] for i in index.tolist()], device)
-        scores[index] = sequence_scores(model, ids, mask).cpu()
-    return scores.tolist()
+        chosen = index.tolist()
+        batch = marked_batch([sequences[i] for i in chosen], [reads[i] for i in chosen], device)
+        parts = marked_scores(model, *batch).cpu().split([len(reads[i]) for i in chosen])
+        for i, part in zip(chosen, parts, strict=True):
+            found[i] = part.tolist()
+    return found

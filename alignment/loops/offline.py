@@ -5,23 +5,34 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
-
-import torch
+from typing import Any, Protocol, TypeVar
 
 from alignment.batching import minibatches
 from alignment.bootstrap import paired_bootstrap
 from alignment.config import RewardModelRunConfig, SftRunConfig
 from alignment.interfaces import Metrics, Pending, Saves
+from alignment.judgements import Judgement
 from alignment.loops.run import Run
-from alignment.types import PreferencePair, SftExample
+from alignment.reward_objectives import Objectives, held_out_loss
+from alignment.types import SftExample
+
+T = TypeVar("T")
 
 
 class RewardTrainer(Saves, Protocol):
-    """A reward model that learns from pairs."""
+    """A reward model that learns from judgements of answers."""
 
-    def update(self, pairs: Sequence[PreferencePair], *, step: int) -> Pending[Metrics]: ...
-    def score_pairs(self, pairs: Sequence[PreferencePair]) -> Pending[list[tuple[float, float]]]: ...
+    def update(self, records: Sequence[Judgement], *, step: int) -> Pending[Metrics]: ...
+    def scores(self, records: Sequence[Judgement]) -> Pending[list[tuple[float, ...]]]: ...
+
+
+class Judgements(Protocol):
+    """Records to learn from and to validate on, of one kind."""
+
+    @property
+    def train(self) -> Sequence[Judgement]: ...
+    @property
+    def held_out(self) -> Sequence[Judgement]: ...
 
 
 class SftTrainer(Saves, Protocol):
@@ -44,7 +55,7 @@ class Batches(Protocol):
 
 @dataclass(kw_only=True)
 class SftState:
-    """Where a supervised run stands: what its checkpoints remember of the loop."""
+    """Where a run stands, supervised or of a reward model: what its checkpoints remember of the loop."""
 
     step: int = 0
     """Completed steps."""
@@ -89,9 +100,9 @@ def train_sft(
         )
 
 
-def take_best(policy: SftTrainer, run: Run, state: SftState) -> int:
+def take_best(learner: Saves, run: Run, state: SftState, *, part: str = "policy") -> int:
     """Put back the step whose validation was the best, if it is not the last one. Returns the step that is there now:
-    the last one where the best one's checkpoint is damaged, which is said."""
+    the last one where the best one's checkpoint is damaged, which is said. `part`: the learner's name in it."""
     if state.best_step is None or state.best_step == state.step:
         return state.step
     if reason := run.store.verify(state.best_step):
@@ -100,7 +111,7 @@ def take_best(policy: SftTrainer, run: Run, state: SftState) -> int:
         )
         return state.step
     run.progress.message(f"validation was best after step {state.best_step}: taking that model")
-    policy.load(run.store.step_folder(state.best_step) / "policy").result()
+    learner.load(run.store.step_folder(state.best_step) / part).result()
     return state.best_step
 
 
@@ -126,40 +137,48 @@ def loss_report(
     }
 
 
-def pairs_for_step(pairs: Sequence[PreferencePair], step: int, *, batch_size: int, seed: int) -> list[PreferencePair]:
+def rows_for_step(rows: Sequence[T], step: int, *, batch_size: int, seed: int) -> list[T]:
     """The batch of a step, a pure function of it: epochs are permutations and a batch may span two of them."""
     first = step * batch_size
-    picked: list[PreferencePair] = []
+    picked: list[T] = []
     while len(picked) < batch_size:
-        epoch, offset = divmod(first + len(picked), len(pairs))
-        _, order = next(minibatches(len(pairs), len(pairs), epochs=1, seed=seed, step=epoch))
-        picked += [pairs[i] for i in order[offset : offset + batch_size - len(picked)].tolist()]
+        epoch, offset = divmod(first + len(picked), len(rows))
+        _, order = next(minibatches(len(rows), len(rows), epochs=1, seed=seed, step=epoch))
+        picked += [rows[i] for i in order[offset : offset + batch_size - len(picked)].tolist()]
     return picked
 
 
 def train_reward_model(
     config: RewardModelRunConfig,
-    pairs: Sequence[PreferencePair],
+    judgements: Judgements,
     *,
     reward_model: RewardTrainer,
     run: Run,
-    first_step: int = 0,
+    state: SftState,
+    objectives: Objectives,
+    patience: float,
 ) -> None:
-    """Bradley-Terry on batches of pairs."""
-    for step in range(first_step, config.run.num_steps):
-        log = run.begin_step(step)
-        batch = pairs_for_step(pairs, step, batch_size=config.training.batch_size, seed=config.run.seed)
+    """Batches of judgements, until the steps are done or validations have stopped getting better."""
+    training, num_steps, held_out = config.training, config.run.num_steps, judgements.held_out
+    while state.step < num_steps and state.worse_in_a_row < patience:
+        log = run.begin_step(state.step)
+        batch = rows_for_step(judgements.train, state.step, batch_size=training.batch_size, seed=config.run.seed)
         with log.phase("update"):
-            log.metrics.update(reward_model.update(batch, step=step).result())
+            log.metrics.update(reward_model.update(batch, step=state.step).result())
+        state.step += 1
+        if training.validate_every and (state.step % training.validate_every == 0 or state.step == num_steps):
+            with log.phase("validate"):
+                log.metrics.update(held_out_loss(objectives, held_out, reward_model.scores(held_out).result()))
+            state.judge(log.metrics["validation/loss"])
         run.finish_step(log)
-        run.checkpoint(step + 1, {"reward_model": reward_model}, {"step": step + 1})
-
-
-def pair_report(scores: Sequence[tuple[float, float]]) -> dict[str, Any]:
-    """Held-out accuracy with its 95 % Wilson interval, the mean margin, and the accuracies of single pairs."""
-    margins = torch.tensor([chosen - rejected for chosen, rejected in scores])
-    report = accuracy_report([float(chosen > rejected) for chosen, rejected in scores])
-    return {**report, "margin": float(margins.mean())}
+        last = state.step == num_steps or state.worse_in_a_row >= patience
+        run.checkpoint(
+            state.step,
+            {"reward_model": reward_model},
+            asdict(state),
+            due=last or state.best_step == state.step,
+            pinned=state.best_step,
+        )
 
 
 def accuracy_report(correct: Sequence[float]) -> dict[str, Any]:

@@ -243,8 +243,9 @@ def sequences_of_a_step(config: PpoRunConfig) -> int:
 def reward_model_processes(
     config: RewardModelRunConfig, cluster: ClusterConfig, shape: ModelShape
 ) -> list[ProcessMemory]:
-    """The learners of a reward model; both answers of a pair share a forward. Raises as `_offline_processes`."""
-    return _offline_processes(config, cluster, shape, role="reward_model", sequences=2, scalar_head=True)
+    """The learners of a reward model; all answers of a row share a forward. Raises as `_offline_processes`."""
+    sequences = config.data.sequences_per_row
+    return _offline_processes(config, cluster, shape, role="reward_model", sequences=sequences, scalar_head=True)
 
 
 def sft_processes(config: SftRunConfig, cluster: ClusterConfig, shape: ModelShape) -> list[ProcessMemory]:

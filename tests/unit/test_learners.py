@@ -11,8 +11,10 @@ from alignment.checkpoint import load_state, save_state
 from alignment.engines.torch import TorchEngine
 from alignment.experience import make_experience, reward_rows
 from alignment.learners.reward_model import RewardModelLearner
-from alignment.loops.offline import pair_report, pairs_for_step
+from alignment.loops.offline import rows_for_step
+from alignment.loops.reward_report import record_report
 from alignment.packing import MicroBatchLimit
+from alignment.reward_objectives import Objectives
 from alignment.schedules import KlAdaptiveRate
 from alignment.types import PreferencePair
 
@@ -219,7 +221,10 @@ def reward_learner(folder, micro_batch_size=4):
     model = models.load_scalar_model(str(folder), head="random", seed=0)
     engine = TorchEngine(model.named_parameters(), lr=3e-3, total_updates=60, max_grad_norm=1e9)
     return RewardModelLearner(
-        model, engine, micro_batch_limit=MicroBatchLimit(rows=micro_batch_size), center_coef=0.01
+        model,
+        engine,
+        micro_batch_limit=MicroBatchLimit(rows=micro_batch_size),
+        objectives=Objectives(center_coef=0.01),
     )
 
 
@@ -239,19 +244,16 @@ def test_reward_model_learns_a_preference_and_generalises(tiny):
     learner = reward_learner(tiny / "policy")
 
     def accuracy():
-        held_out = pairs[48:]
-        chosen = learner.score([p.prompt_ids + p.chosen_ids for p in held_out])
-        rejected = learner.score([p.prompt_ids + p.rejected_ids for p in held_out])
-        return pair_report(list(zip(chosen, rejected, strict=True)))["accuracy"]
+        return record_report(pairs[48:], learner.scores(pairs[48:]))["accuracy"]
 
     for step in range(40):
-        learner.update(pairs_for_step(pairs[:48], step, batch_size=8, seed=0), step=step)
+        learner.update(rows_for_step(pairs[:48], step, batch_size=8, seed=0), step=step)
     assert accuracy() >= 0.9
 
 
 def test_pairs_are_dealt_without_gaps_or_repeats():
     pairs = pairs_of(10)
-    dealt = [pair.id for step in range(5) for pair in pairs_for_step(pairs, step, batch_size=4, seed=0)]
+    dealt = [pair.id for step in range(5) for pair in rows_for_step(pairs, step, batch_size=4, seed=0)]
     assert sorted(dealt) == sorted([pair.id for pair in pairs] * 2)
     assert sorted(dealt[:10]) == sorted(pair.id for pair in pairs)
 

@@ -1,0 +1,152 @@
+"""From rows to records of a reward model: what all kinds of judgements share."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from alignment.data.chat import encode_answer
+from alignment.data.formats import read_messages
+from alignment.data.sources import Row, column
+from alignment.data.split import Split, hold_out
+from alignment.judgements import Judgement
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+J = TypeVar("J", bound=Judgement)
+Messages = list[dict[str, str]]
+
+
+class TooLong(ValueError):
+    """Within data.max_tokens a row has nothing to judge."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reading(Generic[J]):
+    """What one row says."""
+
+    record: J
+    group: str
+    """What a split must keep together."""
+    opposite: str | None = None
+    """Id of the record that says the contrary."""
+    told: tuple[str, ...] = ()
+    """What is counted of it."""
+
+
+def collect(
+    rows: Iterable[Row],
+    read: Callable[[Row], Reading[J]],
+    *,
+    wanted: int,
+    told: Sequence[str],
+    what: str,
+    skip_long: bool = False,
+) -> Split[J]:
+    """Read, drop duplicates and hold out whole groups. `counts` has rows, duplicates, and those named in `told`.
+
+    Args:
+        skip_long: leave out rows that are too long, and count them as too_long.
+
+    Raises:
+        ValueError: `file:line: reason`.
+    """
+    counts: Counter[str] = Counter(dict.fromkeys(["rows", "duplicates", *told], 0))
+    records: dict[str, J] = {}
+    groups: dict[str, str] = {}
+    for row in rows:
+        counts["rows"] += 1
+        try:
+            reading = read(row)
+        except ValueError as error:
+            if skip_long and isinstance(error, TooLong):
+                counts["too_long"] += 1
+                continue
+            text = str(error)
+            raise ValueError(text if text.startswith(row.where) else f"{row.where}: {text}") from error
+        record = reading.record
+        if record.id in records:
+            counts["duplicates"] += 1
+            continue
+        records[record.id], groups[record.id] = record, reading.group
+        counts.update(reading.told)
+        if reading.opposite in records:
+            counts["contradictory"] += 1
+    return hold_out(list(records.values()), wanted, group=lambda r: groups[r.id], counts=counts, what=what)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Encoder:
+    """Text to ids, as configured."""
+
+    tokenizer: PreTrainedTokenizerBase
+    eos_ids: frozenset[int] | None
+    max_tokens: int
+    system_prompt: str | None
+
+    def messages(self, row: Row, name: str = "prompt") -> Messages:
+        """The conversation before the answer, with the system prompt."""
+        messages = read_messages(column(row, name))
+        if (role := messages[-1]["role"]) not in ("user", "tool"):
+            raise ValueError(f"got a prompt that ends with role {role!r}, expected the user's; correct it")
+        return self.with_system(messages)
+
+    def with_system(self, messages: Messages) -> Messages:
+        if self.system_prompt is not None and messages[0]["role"] != "system":
+            return [{"role": "system", "content": self.system_prompt}, *messages]
+        return messages
+
+    def answers(self, messages: Messages, texts: Sequence[str]) -> tuple[list[int], list[list[int]], bool]:
+        """Ids of the prompt and of each answer, cut to max_tokens together, and whether one was cut.
+
+        A cut answer has no end token: none is invented.
+        """
+        prompt_ids: list[int] = []
+        found = []
+        for text in texts:
+            prompt_ids, ids = encode_answer(self.tokenizer, messages, text, eos_ids=self.eos_ids)
+            found.append(ids)
+        room = self.max_tokens - len(prompt_ids)
+        if room < 1:
+            raise TooLong(
+                f"got a prompt of {len(prompt_ids)} tokens, expected fewer than data.max_tokens={self.max_tokens}, so "
+                "that an answer fits behind it; raise data.max_tokens or remove the row"
+            )
+        return prompt_ids, [ids[:room] for ids in found], max(map(len, found)) > room
+
+
+def number(value: Any, name: str, *, low: float, high: float) -> float:
+    """A number out of a cell: JSON's, or the text of one.
+
+    Raises:
+        ValueError: no number, or one outside [low, high].
+    """
+    try:
+        found = float(value)
+    except (TypeError, ValueError):
+        found = float("nan")
+    if isinstance(value, bool):
+        found = float(value)
+    if not low <= found <= high or found == float("inf"):
+        raise ValueError(f"{name!r}: got {value!r}, expected a number from {low:g} to {high:g}; correct the row")
+    return found
+
+
+def text_of(value: Any, name: str) -> str:
+    """An answer's text.
+
+    Raises:
+        ValueError: something else, or nothing.
+    """
+    if not isinstance(value, str):
+        raise ValueError(f"{name!r}: got {type(value).__name__}, expected text; correct the row")
+    if not value.strip():
+        raise ValueError(f"got an empty {name!r}, expected text; remove the row")
+    return value
+
+
+def filled(values: Mapping[str, Any]) -> list[str]:
+    return [str(name) for name, value in values.items() if value is not None]
