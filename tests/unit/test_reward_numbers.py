@@ -122,6 +122,8 @@ WRONG = [
     ("答案是二十五", 24, {}),
     ("The answer is 1,24", 24, {}),
     ("version a24", 24, {}),
+    ("The answer is 24. The answer is 24 or 25.", 24, {}),
+    ("The answer is 25. " + "The answer is 24. " * 10, 24, {}),
 ]
 
 
