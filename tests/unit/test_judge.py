@@ -378,3 +378,10 @@ def test_no_text_and_no_token_in_logs_names_or_the_cache(tmp_path, monkeypatch, 
     assert "status 500" in caplog.text
     kept = "".join(file.read_text() for file in tmp_path.rglob("*.json"))
     assert "canary" not in caplog.text + repr(judge._bench.client) + kept
+
+
+def test_another_schema_is_another_question(tmp_path):
+    with planted_server(completion('{"score": 1}'), completion('{"score": 2}')) as server:
+        asked = client(server.url, cache=tmp_path)
+        replies = [asked.ask([], schema={"enum": [number]}).content for number in (1, 2, 1)]
+    assert replies == ['{"score": 1}', '{"score": 2}', '{"score": 1}']
