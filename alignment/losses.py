@@ -259,9 +259,7 @@ def ranking_loss(
                 "plackett_luce: got answers that tie, or a center_coef, expected an order without ties, whose scores "
                 "have no natural zero; use pairwise"
             )
-        # Padding keeps itself, so that no row is empty: the gradient of an empty one would be NaN.
-        itself = torch.eye(mask.shape[1], dtype=torch.bool, device=mask.device)
-        left = (torch.ones_like(itself).triu() & mask.unsqueeze(1)) | itself
+        left = torch.ones_like(better).triu() & mask.unsqueeze(1)
         rest = scores.unsqueeze(1).masked_fill(~left, -torch.inf).logsumexp(2)
         loss = aggregate(rest - scores, mask, mode="sequence_sum", denominator=count)
     with torch.no_grad():
