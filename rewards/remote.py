@@ -14,8 +14,9 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from rewards.base import FLOAT32_MAX
 from rewards.transport import BadAnswerError, JsonClient
+
+FLOAT32_MAX = 3.4028234663852886e38
 
 
 class RemoteReward:

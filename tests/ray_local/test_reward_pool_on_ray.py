@@ -15,6 +15,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT = 300
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
