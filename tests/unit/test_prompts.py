@@ -92,7 +92,7 @@ def test_long_prompts_are_refused_by_line_or_skipped_aloud(tmp_path, tokenizer):
         ({"question": None}, "got null"),
         ({"question": "  "}, "got an empty 'question'"),
         ({"question": 3}, "messages: got int"),
-        ({"question": []}, "messages: got list"),
+        ({"question": []}, "messages: got an empty list"),
         ({"question": [{"role": "user"}]}, "content of type NoneType"),
         ({"question": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}, "drop the answer"),
     ],
