@@ -96,6 +96,7 @@ ppo: {update}
     assert largest_difference(weights(many), weights(one)) < 1e-4
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_killed_ends_the_run_and_another_number_of_ranks_goes_on(folder, tmp_path):
     config = tmp_path / "ppo.yaml"
     config.write_text(
@@ -133,6 +134,7 @@ ppo: {{rollout_batch_size: 6, minibatch_size: 6}}
     assert largest_difference(weights(run("ppo_medical.py", output, config, "--local")), weights(one)) < 1e-4
 
 
+@pytest.mark.slow
 def test_a_reward_model_with_three_ranks(folder, tmp_path):
     config = tmp_path / "reward_model.yaml"
     config.write_text(

@@ -112,6 +112,7 @@ def all_gone(processes: dict[psutil.Process, str]) -> bool:
     return not psutil.wait_procs(list(processes), timeout=60)[1]
 
 
+@pytest.mark.slow
 def test_an_interrupt_frees_every_actor(tiny, tmp_path):
     with running(MANY, tiny, tmp_path) as (driver, processes):
         count = {
