@@ -24,7 +24,7 @@ def config(tiny, tmp_path_factory) -> Path:
     file = tmp_path_factory.mktemp("rules") / "ppo.yaml"
     file.write_text(
         f"""
-run: {{num_steps: 500, trackers: []}}
+run: {{num_steps: 16, trackers: []}}
 data: {{source: {{path: {tiny}/prompts.jsonl}}, held_out: 2}}
 model: {{path: {tiny}/policy}}
 reward:
@@ -67,15 +67,11 @@ def test_a_killed_reward_actor_leaves_no_process_and_the_run_goes_on_from_its_la
     _, errors = driver.communicate(timeout=TIMEOUT)
     assert driver.returncode == 1, errors[-2000:]
     assert "ActorDiedError: reward_model actor, score: the actor's process died" in errors
-    done = max(int(folder.name[5:]) for folder in (output / "checkpoints").glob("step_*"))
-    last = max(done + 1, 4)
+    assert not (output / "final").exists()
 
-    config.write_text(config.read_text().replace("num_steps: 500", f"num_steps: {last}"))
-    saved = output / "config.yaml"
-    saved.write_text(saved.read_text().replace("num_steps: 500", f"num_steps: {last}"))
     subprocess.run(command(config, output), cwd=ROOT, check=True, timeout=TIMEOUT, capture_output=True)
     subprocess.run(command(config, tmp_path / "whole", "--local"), cwd=ROOT, check=True, timeout=TIMEOUT)
-    for name in ("final/model.safetensors", f"checkpoints/step_{last:06d}/loop.json"):
+    for name in ("final/model.safetensors", "checkpoints/step_000016/loop.json"):
         assert (output / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
     assert rows(output) == rows(tmp_path / "whole")
     assert {"reward/fresh/mean", "reward/fresh/std", "reward/text:length_between/unscored_count"} <= set(
