@@ -113,7 +113,7 @@ def test_killed_after_three_steps_and_resumed_is_bitwise_the_uninterrupted_run(p
     [
         pytest.param(signal.SIGTERM, 143, ["--local"], marks=pytest.mark.slow),
         (signal.SIGINT, 130, ["--local"]),
-        (signal.SIGTERM, 143, []),
+        pytest.param(signal.SIGTERM, 143, [], marks=pytest.mark.slow),
     ],
 )
 def test_signals_end_the_run_with_its_last_step_valid(ppo, tmp_path, number, code, where):

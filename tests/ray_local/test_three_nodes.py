@@ -50,7 +50,8 @@ def placed(cluster) -> dict[str, list[str]]:
     return nodes_of_actors(done.stdout)
 
 
-@pytest.mark.parametrize("num_workers", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("num_workers", [2, 4])
 def test_a_reward_model(inputs, cluster, tmp_path, num_workers):
     config, machines = inputs / "reward_model.yaml", tmp_path / "machines.yaml"
     cpus = {2: 1.1, 4: 0.9}[num_workers]  # no node has room for all
