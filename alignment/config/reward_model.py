@@ -35,6 +35,9 @@ class RewardDataConfig(PreferenceDataConfig):
     on_long: Literal["error", "skip"] = "error"
     """What becomes of a row whose prompt leaves no room for an answer, or whose answers differ only beyond max_tokens:
     it is refused, or left out and counted."""
+    end_cut_answers: bool = False
+    """Put the end token behind an answer that max_tokens cut, as a hosted model reads it: every score is then read at
+    the same token, which is sooner learnt."""
     margin_key: str | None = None
     """Column with the margin of a pair, a number from 0, in scores; None has none."""
     max_answers: Annotated[int, Field(ge=2)] = 8

@@ -73,7 +73,11 @@ def load_judgements(
         ValueError: `file:line: reason` for a row of another kind, or one that cannot be learnt from.
     """
     encoder = Encoder(
-        tokenizer=tokenizer, eos_ids=eos_ids, max_tokens=config.max_tokens, system_prompt=config.system_prompt
+        tokenizer=tokenizer,
+        eos_ids=eos_ids,
+        max_tokens=config.max_tokens,
+        system_prompt=config.system_prompt,
+        end_cut=config.end_cut_answers,
     )
     rows = list(_named(config.source))
     more = [named for source in config.also for named in _named(source)]

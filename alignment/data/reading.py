@@ -97,6 +97,8 @@ class Encoder:
     eos_ids: frozenset[int] | None
     max_tokens: int
     system_prompt: str | None
+    end_cut: bool = False
+    """Whether an answer that is cut ends with the end token all the same, which counts within max_tokens."""
 
     def messages(self, row: Row, name: str = "prompt") -> Messages:
         """The conversation before the answer, with the system prompt."""
@@ -113,7 +115,7 @@ class Encoder:
     def answers(self, messages: Messages, texts: Sequence[str]) -> tuple[list[int], list[list[int]], bool]:
         """Ids of the prompt and of each answer, cut to max_tokens together, and whether one was cut.
 
-        A cut answer has no end token: none is invented.
+        Without `end_cut` a cut answer has no end token: none is invented.
         """
         prompt_ids: list[int] = []
         found = []
@@ -126,7 +128,10 @@ class Encoder:
                 f"got a prompt of {len(prompt_ids)} tokens, expected fewer than data.max_tokens={self.max_tokens}, so "
                 "that an answer fits behind it; raise data.max_tokens or remove the row"
             )
-        return prompt_ids, [ids[:room] for ids in found], max(map(len, found)) > room
+        kept = [ids[:room] for ids in found]
+        if self.end_cut:
+            kept = [ids if len(ids) <= room else [*ids[: room - 1], ids[-1]] for ids in found]
+        return prompt_ids, kept, max(map(len, found)) > room
 
 
 def number(value: Any, name: str, *, low: float, high: float) -> float:

@@ -122,6 +122,15 @@ def test_sources_are_told_apart_by_name_or_column(tmp_path, tokenizer):
     assert [record.source for record in loaded.train] == ["rows.jsonl", "x"]
 
 
+def test_an_answer_that_is_cut_ends_as_whole_ones_do_where_that_is_asked_for(tmp_path, tokenizer):
+    rows = [{**LABEL, "response": "Yes."}, {**LABEL, "response": "Rest and drink a lot of water every day. " * 20}]
+    short, long = (record.answer_ids for record in load(tmp_path, rows, tokenizer, max_tokens=64).train)
+    ended = load(tmp_path, rows, tokenizer, max_tokens=64, end_cut_answers=True)
+    assert [record.answer_ids for record in ended.train] == [short, (*long[:-1], short[-1])]
+    assert long[-1] != short[-1]
+    assert ended.split.counts["truncated"] == 1
+
+
 def test_rows_beside_the_source_are_trained_on_and_give_no_prompt_away(tmp_path, tokenizer):
     def labelled(prompts, response):
         return [{**LABEL, "prompt": f"Question {i}?", "response": response} for i in prompts]
