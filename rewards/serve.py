@@ -9,7 +9,6 @@ SIGINT and SIGTERM let the requests under way finish.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import logging
 import signal
 import socket
@@ -18,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rewards.quiet_server import missing_packages, quiet_config
 from rewards.transport import is_loopback, read_token
 
 if TYPE_CHECKING:
@@ -67,8 +67,7 @@ def check_arguments(arguments: argparse.Namespace) -> str | None:
         ValueError: an address that others reach without a token, half of what TLS needs, a missing package, or a
             number that cannot be.
     """
-    missing = [name for name in ("fastapi", "uvicorn") if importlib.util.find_spec(name) is None]
-    if missing:
+    if missing := missing_packages():
         raise ValueError(
             f"rewards.serve: got no {' and no '.join(missing)}, expected them to be installed; run "
             'pip install -e ".[serve]"'
@@ -157,18 +156,12 @@ def serve(arguments: argparse.Namespace) -> None:
     listening = bind(arguments.host, arguments.port)
     service = make_service(arguments, token)
     alone = token is None
-    config = uvicorn.Config(
+    config = quiet_config(
         build_app(service, host_names=["127.0.0.1", "localhost", "::1", "[::1]"] if alone else None),
-        loop="asyncio",
-        ws="none",
-        lifespan="off",
-        log_config=None,
+        grace=GRACE,
         log_level="warning",
-        access_log=False,
-        server_header=False,
-        timeout_graceful_shutdown=GRACE,
-        ssl_certfile=arguments.tls_cert,
-        ssl_keyfile=arguments.tls_key,
+        certificate=arguments.tls_cert,
+        key=arguments.tls_key,
     )
     # uvicorn raises the signal that stopped it once more when it is done, which would end the process here.
     for number in (signal.SIGINT, signal.SIGTERM):
