@@ -93,8 +93,10 @@ def test_requests_that_come_side_by_side_wait_for_company():
     beside += batcher.submit([[5], [6]])
     assert results(beside) == [3.0, 4.0, 5.0, 6.0]
     assert [len(batch) for batch in gate.batches] == [4, 4]
-    # The two that shared a batch are likely to come together again.
+    # Requests that shared a batch are likely to come together again.
+    assert gate.entered.acquire(timeout=TIMEOUT)
     again = batcher.submit([[7]])
+    assert not gate.entered.acquire(timeout=0.2)
     gate.let(1)
     again += batcher.submit([[8], [9], [10]])
     assert results(again) == [7.0, 8.0, 9.0, 10.0]
