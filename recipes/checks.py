@@ -30,6 +30,10 @@ if TYPE_CHECKING:
     from recipes.common import ConfigT, Job
 
 
+UPSTREAM = {"reward_model_medical": "score_statistics.json", "sft_calculators": "README.md"}
+"""Recipes that other runs begin with, and the last file that each writes in its `final`."""
+
+
 def refuse_intruders() -> None:
     """`alignment` and `recipes` are import names of other distributions too; two of them on one path lose silently."""
     owners = importlib.metadata.packages_distributions()
@@ -43,11 +47,15 @@ def refuse_intruders() -> None:
 
 
 def resolve_paths(config: PpoRunConfig) -> PpoRunConfig:
-    """The config with the path of every model as transformers takes it. A reward model to be trained first stays."""
+    """The config with the path of every model as transformers takes it.
+
+    A reward model to be trained first stays; for a policy to be trained first stands what its training begins with.
+    """
     from alignment.data.model_assets import resolve_model
 
     model, critic, reward = config.model, config.critic, config.reward
-    path = resolve_model(model.path, model.revision)
+    first = upstream_of(model.path)
+    path = resolve_model(model.path if first is None else _base_of(first), model.revision)
     if critic.path is not None:
         own = model.at(critic.path, critic.revision)
         critic = critic.model_copy(update={"path": resolve_model(own.path, own.revision), "revision": own.revision})
@@ -55,7 +63,7 @@ def resolve_paths(config: PpoRunConfig) -> PpoRunConfig:
         resolve_model(model.path, critic.revision)
     if reward.model is not None:
         own = model.at(str(Path(reward.model).expanduser()), reward.revision)
-        where = own.path if is_own_reward_model(own.path) else resolve_model(own.path, own.revision)
+        where = own.path if upstream_of(own.path) else resolve_model(own.path, own.revision)
         reward = reward.model_copy(update={"model": where, "revision": own.revision})
     return config.model_copy(
         update={"model": model.model_copy(update={"path": path}), "critic": critic, "reward": reward}
@@ -116,7 +124,7 @@ def check_models(config: PpoRunConfig, tokenizer: PreTrainedTokenizerBase) -> in
     num_parameters = check_model("policy", config.model, tokenizer, config.policy.adapter, lengths=lengths)
     critic = config.model.at(config.critic.path or config.model.path, config.critic.revision)
     check_model("critic", critic, tokenizer, config.critic.adapter, head="zeros", lengths=lengths)
-    if config.reward.model is not None and not is_own_reward_model(config.reward.model):
+    if config.reward.model is not None and not upstream_of(config.reward.model):
         check_reward_model(config)
     return num_parameters
 
@@ -227,19 +235,28 @@ def check_reward_functions(reward: RewardConfig, prompts: Iterable[Prompt]) -> N
         check_columns(function.name, loaded, columns, function.settings)
 
 
-def is_own_reward_model(path: str) -> bool:
-    """True for the folder that recipes/reward_model_medical.py writes, until its last file is there."""
-    return (
-        Path(path).name == "final"
-        and "reward_model_medical" in Path(path).parts
-        and not (Path(path) / "score_statistics.json").is_file()
-    )
+def upstream_of(path: str) -> str | None:
+    """The recipe whose `final` a path names, until its last file is there."""
+    folder = Path(path)
+    for recipe, last_file in UPSTREAM.items():
+        if folder.name == "final" and recipe in folder.parts and not (folder / last_file).is_file():
+            return recipe
+    return None
 
 
-def untrained_reward_model(config: PpoRunConfig) -> Path | None:
-    """The run directory of the reward model that has to be trained first; None when none has to."""
-    path = config.reward.model
-    return Path(path).parent if path is not None and is_own_reward_model(path) else None
+def untrained(config: PpoRunConfig) -> dict[str, Path]:
+    """Recipes to be run first, and the run directory of each."""
+    paths = [path for path in (config.model.path, config.reward.model) if path is not None]
+    return {recipe: Path(path).parent for path in paths if (recipe := upstream_of(path))}
+
+
+def _base_of(recipe: str) -> str:
+    """The model that an upstream recipe begins with."""
+    from alignment.config_io import load_config
+
+    return load_config(
+        SftRunConfig, file=Path(__file__).parent / "configs" / f"{recipe}.yaml", overrides=[]
+    ).model.path
 
 
 def check_start(job: Job[ConfigT]) -> None:
