@@ -31,6 +31,7 @@ from actors.openai_format import Answer, ChatBody, Choice, CompletionBody, Sampl
 from actors.turns import NotReadyError, Turns
 from alignment.data.chat import decode, encode_prompt, single_token
 from alignment.generation import Sample, sampling_seed
+from rewards.quiet_server import quiet_config
 
 log = logging.getLogger(__name__)
 
@@ -172,18 +173,8 @@ class Endpoint:
         self._speaker = speaker
         listening = listen(port)
         self._computing = Computing()
-        config = uvicorn.Config(
-            build_app(speaker, self._computing),
-            loop="asyncio",
-            ws="none",
-            lifespan="off",
-            log_config=None,
-            log_level="critical",
-            access_log=False,
-            server_header=False,
-            timeout_graceful_shutdown=GRACE,
-        )
-        self._server = uvicorn.Server(config)
+        app = build_app(speaker, self._computing)
+        self._server = uvicorn.Server(quiet_config(app, grace=GRACE, log_level="critical"))
         self._thread = threading.Thread(
             target=self._server.run, kwargs={"sockets": [listening]}, name="endpoint", daemon=True
         )

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import errno
-import importlib.util
 import socket
+
+from rewards.quiet_server import missing_packages
 
 HOST = "127.0.0.1"
 
@@ -21,8 +22,7 @@ def check_endpoint(port: int) -> None:
 
 def require_server(port: int) -> None:
     """Refuse an endpoint without the packages that serve it, the extra `serve`."""
-    missing = [name for name in ("fastapi", "uvicorn") if importlib.util.find_spec(name) is None]
-    if missing:
+    if missing := missing_packages():
         raise ValueError(
             f"rollout.endpoint_port: got {port} without {' and '.join(missing)}, expected it to be installed; run "
             'pip install -e ".[serve]", or remove the port'

@@ -6,10 +6,19 @@ import importlib.metadata
 import os
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from alignment.config import AdapterConfig, ClusterConfig, ModelConfig, PpoRunConfig, RewardConfig, SftRunConfig
+from alignment.config import (
+    AdapterConfig,
+    ClusterConfig,
+    ModelConfig,
+    PpoRunConfig,
+    RewardConfig,
+    RewardModelRunConfig,
+    SftRunConfig,
+)
 from alignment.config.splitting import refuse_splitting
 from alignment.config_io import diff_configs, read_yaml
 
@@ -59,6 +68,49 @@ def resolve_paths(config: PpoRunConfig) -> PpoRunConfig:
     return config.model_copy(
         update={"model": model.model_copy(update={"path": path}), "critic": critic, "reward": reward}
     )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Trainee:
+    """The one model that a run trains on examples, checked but not loaded."""
+
+    path: str
+    """As transformers takes it."""
+    tokenizer: PreTrainedTokenizerBase
+    eos_ids: frozenset[int]
+    num_parameters: int
+
+
+def check_trainee(job: Job[SftRunConfig] | Job[RewardModelRunConfig], role: str, **settings: Any) -> Trainee:
+    """Refuse machines, trackers or a model that a run on examples cannot be had with.
+
+    Args:
+        role: whose machines train.
+        settings: of `alignment.model_checks.check_model`.
+    """
+    from alignment.data.chat import eos_ids_of_model, load_tokenizer
+    from alignment.data.model_assets import resolve_model
+    from alignment.metrics import check_trackers
+    from alignment.model_checks import check_model
+
+    config = job.config
+    check_machines(job.cluster, (role,), local=job.local)
+    check_attention(config.model, job.cluster, (role,))
+    if not job.local:
+        check_splitting(config.model, job.cluster, {role: config.training.adapter})
+    check_trackers(config.run.trackers)
+    path, revision = resolve_model(config.model.path, config.model.revision), config.model.revision
+    tokenizer = load_tokenizer(path, revision)
+    num_parameters = check_model(
+        "training",
+        config.model.at(path, revision),
+        tokenizer,
+        config.training.adapter,
+        lengths={"data.max_tokens": config.data.max_tokens},
+        **settings,
+    )
+    ends = eos_ids_of_model(tokenizer, path, revision)
+    return Trainee(path=path, tokenizer=tokenizer, eos_ids=ends, num_parameters=num_parameters)
 
 
 def check_models(config: PpoRunConfig, tokenizer: PreTrainedTokenizerBase) -> int:

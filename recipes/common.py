@@ -15,7 +15,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Protocol, Self, TypeVar
 
@@ -42,6 +42,22 @@ class Record(Protocol):
 
 
 RecordT = TypeVar("RecordT", bound=Record)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlainRecord:
+    """A record of plain data: lists, numbers and texts."""
+
+    def save(self, path: Path) -> None:
+        from alignment.checkpoint import save_json
+
+        save_json(path, asdict(self))
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        from alignment.checkpoint import load_json
+
+        return cls(**load_json(path))
 
 
 @dataclass

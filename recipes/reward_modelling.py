@@ -5,28 +5,23 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from actors.build import reward_training_actors, reward_training_role
 from actors.handles import RewardTrainingHandle
 from actors.plan import learner_checkpoint_bytes
 from actors.reward_training import objectives_of, write_statistics
-from alignment.checkpoint import load_json, save_json
 from alignment.config import RewardModelRunConfig
 from alignment.config_io import dump_config
-from alignment.data.chat import decode, eos_ids_of_model, load_tokenizer
+from alignment.data.chat import decode
 from alignment.data.judgements import JudgementSet, load_judgements
-from alignment.data.model_assets import resolve_model
 from alignment.fingerprint import model_fingerprint, records_fingerprint
 from alignment.judgements import Judgement
 from alignment.loops.offline import SftState, take_best, train_reward_model
 from alignment.loops.reward_report import record_report, render, reward_report
-from alignment.metrics import check_trackers
 from alignment.model_card import write_model_card
-from alignment.model_checks import check_model
 from alignment.run_directory import RunDirectory
 from recipes import checks, common, planning
 
@@ -38,17 +33,10 @@ NUM_STANDARD = 64
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class HeldOutScores:
+class HeldOutScores(common.PlainRecord):
     """What a model makes of the held-out rows."""
 
     scores: list[list[float]]
-
-    def save(self, path: Path) -> None:
-        save_json(path, asdict(self))
-
-    @classmethod
-    def load(cls, path: Path) -> HeldOutScores:
-        return cls(**load_json(path))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,25 +52,10 @@ class Start:
 def check(job: common.Job[RewardModelRunConfig]) -> Start:
     """Refuse whatever would fail later; nothing on disk is changed, no actor is started."""
     config = job.config
-    checks.check_machines(job.cluster, ("reward_model",), local=job.local)
-    checks.check_attention(config.model, job.cluster, ("reward_model",))
-    if not job.local:
-        checks.check_splitting(config.model, job.cluster, {"reward_model": config.training.adapter})
-    check_trackers(config.run.trackers)
-    model_path = resolve_model(config.model.path, config.model.revision)
-    tokenizer = load_tokenizer(model_path, config.model.revision)
-    num_parameters = check_model(
-        "training",
-        config.model.at(model_path, config.model.revision),
-        tokenizer,
-        config.training.adapter,
-        head="random",
-        lengths={"data.max_tokens": config.data.max_tokens},
-    )
-    ends = eos_ids_of_model(tokenizer, model_path, config.model.revision)
-    data = load_judgements(config.data, tokenizer, eos_ids=ends)
+    model = checks.check_trainee(job, "reward_model", head="random")
+    data = load_judgements(config.data, model.tokenizer, eos_ids=model.eos_ids)
     objectives_of(config.training).check([*data.train, *data.held_out])
-    return Start(model_path=model_path, tokenizer=tokenizer, data=data, num_parameters=num_parameters)
+    return Start(model_path=model.path, tokenizer=model.tokenizer, data=data, num_parameters=model.num_parameters)
 
 
 def run_reward_model(job: common.Job[RewardModelRunConfig]) -> None:

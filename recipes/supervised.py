@@ -4,25 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 from actors.build import sft_actors, sft_role
 from actors.handles import SftHandle
 from actors.plan import learner_checkpoint_bytes
-from alignment.checkpoint import load_json, save_json
 from alignment.config import SftRunConfig
 from alignment.config_io import dump_config
-from alignment.data.chat import eos_ids_of_model, load_tokenizer
-from alignment.data.model_assets import resolve_model
 from alignment.data.sft import SftData, load_sft_data
 from alignment.fingerprint import model_fingerprint
 from alignment.loops.offline import SftState, loss_report, take_best, train_sft
 from alignment.loops.quiz import Question, Quiz, quiz_report
-from alignment.metrics import check_trackers
 from alignment.model_card import write_model_card
-from alignment.model_checks import check_model
 from recipes import checks, common, planning
 
 Ask = Callable[[Any, str | None], Quiz]
@@ -30,19 +24,12 @@ Ask = Callable[[Any, str | None], Quiz]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class HeldOut:
+class HeldOut(common.PlainRecord):
     """What a model makes of the held-out examples and questions."""
 
     sums: list[float]
     """Negative log-likelihood of each example, summed over its trained tokens."""
     answers: list[str]
-
-    def save(self, path: Path) -> None:
-        save_json(path, asdict(self))
-
-    @classmethod
-    def load(cls, path: Path) -> HeldOut:
-        return cls(**load_json(path))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,23 +45,8 @@ class Start:
 def check(job: common.Job[SftRunConfig], ask: Ask | None = None) -> Start:
     """Refuse whatever would fail later; nothing on disk is changed, no actor is started."""
     config = job.config
-    checks.check_machines(job.cluster, ("policy",), local=job.local)
-    checks.check_attention(config.model, job.cluster, ("policy",))
-    if not job.local:
-        checks.check_splitting(config.model, job.cluster, {"policy": config.training.adapter})
-    check_trackers(config.run.trackers)
-    model_path = resolve_model(config.model.path, config.model.revision)
-    tokenizer = load_tokenizer(model_path, config.model.revision)
-    num_parameters = check_model(
-        "training",
-        config.model.at(model_path, config.model.revision),
-        tokenizer,
-        config.training.adapter,
-        lengths={"data.max_tokens": config.data.max_tokens},
-        read_singly=config.training.calibration_examples > 0,
-    )
-    ends = eos_ids_of_model(tokenizer, model_path, config.model.revision)
-    data = load_sft_data(config.data, tokenizer, eos_ids=ends, seed=config.run.seed)
+    model = checks.check_trainee(job, "policy", read_singly=config.training.calibration_examples > 0)
+    data = load_sft_data(config.data, model.tokenizer, eos_ids=model.eos_ids, seed=config.run.seed)
     if config.data.held_out and not data.held_out:
         raise ValueError(
             f"data.held_out: got {config.data.held_out}, of which data.on_long and data.max_tokens leave none, "
@@ -85,13 +57,13 @@ def check(job: common.Job[SftRunConfig], ask: Ask | None = None) -> Start:
             f"training.calibration_examples: got {config.training.calibration_examples}, expected at most the "
             f"{data.num_examples} training examples; lower it"
         )
-    quiz = Quiz() if ask is None else ask(tokenizer, config.data.system_prompt)
+    quiz = Quiz() if ask is None else ask(model.tokenizer, config.data.system_prompt)
     if quiz.questions and not job.local and job.cluster.policy.zero_stage == 3:
         raise ValueError(
             "policy.zero_stage: got 3 in a recipe that asks the model questions, expected 0, 1 or 2: a worker that "
             "answers holds the whole model; set zero_stage: 2"
         )
-    return Start(model_path=model_path, data=data, quiz=quiz, num_parameters=num_parameters)
+    return Start(model_path=model.path, data=data, quiz=quiz, num_parameters=model.num_parameters)
 
 
 def run_sft(job: common.Job[SftRunConfig], ask: Ask | None = None) -> None:

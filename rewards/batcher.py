@@ -8,7 +8,9 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
-Score = Callable[[Sequence[Sequence[int]]], Sequence[float]]
+from rewards.layouts import Ids, Layout, batch_tokens
+
+Score = Callable[[Sequence[Ids]], Sequence[float]]
 
 
 class BusyError(RuntimeError):
@@ -17,18 +19,19 @@ class BusyError(RuntimeError):
 
 @dataclass(slots=True, eq=False)
 class _Waiting:
-    ids: Sequence[int]
+    ids: Ids
     arrived: float
     future: Future[float] = field(default_factory=Future)
 
 
 class Batcher:
-    """A thread that scores sequences in batches of similar length."""
+    """A thread that scores sequences in batches, those together that are cheap together."""
 
     def __init__(
         self,
         score: Score,
         *,
+        layout: Layout,
         max_rows: int,
         max_tokens: int,
         max_wait: float,
@@ -38,17 +41,21 @@ class Batcher:
         """
         Args:
             score: sequences of ids -> a number for each, in one forward.
+            layout: how `score` lays them out.
             max_rows: sequences of a batch.
-            max_tokens: tokens of a batch, padding included; a longer sequence is a batch of its own.
-            max_wait: seconds that a sequence waits for company where the model is idle.
+            max_tokens: tokens that a batch computes; a longer sequence is a batch of its own.
+            max_wait: seconds that a sequence waits for company where the model is idle and requests come side by
+                side.
             max_waiting: sequences that may wait; `submit` takes no more.
-            on_batch: told of each batch: rows, tokens with padding, seconds.
+            on_batch: told of each batch: rows, tokens computed, seconds.
         """
-        self._score, self._on_batch = score, on_batch
+        self._score, self._layout, self._on_batch = score, layout, on_batch
         self._max_rows, self._max_tokens, self._max_wait = max_rows, max_tokens, max_wait
         self._max_waiting = max_waiting
         self._waiting: list[_Waiting] = []
         self._unfinished = 0
+        self._requests = 0  # that wait
+        self._company = True  # whether requests come side by side: whoever asks alone need not wait for another
         self._closed = False
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="reward-batches", daemon=True)
@@ -74,6 +81,8 @@ class Batcher:
         with self._changed:
             if self._closed or self._unfinished + len(added) > self._max_waiting:
                 raise BusyError(f"{self._unfinished} responses wait")
+            self._company = self._company or self._unfinished > 0
+            self._requests += bool(added)
             self._waiting += added
             self._unfinished += len(added)
             self._changed.notify()
@@ -92,43 +101,57 @@ class Batcher:
                 self._compute(batch)
 
     def _next(self) -> list[_Waiting]:
-        """All that waits, once there is a full batch or the first has waited long enough; nothing when closed."""
+        """All that waits, once there is a full batch or the first has waited long enough; nothing when closed.
+
+        Clients that come side by side send anew when they are answered, all at once, so the first of them waits a
+        little. One that comes alone gets its answer before it sends anew.
+        """
 
         def full() -> bool:
-            tokens = len(self._waiting) * max((len(one.ids) for one in self._waiting), default=0)
+            tokens = sum(len(one.ids) for one in self._waiting)
             return self._closed or len(self._waiting) >= self._max_rows or tokens >= self._max_tokens
 
         with self._changed:
             self._changed.wait_for(lambda: self._waiting or self._closed)
-            if self._waiting:
+            if self._waiting and self._company:
                 left = self._waiting[0].arrived + self._max_wait - time.monotonic()
                 self._changed.wait_for(full, timeout=max(0.0, left))
             pool, self._waiting = self._waiting, []
+            self._company, self._requests = self._requests > 1, 0
             return pool
 
     def _batches(self, pool: list[_Waiting]) -> Iterator[list[_Waiting]]:
-        """Neighbours in length share a batch."""
+        """Neighbours in the layout's order share a batch."""
         batch: list[_Waiting] = []
-        for one in sorted(pool, key=lambda one: len(one.ids)):
-            if batch and (len(batch) == self._max_rows or (len(batch) + 1) * len(one.ids) > self._max_tokens):
+        tokens = 0
+        for one in sorted(pool, key=lambda one: self._layout.order(one.ids)):
+            grown = self._layout.grown(tokens, [other.ids for other in batch], one.ids)
+            if batch and (len(batch) == self._max_rows or grown > self._max_tokens):
                 yield batch
-                batch = []
+                batch, grown = [], self._layout.grown(0, [], one.ids)
             batch.append(one)
+            tokens = grown
         yield batch
 
     def _compute(self, batch: list[_Waiting]) -> None:
-        began = time.monotonic()
         wanted = [one for one in batch if one.future.set_running_or_notify_cancel()]
+        scored: list[tuple[_Waiting, float]] = []
+        failure: Exception | None = None
         try:
             if wanted:
-                scores = self._score([one.ids for one in wanted])
-                self._on_batch(len(wanted), len(wanted) * len(wanted[-1].ids), time.monotonic() - began)
-                for one, score in zip(wanted, scores, strict=True):
-                    one.future.set_result(score)
+                scored = list(zip(wanted, self._timed([one.ids for one in wanted]), strict=True))
         except Exception as error:  # whoever waits for the answer raises it
+            failure = error
+        with self._changed:  # before the answers, which bring the next requests
+            self._unfinished -= len(batch)
+        for one, score in scored:
+            one.future.set_result(score)
+        if failure is not None:
             for one in wanted:
-                if not one.future.done():
-                    one.future.set_exception(error)
-        finally:
-            with self._changed:
-                self._unfinished -= len(batch)
+                one.future.set_exception(failure)
+
+    def _timed(self, sequences: list[Ids]) -> Sequence[float]:
+        began = time.monotonic()
+        scores = self._score(sequences)
+        self._on_batch(len(sequences), batch_tokens(self._layout, sequences), time.monotonic() - began)
+        return scores

@@ -16,7 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+
+from rewards.last_states import pad, padded_states, pays, takes_trees, tree_states
+from rewards.layouts import Ids, Layout, PaddedRows, SharedPrefixes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 STATISTICS_FILE = "score_statistics.json"
@@ -142,38 +145,23 @@ class ScalarModel:
         limit = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
         self.num_positions = limit if isinstance(limit, int) and limit > 0 else None
         self.mean, self.std = load_statistics(Path(path)) if standardize else (0.0, 1.0)
+        self._shares = takes_trees(self._model)
+        self.layout: Layout = SharedPrefixes() if self._shares else PaddedRows()
 
     def encode(self, prompt: str, response: str) -> list[int] | None:
         """Ids of a question and its answer; None where they are more than the model has positions."""
         ids = self.encoder.encode(prompt, response)
         return ids if self.num_positions is None or len(ids) <= self.num_positions else None
 
-    def score(self, sequences: Sequence[Sequence[int]]) -> list[float]:
+    @torch.inference_mode()
+    def score(self, sequences: Sequence[Ids]) -> list[float]:
         """One score per sequence of ids, in one forward."""
-        longest = max(map(len, sequences))
-        ids = torch.zeros(len(sequences), longest, dtype=torch.int64)
-        mask = torch.zeros(len(sequences), longest, dtype=torch.bool)
-        for row, sequence in enumerate(sequences):
-            ids[row, : len(sequence)] = torch.tensor(sequence)
-            mask[row, : len(sequence)] = True
-        scores = last_token_scores(self._model, ids.to(self.device), mask.to(self.device))
+        if self._shares and pays(sequences, self._model.config.get_text_config().hidden_size):
+            states = tree_states(self._model, sequences)
+        else:
+            states = padded_states(self._model, *(part.to(self.device) for part in pad(sequences)))
+        scores = self._model.score(states).squeeze(-1).float()
         return [(score - self.mean) / self.std for score in scores.tolist()]
-
-
-@torch.inference_mode()
-def last_token_scores(model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """(B, T) ids and mask -> (B,) float32: the head at the last attended token, wherever padding stands.
-
-    The model's own pooling looks for padding ids, which may be the EOS that answers end with.
-    """
-    mask = attention_mask.long()
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    hidden = model.base_model(
-        input_ids=input_ids * mask, attention_mask=mask, position_ids=positions, use_cache=False
-    ).last_hidden_state
-    last = (mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)).argmax(-1)
-    scores: Tensor = model.score(hidden[torch.arange(len(hidden), device=mask.device), last])
-    return scores.squeeze(-1).float()
 
 
 def load_statistics(folder: Path) -> tuple[float, float]:

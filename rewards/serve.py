@@ -9,7 +9,6 @@ SIGINT and SIGTERM let the requests under way finish.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import logging
 import signal
 import socket
@@ -18,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rewards.quiet_server import missing_packages, quiet_config
 from rewards.transport import is_loopback, read_token
 
 if TYPE_CHECKING:
@@ -29,6 +29,8 @@ GRACE = 30
 """Seconds that requests under way get when the server stops."""
 BACKLOG = 1024
 """Connections that the kernel keeps for a busy server."""
+BATCH_TOKENS = {"cpu": 384, "other": 2048}
+"""Enough that reading the weights costs little beside the products; more would leave a processor's caches."""
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -47,10 +49,13 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--raw", action="store_true", help="do not standardise by statistics saved with the model")
     parser.add_argument("--max-batch-rows", type=int, default=64, help="of a forward (default: %(default)s)")
     parser.add_argument(
-        "--max-batch-tokens", type=int, default=16384, help="of a forward, with padding (default: %(default)s)"
+        "--max-batch-tokens", type=int, help="that a forward computes (default: 384 on a processor, 2048 elsewhere)"
     )
     parser.add_argument(
-        "--max-wait-ms", type=float, default=5.0, help="for company where the model is idle (default: %(default)s)"
+        "--max-wait-ms",
+        type=float,
+        default=5.0,
+        help="for company where several ask (default: %(default)s)",
     )
     parser.add_argument(
         "--max-waiting", type=int, default=8192, help="responses; more are turned away (default: %(default)s)"
@@ -67,8 +72,7 @@ def check_arguments(arguments: argparse.Namespace) -> str | None:
         ValueError: an address that others reach without a token, half of what TLS needs, a missing package, or a
             number that cannot be.
     """
-    missing = [name for name in ("fastapi", "uvicorn") if importlib.util.find_spec(name) is None]
-    if missing:
+    if missing := missing_packages():
         raise ValueError(
             f"rewards.serve: got no {' and no '.join(missing)}, expected them to be installed; run "
             'pip install -e ".[serve]"'
@@ -85,7 +89,7 @@ def check_arguments(arguments: argparse.Namespace) -> str | None:
         if path is not None and not Path(path).is_file():
             raise ValueError(f"{option}: got {path!r}, expected a file in PEM format; correct the path")
     numbers = ("max_batch_rows", "max_batch_tokens", "max_waiting", "max_responses", "max_body_mb")
-    if low := [name for name in numbers if getattr(arguments, name) <= 0]:
+    if low := [name for name in numbers if (number := getattr(arguments, name)) is not None and number <= 0]:
         raise ValueError(f"--{low[0].replace('_', '-')}: got {getattr(arguments, low[0])}, expected more than 0")
     if arguments.max_responses > arguments.max_waiting:
         raise ValueError(
@@ -133,8 +137,9 @@ def make_service(arguments: argparse.Namespace, token: str | None) -> RewardServ
     metrics = ServeMetrics()
     batcher = Batcher(
         model.score,
+        layout=model.layout,
         max_rows=arguments.max_batch_rows,
-        max_tokens=arguments.max_batch_tokens,
+        max_tokens=arguments.max_batch_tokens or BATCH_TOKENS["cpu" if model.device.type == "cpu" else "other"],
         max_wait=arguments.max_wait_ms / 1000,
         max_waiting=arguments.max_waiting,
         on_batch=metrics.batch,
@@ -157,18 +162,12 @@ def serve(arguments: argparse.Namespace) -> None:
     listening = bind(arguments.host, arguments.port)
     service = make_service(arguments, token)
     alone = token is None
-    config = uvicorn.Config(
+    config = quiet_config(
         build_app(service, host_names=["127.0.0.1", "localhost", "::1", "[::1]"] if alone else None),
-        loop="asyncio",
-        ws="none",
-        lifespan="off",
-        log_config=None,
+        grace=GRACE,
         log_level="warning",
-        access_log=False,
-        server_header=False,
-        timeout_graceful_shutdown=GRACE,
-        ssl_certfile=arguments.tls_cert,
-        ssl_keyfile=arguments.tls_key,
+        certificate=arguments.tls_cert,
+        key=arguments.tls_key,
     )
     # uvicorn raises the signal that stopped it once more when it is done, which would end the process here.
     for number in (signal.SIGINT, signal.SIGTERM):

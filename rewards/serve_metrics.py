@@ -79,7 +79,7 @@ class ServeMetrics:
         yield f"{PREFIX}_responses_scored_total {self._scored}"
         yield from head("responses_unscored_total", "counter", "Responses that could not be scored.")
         yield f"{PREFIX}_responses_unscored_total {self._unscored}"
-        yield from head("tokens_total", "counter", "Tokens computed, padding included.")
+        yield from head("tokens_total", "counter", "Tokens of the batches: with padding, or what begins alike once.")
         yield f"{PREFIX}_tokens_total {self._tokens}"
         yield from head("responses_unfinished", "gauge", "Responses that wait or are being scored.")
         yield f"{PREFIX}_responses_unfinished {unfinished}"

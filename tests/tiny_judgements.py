@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 from pathlib import Path
 
 import torch
+from tiny_runs import TinyRun, settings_of
 
 from actors.build import reward_training_actors, reward_training_role
-from actors.launch import local_groups
 from actors.reward_training import objectives_of
 from alignment import models
 from alignment.config import ClusterConfig, RewardModelRunConfig
 from alignment.engines.torch import TorchEngine
 from alignment.judgements import LabelledAnswer, Ranking, RatedAnswer, SteppedAnswer
 from alignment.learners.reward_model import RewardModelLearner
-from alignment.loops.offline import SftState, train_reward_model
-from alignment.loops.run import Run
+from alignment.loops.offline import train_reward_model
 from alignment.packing import MicroBatchLimit
 from alignment.reward_objectives import Objectives
-from alignment.run_directory import RunDirectory
 from alignment.types import PreferencePair
 
 GOOD, WORSE, WORST = 11, 12, 13
@@ -77,34 +73,19 @@ class Data:
         self.train, self.held_out = train, held_out
 
 
-class RewardRun:
-    """A run of `train_reward_model`, to be cut and taken up again."""
+class RewardRun(TinyRun):
+    """A run of `train_reward_model`."""
+
+    part = "reward_model"
 
     def __init__(self, model: Path, folder: Path, data: Data, *, run: dict | None = None, **training) -> None:
-        self.config = RewardModelRunConfig.model_validate(
-            {
-                "run": {"num_steps": 8, "trackers": [], "keep_checkpoints": 1, **(run or {})},
-                "model": {"path": str(model)},
-                "training": {"batch_size": 4, **training},
-            }
-        )
-        self.data, self.folder, self.state = data, folder, SftState()
-        self.stack = contextlib.ExitStack()
-        actors = reward_training_actors(self.config, ClusterConfig(), model_path=str(model))
-        self.role = reward_training_role(self.stack.enter_context(local_groups(actors, ClusterConfig())))
-        own = self.config.run
-        self.run = Run(
-            RunDirectory(folder),
-            num_steps=own.num_steps,
-            checkpoint_every=own.checkpoint_every,
-            keep_checkpoints=own.keep_checkpoints,
-            trackers=(),
-        )
+        config = RewardModelRunConfig.model_validate(settings_of(model, run, training))
+        super().__init__(config, reward_training_actors(config, ClusterConfig(), model_path=str(model)), folder, data)
+        self.role = reward_training_role(self.groups)
 
     def train(self, *, patience: float = float("inf"), num_steps: int | None = None) -> None:
-        run = self.config.run.model_copy(update={"num_steps": num_steps or self.config.run.num_steps})
         train_reward_model(
-            self.config.model_copy(update={"run": run}),
+            self.cut_to(num_steps),
             self.data,
             reward_model=self.role,
             run=self.run,
@@ -112,15 +93,3 @@ class RewardRun:
             objectives=objectives_of(self.config.training),
             patience=patience,
         )
-
-    def resume(self) -> None:
-        found, _ = self.run.store.latest_valid()
-        assert found is not None
-        self.state = SftState(**self.run.restore(found, {"reward_model": self.role}))
-
-    def weights(self) -> dict[str, torch.Tensor]:
-        (actor,) = self.role.group.host.actors.values()
-        return {name: p.detach().clone() for name, p in actor.model.named_parameters()}
-
-    def metrics(self) -> list[dict]:
-        return [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]

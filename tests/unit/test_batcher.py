@@ -7,6 +7,7 @@ import threading
 import pytest
 
 from rewards.batcher import Batcher, BusyError
+from rewards.layouts import PaddedRows, SharedPrefixes
 
 TIMEOUT = 30
 
@@ -30,7 +31,13 @@ class Gate:
 
 
 def make(score, **changes) -> Batcher:
-    settings = {"max_rows": 4, "max_tokens": 100, "max_wait": 0.0, "max_waiting": 100} | changes
+    settings = {
+        "layout": PaddedRows(),
+        "max_rows": 4,
+        "max_tokens": 100,
+        "max_wait": 0.0,
+        "max_waiting": 100,
+    } | changes
     return Batcher(score, **settings)
 
 
@@ -60,14 +67,47 @@ def test_a_full_batch_does_not_wait_for_company():
         batcher.close()
 
 
-def test_one_that_is_not_full_waits_for_company():
+def test_what_begins_alike_shares_a_batch_and_is_counted_once():
+    gate, told = Gate(), []
+    batcher = make(gate, layout=SharedPrefixes(), max_tokens=10, on_batch=lambda *batch: told.append(batch[:2]))
+    batcher.submit([[0]])
+    assert gate.entered.acquire(timeout=TIMEOUT)
+    question, other = [7, 7, 7, 7, 7], [8, 8, 8]
+    answers = [[*question, 1], [*other, 1, 2], [*question, 2, 3], [*other, 3], [*question, 1, 4]]
+    futures = batcher.submit(answers)
+    gate.let(3)
+    assert results(futures) == [float(sum(ids)) for ids in answers]
+    assert gate.batches[1:] == [[answers[0], answers[4], answers[2]], [answers[1], answers[3]]]
+    assert told == [(1, 1), (3, 9), (2, 6)]
+    batcher.close()
+
+
+def test_requests_that_come_side_by_side_wait_for_company():
     gate = Gate()
-    gate.let(1)
     batcher = make(gate, max_wait=1e6)
-    futures = batcher.submit([[1], [2]])
-    futures += batcher.submit([[3], [4]])
-    assert results(futures) == [1.0, 2.0, 3.0, 4.0]
-    assert len(gate.batches) == 1
+    first = batcher.submit([[1]] * 4)
+    assert gate.entered.acquire(timeout=TIMEOUT)
+    beside = batcher.submit([[3], [4]])
+    gate.let(2)
+    assert results(first) == [1.0] * 4
+    beside += batcher.submit([[5], [6]])
+    assert results(beside) == [3.0, 4.0, 5.0, 6.0]
+    assert [len(batch) for batch in gate.batches] == [4, 4]
+    # Requests that shared a batch are likely to come together again.
+    assert gate.entered.acquire(timeout=TIMEOUT)
+    again = batcher.submit([[7]])
+    assert not gate.entered.acquire(timeout=0.2)
+    gate.let(1)
+    again += batcher.submit([[8], [9], [10]])
+    assert results(again) == [7.0, 8.0, 9.0, 10.0]
+    batcher.close()
+
+
+def test_who_is_known_to_ask_alone_does_not_wait():
+    batcher = make(lambda rows: [float(len(ids)) for ids in rows], max_wait=1e6)
+    assert results(batcher.submit([[0]] * 4)) == [1.0] * 4
+    for length in (1, 2, 3):
+        assert results(batcher.submit([[0] * length])) == [float(length)]
     batcher.close()
 
 

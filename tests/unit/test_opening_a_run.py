@@ -12,7 +12,9 @@ import pytest
 from alignment.checkpoint import CheckpointStore
 from alignment.config import PpoRunConfig
 from alignment.run_directory import RunDirectory, append_lines
-from recipes.common import open_run_directory, parse
+from recipes.common import once, open_run_directory, parse
+from recipes.reward_modelling import HeldOutScores
+from recipes.supervised import HeldOut
 
 
 @pytest.fixture(autouse=True)
@@ -20,6 +22,23 @@ def _same_umask_afterwards():
     before = os.umask(0o022)
     yield
     os.umask(before)
+
+
+def never() -> HeldOut:
+    raise AssertionError("made a second time")
+
+
+def test_a_record_is_made_once_and_comes_back_as_it_was(tmp_path):
+    """Also numbers that decimals do not end, and texts beyond ASCII."""
+    for number, record in enumerate(
+        [HeldOut(sums=[0.1 + 0.2, 1e-17], answers=["头痛\n", ""]), HeldOutScores(scores=[[1 / 3], [-2.5, 7.0], []])]
+    ):
+        path = tmp_path / f"{number}.json"
+        assert once(path, type(record), lambda made=record: made) is record
+        assert once(path, type(record), never) == record
+        path.write_text(path.read_text().replace("[", "", 1))
+        with pytest.raises(ValueError, match=f"{number}.json: got a damaged record"):
+            once(path, type(record), never)
 
 
 def start(output: Path, *flags: str) -> tuple[RunDirectory, Path | None]:

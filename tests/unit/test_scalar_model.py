@@ -13,7 +13,8 @@ from alignment.data.chat import encode_conversation, eos_ids_of_model, load_toke
 from alignment.learners.reward_model import score_sequences
 from alignment.models import load_scalar_model
 from alignment.packing import MicroBatchLimit
-from rewards.scalar_model import ChatEncoder, ScalarModel, last_token_scores
+from rewards.last_states import padded_states
+from rewards.scalar_model import ChatEncoder, ScalarModel
 
 TEXTS = [
     ("What helps?", "Rest."),
@@ -77,15 +78,15 @@ def test_padding_on_either_side_with_anything_in_it_changes_nothing(hosted):
     torch.manual_seed(0)
     rows = [torch.randint(0, 259, (length,)) for length in (3, 9, 14)]
     rows[1][-1] = 2
-    alone = torch.stack([last_token_scores(hosted._model, row[None], torch.ones_like(row)[None])[0] for row in rows])
+    alone = torch.cat([padded_states(hosted._model, row[None], torch.ones_like(row)[None]) for row in rows])
     for padding in (2, 0, 99_999):
         for left in (False, True):
             ids, mask = torch.full((3, 16), padding), torch.zeros(3, 16, dtype=torch.bool)
             for i, row in enumerate(rows):
                 place = slice(16 - len(row), 16) if left else slice(0, len(row))
                 ids[i, place], mask[i, place] = row, True
-            assert torch.allclose(last_token_scores(hosted._model, ids, mask), alone, atol=2e-5)
-    assert len(alone.unique()) == 3
+            assert torch.allclose(padded_states(hosted._model, ids, mask), alone, atol=2e-5)
+    assert len(alone.unique(dim=0)) == 3
 
 
 def test_too_long_is_no_score(hosted):

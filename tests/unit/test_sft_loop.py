@@ -7,6 +7,7 @@ import os
 
 import pytest
 import torch
+from tiny_runs import cut_and_resumed
 from tiny_sft import Few, Supervised, examples_of
 
 from alignment.loops.offline import SftState, loss_report, take_best, validation
@@ -63,9 +64,9 @@ def test_a_run_that_gets_worse_ends_early_and_keeps_its_best_step(overfitting):
     # One checkpoint is kept, and the best one beside it.
     assert overfitting.run.store.complete() == sorted({state.best_step, state.step})
     last = overfitting.weights()
-    take_best(overfitting.policy, overfitting.run, state)
+    take_best(overfitting.role, overfitting.run, state)
     assert any(not torch.equal(p, last[name]) for name, p in overfitting.weights().items())
-    sums = overfitting.policy.nll(overfitting.data.held_out).result()
+    sums = overfitting.role.nll(overfitting.data.held_out).result()
     assert validation(sums, overfitting.data.held_out)["validation/loss"] == state.best_loss
 
 
@@ -79,7 +80,7 @@ def test_a_damaged_best_step_is_named_and_the_last_one_taken(overfitting):
     with open(weights, "r+b") as file:
         file.seek(2000)
         file.write(b"\0" * 2000)
-    assert take_best(overfitting.policy, overfitting.run, state) == state.step
+    assert take_best(overfitting.role, overfitting.run, state) == state.step
     assert all(torch.equal(p, last[name]) for name, p in overfitting.weights().items())
     assert "model.safetensors does not match its sha256" in said.getvalue()
 
@@ -104,27 +105,14 @@ def test_a_run_that_was_cut_goes_on_to_the_same_end(tiny, tmp_path):
     whole = Supervised(tiny / "policy", tmp_path / "whole", data, **settings)
     cut = Supervised(tiny / "policy", tmp_path / "cut", data, **settings)
     again = Supervised(tiny / "policy", tmp_path / "cut", data, **settings)
-    with whole.stack, cut.stack, again.stack:
-        whole.train()
-        cut.train(num_steps=6)
-        again.resume()
-        assert again.state == cut.state
-        again.train()
-        assert again.state == whole.state
-        expected = whole.weights()
-        assert all(torch.equal(p, expected[name]) for name, p in again.weights().items())
-    timing = {"timing"}
-    rows = [
-        [{k: v for k, v in r.items() if k.split("/")[0] not in timing} for r in m.metrics()] for m in (whole, again)
-    ]
-    assert rows[0] == rows[1]
+    cut_and_resumed(whole, cut, again, at=6)
 
 
 def test_the_same_step_twice_trains_once(tiny, tmp_path):
     data = Few(examples_of(4), examples_of(4, seed=2))
     run = Supervised(tiny / "policy", tmp_path / "run", data)
     with run.stack:
-        first = run.policy.update(data.batch(0, 4), step=0).result()
+        first = run.role.update(data.batch(0, 4), step=0).result()
         after = run.weights()
-        assert run.policy.update(data.batch(0, 4), step=0).result() == first
+        assert run.role.update(data.batch(0, 4), step=0).result() == first
         assert all(torch.equal(p, after[name]) for name, p in run.weights().items())
