@@ -76,7 +76,7 @@ def answer(function: RewardFunction, settings: Mapping[str, Any], request: Mappi
         return {"numbers": [_plain(number) for number in numbers]}
     except MemoryError:
         return {"failure": "memory: more than reward.execution.memory_mb"}
-    except (Exception, SystemExit) as error:  # of code that anyone may write: the one place for a broad catch
+    except BaseException as error:  # of code that anyone may write: the one place for a broad catch
         return {"failure": f"error: {_described(error)}"}
 
 
