@@ -21,7 +21,7 @@ from typing import Any
 
 from rewards.base import RewardFunction, load_function
 
-PR_SET_PDEATHSIG = 1
+PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 MESSAGE_CHARACTERS = 300
 """Of an exception's message that are passed on."""
 
@@ -40,6 +40,7 @@ def main() -> None:
     channel = socket.socket(fileno=int(sys.argv[1]))
     channel.set_inheritable(False)
     end_with_parent(int(sys.argv[2]))
+    keep_descendants()
     start = _receive(channel)
     if start is None:
         return
@@ -61,6 +62,12 @@ def end_with_parent(parent: int) -> None:
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it ended before that
         os._exit(1)
+
+
+def keep_descendants() -> None:
+    """Stay the ancestor of what a function starts and leaves behind, so that it is found and ended with this one."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
 def answer(function: RewardFunction, settings: Mapping[str, Any], request: Mapping[str, Any]) -> dict[str, Any]:
