@@ -11,12 +11,11 @@ equation.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from fractions import Fraction
 from functools import lru_cache
 from typing import Any
 
-from rewards.numbers import as_quantity, is_right, read_gold
+from rewards.numbers import as_quantity, final_number
 from rewards.quantities import numbers_in
 from rewards.reading import plain
 
@@ -52,23 +51,23 @@ def calculated(
     Returns:
         None where the row has no number to compare with.
     """
-    nothing = [None] * len(prompts)
-    given = (column or nothing for column in (lower, upper, tolerance, unit))
-    scores: list[float | None] = []
-    for prompt, response, wanted, *row in zip(prompts, responses, steps or nothing, answer, *given, strict=True):
-        gold = read_gold(*row, relative_tolerance=relative_tolerance)
-        if gold is None:
-            scores.append(None)
-        elif is_right(response, gold):
-            scores.append(1.0)
-        else:
-            scores.append(partial * share_of_steps(prompt, response, wanted or ()))
-    return scores
+    final = final_number(
+        prompts,
+        responses,
+        answer=answer,
+        lower=lower,
+        upper=upper,
+        tolerance=tolerance,
+        unit=unit,
+        relative_tolerance=relative_tolerance,
+    )
+    rows = zip(prompts, responses, steps or [None] * len(prompts), final, strict=True)
+    return [partial * share_of_steps(*row) if score == 0.0 else score for *row, score in rows]
 
 
-def share_of_steps(prompt: str, response: str, steps: Sequence[Any]) -> float:
+def share_of_steps(prompt: str, response: str, steps: Any) -> float:
     """The share of the steps that an answer works out, by the rule at the top of this module."""
-    read = [as_quantity(step) for step in steps] if not isinstance(steps, str) else []
+    read = [as_quantity(step) for step in steps] if isinstance(steps, list | tuple) else []
     wanted = [step.value for step in read if step is not None]
     wanted = [step for step in wanted if not any(_close(step, other) for other in _numbers(prompt))]
     if not wanted:

@@ -16,33 +16,43 @@ MAX_OPTION_PROMPT = 8_000
 MAX_CUES = 64
 """Of "the answer is" and the like: an answer with more of them settles on nothing."""
 
-_LETTERS = (
-    r"[(\[]?([A-Z](?:\s*(?:[,、&/+]|和|与|或|\band\b|\bor\b)+\s*[A-Z](?![A-Za-z'])|[A-Z])*)(?![A-Za-z'])"
-    r"(?:[)\]]|(?=$|[^)\]]))"
-)
-_SMALL = r"\(?([a-z])\)?(?=\s*[.。,，;!]?\s*(?:\n|$))"
-_OPEN = r"[\s*_\"'“:]*"
+_END = r"(?!'?[A-Za-z])"
+_JOINT = r"(?:\s*(?:[,、&/+|]|和|与|或者?|还是|\band\b|\bor\b|\bvs\b))+\s*"
+_LETTERS = rf"[(\[]?([A-Z](?:{_JOINT}[A-Z]{_END}|[A-Z])*){_END}(?:[)\]]|(?=$|[^)\]]))"
+_SMALL = r"\(?([a-z])(?:\)(?=\s)|\)?(?=\s*[.。,，;!]?\s*(?:\n|$)))"
+_OPEN = r"(?:[\s*_\"'`“‘「:$]|\\[(\[]|\\(?:text|textbf|mathrm|mathbf)\{)*"
 _CUES = (
-    r"(?:answer|choice)s?\b(?:\s+(?:is|are|would be|should be|must be)\b|\s*[:=])\s*(?:clearly |definitely |simply )?"
+    r"(?:answer|choice|(?:correct|right|best|likely)\s+option)s?\b[*_\"'`]*"
+    r"(?:\s+(?:is|are|would be|should be|must be)\b|\s*[:=]|\s+-\s)\s*(?:clearly |definitely |simply )?"
     r"(?:option|choice|letter)?"
     r"|\b(?:choose|select|pick|go with|opt for|answer with)\s+(?:option|choice|letter|answer)?"
-    r"|\\boxed\{\s*(?:\\text\{)?"
-    r"|(?<!不是)(?:正确)?答案(?:应该|应当|应|就)?\s*(?:是|为|选|:)\s*(?:选项)?"
+    r"|\\boxed\{"
+    r"|(?<!不是)(?:答案|正确选项)(?:应该|应当|应|就)?\s*(?:是|为|选|:|】|(?=[【「]))\s*【?\s*(?:选项)?"
     r"|(?<![不可挑勿])(?:选择|应选|故选|选)\s*[:]?\s*(?:选项)?"
 )
 _CUE = re.compile(f"(?:{_CUES}){_OPEN}", re.I)
+_DENIED = re.compile(r"(?:\bnot|n't|\bnever|\bavoid|不要|别)\s*$", re.I)
+"""In front of "choose B"."""
 _CAPITAL = re.compile(_LETTERS)
 _LOWER = re.compile(_SMALL)
 _CALLED_RIGHT = re.compile(
     r"(?<![A-Za-z'])\(?([A-Z])\)?\*{0,2}\s*"
-    r"(?:(?:is|are)\s+(?:the\s+)?(?:right|correct|best)\b|(?:项|选项)?\s*(?:是)?(?:正确|对的|最佳))"
+    r"(?:(?:is|are)\s+(?:also\s+)?(?:the\s+)?(?:right|correct|best|answer)\b|(?:项|选项)?\s*(?:也?是)?(?:正确|对的|最佳))"
 )
 _LEADING = re.compile(r"^[\s*_\"'(\[#>]*([A-Z])(?:[.):,、\]*]|\s*$|\s*\n)")
-_LONE_LINE = re.compile(r"(?:^|\n)[ \t*_\"'(\[]*([A-Z])[ \t*_\"')\].。]*(?=\n|$)")
-_LONE_SMALL = re.compile(r"[\s*_\"'(]*([a-z])[\s*_\"').]*$")
+_LONE_LINE = re.compile(
+    r"(?:^|\n)[ \t*_\"'`(\[]*(?:(?:[Oo]ption |[Cc]hoice |选项)[ \t*_\"'`(\[]*)?([A-Z])[ \t*_\"'`)\].。]*(?=\n|$)"
+)
+_LONE_SMALL = re.compile(r"[\s*_\"'`(]*([a-z])[\s*_\"'`).]*$")
 _MARKER = re.compile(r"(?<![A-Za-z\d.'])([A-Z])[.):、]")
 _ARTICLE = re.compile(r"\s+(?!because\b|since\b|as\b|for\b|is\b|and\b|or\b|due\b)[a-z]")
-_HEDGE = re.compile(r"\bor\b|或|/")
+_EITHER = re.compile(r"\b(?:or|vs)\b|或|还是|[/|]")
+_HEDGE = re.compile(
+    r"[\W_]{0,8}?(?:\b(?:or|vs|versus|maybe|perhaps|possibly|alternatively)\b|或者?|还是|也?可能|[/|])"
+    r"(?:[\s,(\[*_$\"'`“]|是|选项?|\b(?:or|maybe|perhaps|possibly|even|else|option|choice)\b)*",
+    re.I,
+)
+"""Between an answer and another one."""
 _GOLD = re.compile(r"^\W*([A-Za-z](?:\s*[,、]?\s*[A-Z])*)(?=[.):、,]|\s*$|\s)")
 _SPACES = re.compile(r"[\W_]+")
 
@@ -108,6 +118,8 @@ def settled(response: str, options: Sequence[str] = (), *, several: bool = False
     if len(cues) > MAX_CUES:
         return frozenset()
     for cue in cues:
+        if _DENIED.search(text, max(0, cue.start() - 12), cue.start()):
+            continue
         if (letters := _after_cue(text, cue.end(), options, several)) is not None:
             stated.append(letters)
     stated += [frozenset(found.group(1)) for found in _CALLED_RIGHT.finditer(text)]
@@ -154,37 +166,55 @@ def _gold(answer: Any, options: Sequence[str]) -> frozenset[str]:
 def _after_cue(text: str, start: int, options: Sequence[str], several: bool) -> frozenset[str] | None:
     """What stands behind "the answer is": letters, or an option's text; None for something else."""
     found = _CAPITAL.match(text, start)
-    if found is None:
-        small = _LOWER.match(text, start)
-        if small is not None:
-            return frozenset(small.group(1).upper())
-        letter = _beginning(text[start : start + 200], options)
-        return frozenset(letter) if letter else None
-    named = re.findall("[A-Z]", found.group(1))
-    if len(named) == 1:
+    named = re.findall("[A-Z]", found.group(1)) if found else []
+    if found and len(named) > 1 and (several or not found.group(1).isalpha() or not found.group(1).isascii()):
+        return _listed(found)
+    if found and len(named) == 1:
         if named[0] in "AI" and _ARTICLE.match(text, found.end()):
             return None
-        other = _beginning(text[found.end() : found.end() + 200].lstrip(" .:)-*]、\n"), options)
-        return frozenset() if other and other != named[0] else frozenset(named)
-    if found.group(1).isalpha() and found.group(1).isascii() and not several:
-        # Letters that touch are a word or an abbreviation where one letter is asked for.
-        return _one_or_none(_beginning(text[start : start + 200], options))
-    hedged = _HEDGE.search(found.group(1))
-    return frozenset() if hedged else frozenset(named)
+        letter, end = named[0], found.end()
+        if _beginning(text[end : end + 200].lstrip(" .:)-*]、\n"), options) not in (None, letter):
+            return frozenset()
+    elif not named and (small := _LOWER.match(text, start)):
+        letter, end = small.group(1).upper(), small.end()
+    # Capitals that touch are a word or an abbreviation where one letter is asked for.
+    elif words := _beginning(text[start : start + 200], options):
+        letter, end = words, start
+    else:
+        return None
+    return frozenset() if _is_hedged(text[end : end + 200], letter, options) else frozenset(letter)
 
 
-def _one_or_none(letter: str | None) -> frozenset[str] | None:
-    return frozenset(letter) if letter else None
+def _listed(found: re.Match[str]) -> frozenset[str]:
+    """The letters of "A, B and D"; none of "A or B"."""
+    return frozenset() if _EITHER.search(found.group(1)) else frozenset(re.findall("[A-Z]", found.group(1)))
+
+
+def _is_hedged(rest: str, letter: str, options: Sequence[str]) -> bool:
+    """Whether "or" and another letter, or another option's text, follow on the letter and its own text."""
+    own = next((plain(one) for one in options[ord(letter) - ord("A") :]), "")
+    place = rest.lower().find(own.lower())
+    if own and 0 <= place <= 8:
+        rest = rest[place + len(own) :]
+    hedge = _HEDGE.match(rest)
+    if hedge is None:
+        return False
+    other = _CAPITAL.match(rest, hedge.end())
+    if other and not _ARTICLE.match(rest, other.end()):
+        return other.group(1) != letter
+    return _beginning(rest[hedge.end() :], options) not in (None, letter)
 
 
 def _unstated(text: str, options: Sequence[str]) -> list[frozenset[str]]:
     """Without "the answer is": a letter in front, or one alone on its line, or an option in front by its text."""
     if lone := _LONE_SMALL.match(text):
         return [frozenset(lone.group(1).upper())]
+    if listed := _CAPITAL.fullmatch(text.strip(" \n*_\"'`.。")):
+        return [_listed(listed)]
     marked = {found.group(1) for found in _MARKER.finditer(text)}
     alone = {found.group(1) for found in _LONE_LINE.finditer(text)}
     leading = _LEADING.match(text)
-    if leading and len(marked | alone | {leading.group(1)}) == 1:
+    if leading and len(marked | alone | _listed(_CAPITAL.match(text, leading.start(1)) or leading)) == 1:
         rest = _beginning(text[leading.end() : leading.end() + 200].lstrip(" .:)-*]、\n"), options)
         return [frozenset(leading.group(1))] if rest in (None, leading.group(1)) else []
     if len(alone) == 1 and not marked - alone:

@@ -15,7 +15,7 @@ from rewards.patterns import MAX_CHARS, bounded
 from rewards.reading import final_answer
 
 MAX_JSON_CHARS = 100_000
-_FENCED = re.compile(r"\s*```(?:json)?[ \t]*\n(.*)```\s*\Z", re.S)
+_FENCED = re.compile(r"\s*```(?i:json)?[ \t]*\n(.*)```\s*\Z", re.S)
 _HAN = bytes(range(0xE4, 0xEA))
 """First bytes, in UTF-8, of U+4000 to U+9FFF: Chinese characters and little else."""
 _BLANKED = bytes(code if chr(code).isalpha() and code < 128 else 32 for code in range(256))
@@ -59,7 +59,8 @@ def valid_json(
 ) -> list[float | None]:
     """1 where the answer is JSON, bare or in one fence, that meets the row's schema; 0.5 for other JSON; else 0.
 
-    NaN, infinities, a name given twice, over 100,000 characters and nesting beyond the parser's are no JSON.
+    NaN, infinities, a name given twice, over 100,000 characters and nesting beyond the parser's are no JSON. A text
+    of over 4,096 characters meets no pattern, and a number beyond floats no multiple.
 
     Args:
         json_schema: JSON Schema (draft 2020-12), an object or its text; without one any JSON scores 1. References
@@ -117,16 +118,19 @@ def chinese_share(text: str) -> float | None:
 
 
 def _json_score(response: str, schema: Any) -> float:
-    validator = _validator(schema if isinstance(schema, str) else json.dumps(schema)) if schema is not None else None
+    given = _validator(schema if isinstance(schema, str) else json.dumps(schema)) if schema is not None else None
     try:
         value = parse_json(response)
     except ValueError:
         return 0.0
-    if validator is None:
+    if given is None:
         return 1.0
+    validator, patterns = given
     try:
+        if patterns and _longest_text(value) > MAX_CHARS:
+            return 0.5
         return 1.0 if validator.is_valid(value) else 0.5
-    except RecursionError:
+    except (RecursionError, OverflowError):  # nested, or with a number, beyond what can be checked
         return 0.5
 
 
@@ -147,7 +151,9 @@ def parse_json(response: str) -> Any:
 
 
 @lru_cache(maxsize=256)
-def _validator(schema: str) -> Any:
+def _validator(schema: str) -> tuple[Any, bool]:
+    """What checks values, and whether it does so with patterns."""
+    patterns = False
     try:
         value = json.loads(schema)
         Draft202012Validator.check_schema(value)
@@ -157,6 +163,7 @@ def _validator(schema: str) -> Any:
             f"json_schema: got {schema[:200]!r} ({reason}), expected a JSON Schema; correct it"
         ) from error
     for key, inner in _members(value):
+        patterns |= key in ("pattern", "patternProperties")
         if key == "pattern" and isinstance(inner, str):
             bounded(inner, what="json_schema pattern")
         for pattern in inner if key == "patternProperties" and isinstance(inner, dict) else ():
@@ -166,7 +173,15 @@ def _validator(schema: str) -> Any:
                 f"json_schema: got a reference to {inner!r}, expected one within the schema (#/...); copy it in"
             )
     # An empty registry: a schema out of a data set must not make this machine fetch anything.
-    return _Validator(value, registry=Registry())
+    return _Validator(value, registry=Registry()), patterns
+
+
+def _longest_text(value: Any) -> int:
+    """Characters of the longest text or name in a value."""
+    if isinstance(value, str):
+        return len(value)
+    inner = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return max(map(_longest_text, inner), default=0)
 
 
 def _unique_items(validator: Any, wanted: bool, instance: Any, schema: Any) -> Iterator[exceptions.ValidationError]:

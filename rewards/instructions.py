@@ -112,6 +112,12 @@ def _has(text: str, keyword: str) -> int:
     return len(re.findall(pattern, text, re.I)) if keyword.strip() else 0
 
 
+def _words_of(given: Sequence[str]) -> Sequence[str]:
+    if isinstance(given, str):  # whose letters would be taken for words
+        raise TypeError("one text where a list of words belongs")
+    return given
+
+
 def _sentences(text: str) -> int:
     """Closed sentences, and what is left open at the end."""
     text = _ABBREVIATION.sub("", text.strip())
@@ -125,7 +131,7 @@ def _parts(text: str, pattern: re.Pattern[str]) -> list[str]:
 
 
 def keywords(text: str, *, keywords: Sequence[str]) -> bool:
-    return all(_has(text, word) for word in keywords)
+    return all(_has(text, word) for word in _words_of(keywords))
 
 
 def keyword_count(text: str, *, keyword: str, frequency: int, relation: str = "at least") -> bool:
@@ -133,7 +139,7 @@ def keyword_count(text: str, *, keyword: str, frequency: int, relation: str = "a
 
 
 def no_keywords(text: str, *, forbidden_words: Sequence[str]) -> bool:
-    return not any(_has(text, word) for word in forbidden_words)
+    return not any(_has(text, word) for word in _words_of(forbidden_words))
 
 
 def letter_count(text: str, *, letter: str, let_frequency: int, let_relation: str = "at least") -> bool:
@@ -216,7 +222,7 @@ def title(text: str) -> bool:
 
 def two_responses(text: str) -> bool:
     """Two that differ, parted by six asterisks."""
-    parts = [part.strip() for part in text.split("******")]
+    parts = [part.strip() for part in text.strip(" *\n").split("******")]
     return len(parts) == 2 and all(parts) and parts[0] != parts[1]
 
 
@@ -244,11 +250,13 @@ def capital_words(text: str, *, capital_frequency: int, capital_relation: str = 
 
 
 def upper_case(text: str) -> bool:
-    return text.isupper()
+    """All of it, and in English."""
+    return text.isupper() and language(text, language="en")
 
 
 def lower_case(text: str) -> bool:
-    return text.islower()
+    """All of it, and in English."""
+    return text.islower() and language(text, language="en")
 
 
 def no_comma(text: str) -> bool:

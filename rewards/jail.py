@@ -17,6 +17,7 @@ import os
 import resource
 import runpy
 import signal
+import struct
 import sys
 import time
 from typing import Any
@@ -27,13 +28,29 @@ MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REMOUNT = 1, 2, 4, 8, 32
 MS_BIND, MS_REC, MS_PRIVATE, MNT_DETACH = 4096, 16384, 1 << 18, 2
 MS_NOATIME, MS_NODIRATIME, MS_RELATIME, ST_RELATIME = 1024, 2048, 1 << 21, 4096
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS = 1, 4, 24, 38
+PR_SET_SECCOMP, SECCOMP_MODE_FILTER, SECCOMP_ERRNO, SECCOMP_ALLOW = 22, 2, 0x00050001, 0x7FFF0000
+BPF_LOAD, BPF_EQUAL, BPF_AT_LEAST, BPF_RETURN = 0x20, 0x15, 0x35, 0x06
 PIVOT_ROOT = {"x86_64": 155, "aarch64": 41, "ppc64le": 203, "riscv64": 41}
+UNCOUNTED = {
+    "x86_64": (0xC000003E, (29, 64, 68, 319)),
+    "aarch64": (0xC00000B7, (194, 190, 186, 279)),
+    "ppc64le": (0xC0000015, (395, 393, 399, 360, 117)),
+    "riscv64": (0xC00000F3, (194, 190, 186, 279)),
+}
+"""What the kernel calls the machine, and its calls that make memory which counts towards no limit of a process:
+shmget, semget, msgget, memfd_create and, where there is one, the older ipc."""
+FOREIGN_CALLS = 0x40000000
+"""From here on calls are of another convention (x32)."""
 NOBODY = 65534
 LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib", "/etc/ld.so.cache")
 DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom", "/dev/random")
-NEW_ROOT = "/proc"
-"""Where the new file system is built before it becomes the root: a folder that every machine has, and whose contents
+MOUNT_POINT = "/proc"
+"""Where the new file system is mounted before it becomes the root: a folder that every machine has, and whose contents
 nothing here needs by then."""
+INNER = "/inner"
+"""The folder of it that the program sees as its root: whoever is not at the root of the mounts may make no user
+namespace, and so get no capabilities back."""
+NEW_ROOT = MOUNT_POINT + INNER
 HERE = "/tmp"
 """The program's own folder, in its file system."""
 AWAITED = (signal.SIGCHLD, signal.SIGTERM)
@@ -133,17 +150,18 @@ def build_root(request: dict[str, Any]) -> None:
     if machine not in PIVOT_ROOT:
         raise Refused(f"machine {machine}")
     os.umask(0o022)  # the caller may keep its files to itself; the program is somebody else
-    call("mount", "none", NEW_ROOT, "tmpfs", MS_NOSUID | MS_NODEV, "size=1m,mode=755")
-    os.mkdir(NEW_ROOT + HERE)  # before the interpreter, which may be installed below it
+    call("mount", "none", MOUNT_POINT, "tmpfs", MS_NOSUID | MS_NODEV, "size=1m,mode=755")
+    os.makedirs(NEW_ROOT + HERE)  # before the interpreter, which may be installed below it
     size = f"size={request['disk_mb']}m,mode=1777"
     call("mount", "none", NEW_ROOT + HERE, "tmpfs", MS_NOSUID | MS_NODEV, size)
     for path in dict.fromkeys((*LIBRARIES, *DEVICES, os.path.realpath(sys.base_prefix))):
         show(path)
-    os.chdir(NEW_ROOT)
+    os.chdir(MOUNT_POINT)
     if libc.syscall(PIVOT_ROOT[machine], b".", b".") != 0:
         raise Refused(f"pivot_root: {os.strerror(ctypes.get_errno())}")
     call("umount2", ".", MNT_DETACH)
     call("mount", None, "/", None, MS_REMOUNT | MS_RDONLY | MS_NOSUID | MS_NODEV, None)
+    os.chroot(INNER)
     os.chdir(HERE)
 
 
@@ -271,8 +289,21 @@ def give_up(request: dict[str, Any], uid: int, as_root: bool) -> None:
     header = (ctypes.c_uint32 * 2)(0x20080522, 0)
     call("capset", header, (ctypes.c_uint32 * 6)())
     call("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    refuse_uncounted()
     # Cleared by the change of user, and set again: a launcher that is killed leaves no program.
     call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+
+
+def refuse_uncounted() -> None:
+    """Let the calls of UNCOUNTED, and all of another convention than the machine's own, fail with EPERM."""
+    machine, calls = UNCOUNTED[os.uname().machine]
+    tests = [(BPF_AT_LEAST, FOREIGN_CALLS), *((BPF_EQUAL, number) for number in calls)]
+    steps = [(BPF_LOAD, 0, 0, 4), (BPF_EQUAL, 0, len(tests) + 2, machine), (BPF_LOAD, 0, 0, 0)]
+    steps += [(code, len(tests) - place, 0, number) for place, (code, number) in enumerate(tests)]
+    steps += [(BPF_RETURN, 0, 0, SECCOMP_ALLOW), (BPF_RETURN, 0, 0, SECCOMP_ERRNO)]
+    rules = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *step) for step in steps))
+    program = ctypes.create_string_buffer(struct.pack("HP", len(steps), ctypes.addressof(rules)))
+    call("prctl", PR_SET_SECCOMP, SECCOMP_MODE_FILTER, program, 0, 0)
 
 
 if __name__ == "__main__":

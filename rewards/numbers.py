@@ -11,7 +11,7 @@ from typing import Any
 
 from rewards.quantities import Quantity, parse_quantity, stated_quantities
 from rewards.reading import final_answer, plain
-from rewards.units import Unit, convert, unit
+from rewards.units import SHARE, Unit, convert, unit
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,14 +24,17 @@ class Gold:
 
     def accepts(self, quantity: Quantity, unit_required: bool) -> bool:
         value: Fraction | None = quantity.value
+        given = unit(quantity.unit)
         if self.measured is not None:
-            given = unit(quantity.unit)
             if given is None and unit_required:
                 return False
             if given is not None:
                 value = convert(quantity.value, given, self.measured)
-        if value is None:
-            return False
+        elif given is not None and given.dimensions == SHARE.dimensions and self._holds(quantity.value * given.factor):
+            return True  # 75% where 0.75 is asked for
+        return value is not None and self._holds(value)
+
+    def _holds(self, value: Fraction) -> bool:
         return (self.lower is None or value >= self.lower) and (self.upper is None or value <= self.upper)
 
 
@@ -98,6 +101,8 @@ def _gold(answer: Any, lower: Any, upper: Any, tolerance: Any, named: Any, relat
     gold = as_quantity(answer)
     measured = unit(plain(named)) if isinstance(named, str) else unit(gold.unit) if gold else None
     low, high, width = as_quantity(lower), as_quantity(upper), as_quantity(tolerance)
+    if low is not None and high is not None and low.value > high.value:
+        return None
     if low is not None or high is not None:
         return Gold(low.value if low else None, high.value if high else None, measured)
     if gold is None:
@@ -112,4 +117,6 @@ def as_quantity(value: Any) -> Quantity | None:
         return parse_quantity(plain(value))
     if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
         return None
-    return Quantity(Fraction(value) if isinstance(value, Rational) else Fraction(repr(float(value))))
+    if isinstance(value, Rational):
+        return Quantity(Fraction(int(value.numerator), int(value.denominator)))
+    return Quantity(Fraction(repr(float(value))))

@@ -14,9 +14,10 @@ from typing import Any
 MAX_CHARS = 4_096
 """Of an answer that a pattern is matched with."""
 MAX_STEPS = 2**26
-"""Places and choices to try in the worst case, about a quarter of a second."""
+"""Ways to try in the worst case, about a quarter of a second."""
+WAY = 8
+"""Characters that can be looked at in the time that one way takes."""
 
-_POSSESSIVE = (_constants.POSSESSIVE_REPEAT, _constants.ATOMIC_GROUP)
 _REPEATS = (_constants.MAX_REPEAT, _constants.MIN_REPEAT)
 _REMEDY = (
     "write repeats that need not give anything back possessively (`++`, `*+`, `(?>...)`), or anchor the pattern with "
@@ -41,7 +42,8 @@ def bounded(pattern: str, *, anchored: bool = False, what: str = "pattern") -> r
         compiled = re.compile(pattern)
     except (re.error, RecursionError, OverflowError) as error:
         raise ValueError(f"{what}: got {pattern!r} ({error}), expected a regular expression; correct it") from error
-    steps = _choices(parsed, what, pattern) * (1 if anchored or _starts_fixed(parsed) else MAX_CHARS)
+    effort = _effort(parsed, what, pattern)[1] * (1 if anchored or _starts_fixed(parsed) else MAX_CHARS)
+    steps = effort / WAY
     if steps > MAX_STEPS:
         raise ValueError(
             f"{what}: got {pattern!r}, which may try {steps:.1e} ways over {MAX_CHARS} characters, expected at most "
@@ -50,41 +52,43 @@ def bounded(pattern: str, *, anchored: bool = False, what: str = "pattern") -> r
     return compiled
 
 
-def _choices(parsed: Any, what: str, pattern: str) -> int:
-    """How many ways there are through a part, at most."""
-    ways = 1
+def _effort(parsed: Any, what: str, pattern: str) -> tuple[int, int, bool]:
+    """How many ways there are through a part, the effort of trying all of them, and whether there is no choice in it.
+
+    A character that is looked at is 1, a way that is tried WAY.
+    """
+    ways, effort, fixed = 1, 0, True
     for code, value in parsed:
-        if code in _REPEATS:
+        own, cost, no_choice = 1, 1, True
+        if code in _REPEATS or code is _constants.POSSESSIVE_REPEAT:
             low, high, inner = value
-            inside = _choices(inner, what, pattern)
-            if high > 1 and inside > 1:
-                raise ValueError(
-                    f"{what}: got {pattern!r}, which repeats something of variable length, expected none, which may "
-                    f"take exponential time; {_REMEDY}"
-                )
-            ways *= min(int(high) - low + 1, MAX_CHARS + 1) * inside
+            inside, each, no_choice = _effort(inner, what, pattern)
+            times = min(int(high), MAX_CHARS + 1)
+            # Without a choice every character is looked at once, and the rest of the text once in vain.
+            cost = min(times * each, each + 2 * MAX_CHARS) if no_choice else times * each
+            if code in _REPEATS:
+                own = min(int(high) - low + 1, MAX_CHARS + 1) * inside
+                if high > 1 and inside > 1:
+                    raise ValueError(
+                        f"{what}: got {pattern!r}, which repeats something of variable length, expected none, which "
+                        f"may take exponential time; {_REMEDY}"
+                    )
         elif code is _constants.BRANCH:
-            ways *= sum(_choices(branch, what, pattern) for branch in value[1])
+            branches = [_effort(branch, what, pattern) for branch in value[1]]
+            own, cost, no_choice = sum(b[0] for b in branches), sum(b[1] for b in branches), False
         elif code is _constants.GROUPREF or code is _constants.GROUPREF_EXISTS:
             raise ValueError(f"{what}: got {pattern!r}, which refers back to a group, expected none; write it out")
-        else:
-            for inner in _inner(code, value):
-                # What does not give back costs its own tries, once at each place.
-                inside = _choices(inner, what, pattern)
-                ways *= 1 if code in _POSSESSIVE and inside <= MAX_CHARS + 1 else inside
-    return ways
-
-
-def _inner(code: Any, value: Any) -> list[Any]:
-    if code is _constants.SUBPATTERN:
-        return [value[-1]]
-    if code is _constants.POSSESSIVE_REPEAT:
-        return [value[2]]
-    if code is _constants.ATOMIC_GROUP:
-        return [value]
-    if code in (_constants.ASSERT, _constants.ASSERT_NOT):
-        return [value[1]]
-    return []
+        elif code is _constants.SUBPATTERN:
+            own, cost, no_choice = _effort(value[-1], what, pattern)
+        elif code is _constants.ATOMIC_GROUP:
+            _, cost, no_choice = _effort(value, what, pattern)
+        elif code in (_constants.ASSERT, _constants.ASSERT_NOT):
+            # It looks at characters without taking them, and so at the same ones again.
+            cost, no_choice = _effort(value[1], what, pattern)[1], False
+        effort += ways * (cost + WAY * (own - 1))
+        ways *= own
+        fixed &= no_choice and own == 1
+    return ways, effort, fixed
 
 
 def _starts_fixed(parsed: Any) -> bool:

@@ -8,7 +8,7 @@ from fractions import Fraction
 from functools import lru_cache
 
 from rewards.arithmetic import NotArithmetic, evaluate, number
-from rewards.units import MAX_UNIT
+from rewards.units import MAX_UNIT, unit
 
 _DIGITS = r"\d{1,3}(?:,\d{3})+(?:\.\d+)?(?![\d])|\d+(?:\.\d+)?|\.\d+"
 _UNIT_TEXT = (
@@ -16,14 +16,30 @@ _UNIT_TEXT = (
     r"|[\u4e00-\u9fff]{1,4}(?:/[\u4e00-\u9fff]{1,2})?)"
 )
 _QUANTITY = re.compile(
-    rf"(?<![A-Za-z\d_.])(?P<sign>[-+]\s?)?\$?(?P<digits>{_DIGITS})(?:[eE](?P<exponent>[-+]?\d+))?"
-    rf"(?:\s?\*\s?10\s?\^\s?\{{?(?P<power>[-+]?\d{{1,4}})\}}?|(?P<fraction>\s?/\s?\d+(?![\d.,]*\d)|\s\d+/\d+))?"
-    rf"(?P<scale>[万亿千百](?![\u4e00-\u9fff]分))?(?:\s?(?P<unit>{_UNIT_TEXT}))?"
+    rf"(?<![A-Za-z\d_.])(?P<sign>(?:[-+负]|[Nn]egative\b)\s?)?\$?(?P<digits>{_DIGITS})(?:[eE](?P<exponent>[-+]?\d+))?"
+    r"(?P<fraction>\s?/\s?\d++(?![.,]*\d)|\s\d+/\d+)?"
+    r"(?P<scale>[万亿千百](?![\u4e00-\u9fff]分)|\s?(?:hundred|thousand|million|billion|trillion)\b)?"
+    rf"(?:\s?(?P<unit>{_UNIT_TEXT}))?"
 )
+_TIMES_TEN = re.compile(r"(?<=\d)\s?[*x]\s?10\s?(?:\^|\*\*)\s?(?:\{([-+]?\d{1,4})\}|([-+]?\d{1,4}))(?![\d.])")
+_TEN = re.compile(r"(?<![\w.^/*])(?<![/*]\s)10\s?(?:\^|\*\*)\s?(?:\{([-+]?\d{1,4})\}|([-+]?\d{1,4}))(?![\d.])")
 _CHINESE = re.compile(r"(?:百分之)?负?[零〇一二两三四五六七八九十百千万亿点]+")
-_TEX_FRACTION = re.compile(r"\\[dt]?frac\{([^{}]{1,40})\}\{([^{}]{1,40})\}")
-_TEX = re.compile(r"\\(?:text|mathrm|mathbf|mbox)\{([^{}]{0,40})\}|\\[,;!: ]|\\(?:left|right)|[$]|\\(?=%)|~")
+_TEX_FRACTION = re.compile(r"(\d?)\\[dt]?frac(?:\{([^{}]{1,40})\}\{([^{}]{1,40})\}|(\d)(\d))")
+_TEX = re.compile(r"\\(?:text|mathrm|mathbf|mbox)\{([^{}]{0,40})\}|\\[,;!: ()\[\]]|\\(?:left|right)|[$]|\\(?=%)|~")
 _TEX_SIGNS = {"\\times": "*", "\\cdot": "*", "\\div": "/", "\\approx": "≈", "^\\circ": "°", "\\%": "%", "\\mu": "μ"}
+_TEX_SIGNS["{,}"] = ","
+_TEX_MATHS = r"\\(?:sqrt|pi|frac|log|ln|exp|sin|cos|tan|binom|infty|theta|alpha|beta|pm|mp)"
+_OPERAND = re.compile(r"(?:[(^]|" + _TEX_MATHS + r"(?:\[\d\])?\{?)\s*$")
+_OPERATOR = re.compile(
+    # A star with a space on one side alone closes bold print.
+    r"(\s?)\*{1,2}\1[-({\d]|\s?[\^+/]\s?[-({\d]|\(\d|\s-\s?\d|-\d|\s?" + _TEX_MATHS + r"|\s?[-+*^]\s?[b-z](?![A-Za-z])"
+)
+_LEFT_OPEN = re.compile(
+    r"(?:[\w)] ?\*{1,2} +|[\w)]\*{1,2}|\d \*{1,2}|[/^+]\s*)$|" + _TEX_MATHS + r"(?:\[\d\])?\{?\s*$"
+)
+"""In front of the last number: its operator, which **bold print** is not."""
+_DENIED = re.compile(r"(?:\bnot|n't|\bnever|[≠≤≥]|不是|\b(?:less|more|fewer|greater) than)[\s*_]*$", re.I)
+_EITHER = re.compile(r"\s*(?:或|还是|到|至|、|和|or\b)")
 _BOXED = re.compile(r"\\boxed\{")
 _CUE = re.compile(
     r"(?:\b(?:answer|result)\b(?:\s+(?:is|are|comes to|equals)\b|\s*[:=])|####"
@@ -32,8 +48,12 @@ _CUE = re.compile(
     re.I,
 )
 _EQUALS = re.compile(r"[=≈≃]|等于|约为")
-_BETWEEN = re.compile(r"^[\s*_]*(?:,|、|/|~|-|–|to\b|or\b|and\b|或|和|到|至)+[\s*_]*(?=[-+$]?[.\d])")
+_BETWEEN = re.compile(
+    r"^[\s*_(]*(?:(?:,|、|/|~|-|–|\.\.|\||(?:to|or|and|vs|maybe|perhaps|possibly)\b|或者?|还是|也?可能是?|和|到|至)[\s*_(]*)+"
+    r"(?=[-+$]?[.\d])"
+)
 _SCALES = {"百": 100, "千": 1000, "万": 10_000, "亿": 100_000_000}
+_SCALES |= {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 _NUMERALS = dict(zip("零〇一二两三四五六七八九", (0, 0, 1, 2, 2, 3, 4, 5, 6, 7, 8, 9), strict=True))
 MAX_STATED = 8
 """Of "the answer is": an answer that says it more often settles on nothing."""
@@ -81,7 +101,7 @@ def stated_quantities(text: str, *, expressions: bool = False) -> list[Quantity]
 
 def numbers_in(text: str, *, after_equals: bool = False) -> list[Fraction]:
     """Every number of the text in order; `after_equals` keeps those right behind an equals sign."""
-    found = []
+    found, text = [], _with_exponents(text)
     for match in _QUANTITY.finditer(text):
         if after_equals and not _EQUALS.search(text[max(0, match.start() - 3) : match.start()]):
             continue
@@ -91,13 +111,15 @@ def numbers_in(text: str, *, after_equals: bool = False) -> list[Fraction]:
 
 
 def parse_quantity(text: str) -> Quantity | None:
-    """A gold answer: "3.2 mg/dL", "1,200", "3/4", "二十三"; None where it is no number."""
-    found = _QUANTITY.match(text.strip())
+    """A gold answer: "3.2 mg/dL", "1,200", "3/4", "二十三"; None where it is no number, or more than one."""
+    text = _without_tex(text).strip()
+    found = _QUANTITY.match(text)
     if found is not None:
-        return _quantity(found)
-    chinese = _CHINESE.match(text.strip())
-    value = chinese_number(chinese.group()) if chinese else None
-    return None if value is None or chinese is None else Quantity(value, text.strip()[chinese.end() :][:MAX_UNIT])
+        rest = text[found.end() :]
+        alone = not any(map(str.isdigit, rest)) and not _is_unfinished(text, found)
+        return _quantity(found) if alone else None
+    chinese = _CHINESE.match(text)
+    return _chinese_quantity(chinese.group(), text[chinese.end() :][:MAX_UNIT]) if chinese else None
 
 
 @lru_cache(maxsize=1024)
@@ -140,7 +162,7 @@ def _whole(text: str) -> int | None:
 def _quantity(found: re.Match[str]) -> Quantity | None:
     digits = found["digits"].replace(",", "")
     try:
-        value = number(f"{digits}e{found['exponent'] or found['power'] or 0}")
+        value = number(f"{digits}e{found['exponent'] or 0}")
         if fraction := found["fraction"]:
             if "/" in fraction.strip()[1:]:  # 3 1/2
                 above, _, below = fraction.strip().partition("/")
@@ -149,9 +171,16 @@ def _quantity(found: re.Match[str]) -> Quantity | None:
                 value /= number(fraction.strip(" /"))
     except (NotArithmetic, ZeroDivisionError):
         return None
-    value *= _SCALES.get(found["scale"] or "", 1)
-    sign = found["sign"] or ""
-    return Quantity(-value if "-" in sign else value, (found["unit"] or "")[:MAX_UNIT])
+    value *= _SCALES.get((found["scale"] or "").strip(), 1)
+    sign = (found["sign"] or "+").strip()
+    return Quantity(value if sign == "+" else -value, (found["unit"] or "")[:MAX_UNIT])
+
+
+def _chinese_quantity(numeral: str, measured: str) -> Quantity | None:
+    value = chinese_number(numeral)
+    if value is None:
+        return None
+    return Quantity(value * 100, "%") if numeral.startswith("百分之") else Quantity(value, measured)
 
 
 def _only(text: str, expressions: bool) -> Quantity | None:
@@ -160,25 +189,36 @@ def _only(text: str, expressions: bool) -> Quantity | None:
     found = _QUANTITY.search(text[:200])
     chinese = _CHINESE.match(text)
     if chinese and (found is None or chinese.start() < found.start()):
-        value = chinese_number(chinese.group())
-        return None if value is None else Quantity(value, re.split(r"[,.;。，；\s]", text[chinese.end() :])[0][:6])
-    if found is None:
+        rest = text[chinese.end() :]
+        measured = re.split(r"[,.;。，；\s]", rest)[0][:6]
+        return None if _EITHER.match(rest) else _chinese_quantity(chinese.group(), measured)
+    if found is None or _DENIED.search(text[: found.start()]):
         return None
     rest = text[found.end() :]
-    if _is_unfinished(text[: found.start()], rest):
+    if _is_unfinished(text, found):
         return _evaluated(text) if expressions else None
     if _BETWEEN.match(rest) or _BETWEEN.match((found["unit"] and (found["unit"] + rest)) or ""):
         return None
     return _quantity(found)
 
 
-def _is_unfinished(before: str, rest: str) -> bool:
-    """Whether the number is part of arithmetic that is left to the reader."""
-    return before.endswith(("(", "^")) or bool(re.match(r"\s?(?:\*{1,2}|[\^+/])\s?[-(\d]|\(\d|\s-\s?\d|-\d", rest))
+def _is_unfinished(text: str, found: re.Match[str]) -> bool:
+    """Whether the number is part of arithmetic that is left to the reader, or the factor of a variable."""
+    return bool(_OPERAND.search(text[: found.start()]) or _OPERATOR.match(text, found.end()) or _is_factor(found))
+
+
+def _is_factor(found: re.Match[str]) -> bool:
+    """Whether a letter that is no unit stands right behind the number: 5x, 5x^2."""
+    place = found.start("unit")
+    return place > 0 and not found.string[place - 1].isspace() and _is_variable(found["unit"])
+
+
+def _is_variable(text: str) -> bool:
+    return text[:1].islower() and text[:2].rstrip("^") == text[:1] and unit(text) is None
 
 
 def _evaluated(text: str) -> Quantity | None:
-    found = re.match(r"[-+*/^().,\d\s]+", text)
+    found = re.match(r"(?:[-+*/^().,\d\s]|(?<=\d)e(?=[-+]?\d))+", text)
     try:
         return Quantity(evaluate(found.group().rstrip(" .,*"))) if found else None
     except NotArithmetic:
@@ -189,14 +229,13 @@ def _last(text: str) -> Quantity | None:
     matches = list(_QUANTITY.finditer(text))
     if not matches:
         chinese = _CHINESE.fullmatch(text.strip(" 。.!\n"))
-        value = chinese_number(chinese.group()) if chinese else None
-        return None if value is None else Quantity(value)
+        return _chinese_quantity(chinese.group(), "") if chinese else None
     last = matches[-1]
     if len(matches) > 1 and _BETWEEN.match(_joint(text[matches[-2].start() :], matches[-2], last)):
         return None
-    # Two operands or a value after its sign of arithmetic: nothing was worked out.
-    before = text[: last.start()].rstrip()
-    return None if before.endswith(("*", "/", "^", "+")) else _quantity(last)
+    before = text[: last.start()]
+    unfinished = _LEFT_OPEN.search(before) or _OPERATOR.match(text, last.end()) or _is_factor(last)
+    return None if unfinished or _DENIED.search(before) else _quantity(last)
 
 
 def _joint(text: str, first: re.Match[str], second: re.Match[str]) -> str:
@@ -230,8 +269,21 @@ def _closing(text: str, start: int) -> int:
 
 
 def _without_tex(text: str) -> str:
-    if "\\" not in text and "$" not in text:
+    """Numbers as they are written without TeX, and powers of ten with an exponent."""
+    if "\\" in text or "$" in text or "{,}" in text:
+        for sign, plain in _TEX_SIGNS.items():
+            text = text.replace(sign, plain)
+        text = _TEX.sub(lambda found: found.group(1) or "", _TEX_FRACTION.sub(_as_fraction, text))
+    return _with_exponents(text)
+
+
+def _as_fraction(found: re.Match[str]) -> str:
+    whole, above, below, one, other = found.groups()
+    return f"{whole}{' ' * len(whole)}{above or one}/{below or other}"
+
+
+def _with_exponents(text: str) -> str:
+    if "10" not in text:
         return text
-    for sign, plain in _TEX_SIGNS.items():
-        text = text.replace(sign, plain)
-    return _TEX.sub(lambda found: found.group(1) or "", _TEX_FRACTION.sub(r"\1/\2", text))
+    text = _TIMES_TEN.sub(lambda found: f"e{found.group(1) or found.group(2)}", text)
+    return _TEN.sub(lambda found: f"1e{found.group(1) or found.group(2)}", text)

@@ -38,17 +38,14 @@ def plain(text: str) -> str:
 def final_answer(response: str) -> str:
     """What follows the reasoning in `<think>`, and of that what stands in `<answer>`, where it does; in plain form.
 
-    Reasoning that is not closed has no answer after it.
+    Reasoning that is not closed has no answer after it, and sections `<answer>` that differ are none.
     """
-    text = response[-MAX_CHARS:]
-    _, closed, after = text.rpartition("</think>")
-    if closed:
-        text = after
-    elif "<think>" in text:
+    text = response.rpartition("</think>")[2]
+    if "<think>" in text:
         return ""
-    if "<answer>" in text:
-        text = "\n".join(between(text, "<answer>", "</answer>")) or text
-    return plain(text)
+    text = text[-MAX_CHARS:]
+    sections = {section.strip() for section in between(text, "<answer>", "</answer>")}
+    return plain(text if not sections else sections.pop() if len(sections) == 1 else "")
 
 
 def between(text: str, opening: str, closing: str) -> list[str]:

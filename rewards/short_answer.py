@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from itertools import islice
 from typing import Any
@@ -102,8 +102,13 @@ def _over(responses: list[str], answer: list[Any], aliases: list[Any] | None, sc
 
 
 def _golds(answer: Any, aliases: Any) -> list[tuple[str, ...]]:
-    texts = [text for given in (answer, aliases) for text in ([given] if isinstance(given, str) else given or ())]
-    return [words for text in texts if isinstance(text, str) and (words := _cached_words(text))]
+    return [words for given in (answer, aliases) for text in _texts(given) if (words := _cached_words(text))]
+
+
+def _texts(given: Any) -> list[str]:
+    """One text or several; none in a number or a mapping, which a row may hold by mistake."""
+    several = [given] if isinstance(given, str) else given if isinstance(given, Sequence) else ()
+    return [text for text in several if isinstance(text, str)]
 
 
 def _stated(response: str) -> str:
@@ -137,16 +142,12 @@ def _f1(said: Counter[Any], gold: Counter[Any]) -> float:
 def _gold_items(answer: Any) -> set[str]:
     if isinstance(answer, str):
         return _items(answer, set())
-    return {item for one in answer or () if isinstance(one, str) and (item := _item(one))}
+    return {item for one in _texts(answer) if (item := _item(one))}
 
 
 def _other_names(aliases: Any) -> dict[str, str]:
     given = aliases.items() if isinstance(aliases, Mapping) else ()
-    return {_item(name): _item(item) for item, names in given for name in _each(names)}
-
-
-def _each(names: Any) -> Iterable[str]:
-    return [names] if isinstance(names, str) else names or ()
+    return {_item(name): _item(item) for item, names in given for name in _texts(names)}
 
 
 def _items(text: str, known: set[str]) -> set[str]:

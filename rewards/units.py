@@ -102,6 +102,9 @@ def unit(text: str) -> Unit | None:
     return Unit(tuple(sorted((name, power) for name, power in powers.items() if power)), factor)
 
 
+SHARE = Unit((("share", 1),), Fraction(1))
+
+
 def convert(value: Fraction, source: Unit, target: Unit) -> Fraction | None:
     """The value in another unit; None where they measure different things."""
     if source.dimensions != target.dimensions:

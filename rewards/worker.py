@@ -21,7 +21,7 @@ from typing import Any
 
 from rewards.base import RewardFunction, load_function
 
-PR_SET_PDEATHSIG = 1
+PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 MESSAGE_CHARACTERS = 300
 """Of an exception's message that are passed on."""
 
@@ -40,6 +40,7 @@ def main() -> None:
     channel = socket.socket(fileno=int(sys.argv[1]))
     channel.set_inheritable(False)
     end_with_parent(int(sys.argv[2]))
+    keep_descendants()
     start = _receive(channel)
     if start is None:
         return
@@ -63,6 +64,12 @@ def end_with_parent(parent: int) -> None:
         os._exit(1)
 
 
+def keep_descendants() -> None:
+    """Stay the ancestor of what a function starts and leaves behind, so that it is found and ended with this one."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
 def answer(function: RewardFunction, settings: Mapping[str, Any], request: Mapping[str, Any]) -> dict[str, Any]:
     """`{"numbers": [...]}`, a number or a failure for each response, or `{"failure": ...}` for all of them."""
     prompts, responses = request["prompts"], request["responses"]
@@ -76,7 +83,7 @@ def answer(function: RewardFunction, settings: Mapping[str, Any], request: Mappi
         return {"numbers": [_plain(number) for number in numbers]}
     except MemoryError:
         return {"failure": "memory: more than reward.execution.memory_mb"}
-    except (Exception, SystemExit) as error:  # of code that anyone may write: the one place for a broad catch
+    except BaseException as error:  # of code that anyone may write: the one place for a broad catch
         return {"failure": f"error: {_described(error)}"}
 
 

@@ -53,7 +53,8 @@ def test_what_the_prompt_says_is_no_step():
 
 
 def test_rows_without_steps_limits_or_gold():
-    assert score("The answer is 90", steps=None) == 0.0
+    for none in (None, float("nan"), 74.016, "74.016", {}):
+        assert score("= 74.02. The answer is 90", steps=none) == 0.0
     assert score("The answer is 70", lower=None, upper=None) == 1.0  # 5 % of 67.822
     assert score("The answer is 72", lower=None, upper=None) == 0.0
     assert score("The answer is 67", lower=None, upper=None, tolerance=0.5) == 0.0

@@ -65,6 +65,12 @@ def test_the_whole_answer():
         r"((a{1,9}){1,9}){1,9}",
         r"(?:(?:a|b)|(?:a|b))*c",
         r"x*" * 4,
+        r"a*a*+b",
+        r"a*a{2000}b",
+        r"(?:(?=a*+)a)*c",
+        r"(?:a*+b|a)*+c",
+        r"(?:a*b|a)*+c",
+        r"(?>a*b|a)*+c",
         "(",
         "[",
         "*a",
@@ -78,7 +84,16 @@ def test_what_may_run_away_is_refused(pattern):
 
 
 @pytest.mark.parametrize(
-    "pattern", [r"\A.*.*x", r".*x", r"\A(?:a|b|c)d.*.*x", r"(?:aaaa|aaab) *x", r"\A\s*\s*x", r"a*+a*+x"]
+    "pattern",
+    [
+        r"\A.*.*x",
+        r".*x",
+        r"\A(?:a|b|c)d.*.*x",
+        r"(?:aaaa|aaab) *x",
+        r"\A\s*\s*x",
+        r"a*+a*+x",
+        r"(?:\w++ ?+)*+x",
+    ],
 )
 @pytest.mark.parametrize("text", ["a" * MAX_CHARS, " " * MAX_CHARS, "aaab" * (MAX_CHARS // 4), "ad" + "a" * 4000])
 def test_the_worst_of_what_is_allowed_is_short(pattern, text):
@@ -94,6 +109,21 @@ SCHEMA = {
     "properties": {"drug": {"type": "string"}, "dose": {"type": "number", "minimum": 0}},
     "additionalProperties": False,
 }
+
+
+@pytest.mark.parametrize(
+    ("schema", "response"),
+    [
+        ({"multipleOf": 0.1}, "1" + "0" * 400),
+        ({"multipleOf": 0.01}, "1e999"),
+        ({"pattern": ".*x"}, f'"{"a" * 99_000}x"'),
+        ({"propertyNames": {"pattern": ".*x"}}, f'{{"{"a" * 99_000}x": 1}}'),
+    ],
+)
+def test_what_is_too_large_to_check_does_not_meet_the_schema(schema, response):
+    began = time.process_time()
+    assert as_json(response, schema) == 0.5
+    assert time.process_time() - began < 0.5
 
 
 def as_json(response, schema=None):

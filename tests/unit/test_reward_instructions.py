@@ -79,7 +79,12 @@ CASES = [
     ),
     (f"{F}json_format", {}, ['{"a": 1}', "```json\n[1]\n```"], ["{a: 1}", "none"]),
     (f"{F}title", {}, ["<<A title>>\nText", "《x》<<题目>>"], ["<<>>", "<a>", "<<  >>"]),
-    ("combination:two_responses", {}, ["one\n******\ntwo"], ["one", "one******one", "a******b******c", "******b"]),
+    (
+        "combination:two_responses",
+        {},
+        ["one\n******\ntwo", "one\n******\ntwo\n******"],
+        ["one", "one******one", "a******b******c", "******b"],
+    ),
     (
         "combination:repeat_prompt",
         {"prompt_to_repeat": "What now?"},
@@ -101,7 +106,7 @@ CASES = [
         ["TAKE rest", "Take Rest"],
     ),
     (f"{C}english_capital", {}, ["REST NOW. 2 MG"], ["REST Now", "123", "休息"]),
-    (f"{C}english_lowercase", {}, ["rest now. 2 mg"], ["Rest", "123"]),
+    (f"{C}english_lowercase", {}, ["rest now. 2 mg"], ["Rest", "123", "好的 ok"]),
     ("punctuation:no_comma", {}, ["Rest. Drink."], ["Rest, drink", "休息，喝水", "休息、喝水", "１，０"]),
 ]
 
@@ -142,6 +147,8 @@ def test_a_row_without_instructions_is_not_scored(ids):
         (["keywords:existance"], [{}], "got 'keywords:existance', expected one of"),
         (["keywords:existence"], [{"keyword": "x"}], "expected its settings"),
         (["keywords:existence"], [{"keywords": [1]}], "expected its settings"),
+        (["keywords:existence"], [{"keywords": "rest"}], "expected its settings"),
+        (["keywords:forbidden_words"], [{"forbidden_words": "rest"}], "expected its settings"),
         (["keywords:existence"], [], "expected a mapping for each"),
         ("keywords:existence", [{}], "expected a mapping for each"),
         (["keywords:frequency"], [{"keyword": "x", "frequency": 1, "relation": "about"}], "got relation 'about'"),

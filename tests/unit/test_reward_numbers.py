@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+import numpy as np
 import pytest
 
 from rewards.numbers import final_number
@@ -73,6 +74,25 @@ RIGHT = [
     ("The answer is 2^3 * 3", 24, {"expressions": True}),
     ("The answer is $24", 24, {}),
     ("约为24次/分", "24 次/分钟", {}),
+    ("**24**", 24, {}),
+    ("The total is **24**.", 24, {}),
+    ("So **24** apples", 24, {}),
+    ("The answer is **24** (rounded)", 24, {}),
+    ("Steps:\n* 24", 24, {}),
+    (r"The answer is \(24\).", 24, {}),
+    (r"\boxed{1{,}234}", 1234, {}),
+    (r"\boxed{\frac34}", 0.75, {}),
+    (r"\boxed{3\frac{1}{2}}", 3.5, {}),
+    (r"\boxed{10^{-3}}", 0.001, {}),
+    ("The answer is 10⁵", 100_000, {}),
+    ("The answer is 1.5 x 10^-3", 0.0015, {}),
+    ("The answer is 3.5 million", 3_500_000, {}),
+    ("The answer is 75%", 0.75, {}),
+    ("The answer is 75%", 75, {}),
+    ("答案是百分之七十五", "75%", {}),
+    ("负5", -5, {}),
+    ("The answer is 24, not 25", 24, {}),
+    ("<answer>24</answer> <answer> 24 </answer>", 24, {}),
 ]
 
 WRONG = [
@@ -124,6 +144,28 @@ WRONG = [
     ("version a24", 24, {}),
     ("The answer is 24. The answer is 24 or 25.", 24, {}),
     ("The answer is 25. " + "The answer is 24. " * 10, 24, {}),
+    ("The answer is 24, or 25", 24, {}),
+    ("The answer is 24 (or 25)", 24, {}),
+    ("The answer is 24 or maybe 25", 24, {}),
+    ("答案是24或者25", 24, {}),
+    ("答案是24还是25", 24, {}),
+    ("答案是五或六", 5, {}),
+    ("The answer is not 24", 24, {}),
+    ("答案不是24", 24, {}),
+    ("The answer is less than 24", 24, {}),
+    ("The answer is 24 million", 24, {}),
+    (r"\boxed{\sqrt{24}}", 24, {}),
+    (r"\boxed{24\sqrt{3}}", 24, {}),
+    (r"\boxed{24\pi}", 24, {}),
+    (r"\boxed{24^{2}}", 24, {}),
+    (r"\boxed{24x}", 24, {}),
+    (r"\boxed{24 + x}", 24, {}),
+    (r"\boxed{3\frac{1}{2}}", "31/2", {}),
+    ("x = 2 * 24", 24, {}),
+    ("weight * 24", 24, {}),
+    ("<answer>25</answer><answer>24</answer>", 24, {}),
+    ("<think>The answer is 24. " + "so " * 10_000 + "The answer is 24.", 24, {}),
+    ("<think>hm</think><think>The answer is 24.", 24, {}),
 ]
 
 
@@ -141,6 +183,21 @@ def test_wrong_and_evasive_answers_score_zero(response, gold, row):
 def test_a_row_without_a_number_is_not_scored(gold):
     assert score("The answer is 1", 1) == 1.0  # an equal key must not answer for this one
     assert score("The answer is 1", gold) is None
+
+
+@pytest.mark.parametrize(
+    "gold", ["1+4", "10-20", "5 or 6", "1, 2", "2026-11-22", r"2\sqrt{3}", "3x + 1", "5x", "12:30"]
+)
+def test_a_gold_of_several_numbers_or_of_arithmetic_is_none(gold):
+    assert score(f"The answer is {gold}", gold) is None
+
+
+def test_limits_that_nothing_meets_are_no_gold():
+    assert score("The answer is 5", 5, lower=6, upper=4) is None
+
+
+def test_a_gold_may_be_a_number_of_numpy():
+    assert score("The answer is 5", np.int64(5)) == score("The answer is 5", np.float32(5)) == 1.0
 
 
 def test_limits_alone_are_a_gold():

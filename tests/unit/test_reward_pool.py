@@ -64,6 +64,17 @@ def one(text):
     if text == "child":  # which a killed function leaves behind, in a process group of its own
         subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], process_group=0)
         time.sleep(600)
+    if text.startswith("daemon"):  # a grandchild that is its own session; its number is left in a file
+        if not os.fork():
+            os.setsid()
+            if not os.fork():
+                with open(text.removeprefix("daemon "), "w") as file:
+                    file.write(str(os.getpid()))
+                time.sleep(600)
+            os._exit(0)
+        time.sleep(600)
+    if text == "interrupt":
+        raise KeyboardInterrupt
     if text == "random":
         return random.random() + sum(0.1 * hash(word) for word in {"a", "b", "c"})
     if text == "value":
@@ -150,6 +161,7 @@ def ask(pool: RewardPool, responses: list[str], **columns: list) -> Part:
         ("blow", "memory: more than reward.execution.memory_mb"),
         ("raise", "error: ZeroDivisionError: no such thing (hostile.py:"),
         ("leave", "error: SystemExit: bye (hostile.py:"),
+        ("interrupt", "error: KeyboardInterrupt"),
         ("deep", "error: RecursionError: maximum recursion depth exceeded"),
     ],
 )
@@ -175,6 +187,12 @@ def test_twenty_that_hang_leave_no_process(opened):
     assert part.numbers == [None] * 20
     assert {part.failures[i].partition(":")[0] for i in range(20)} == {"timeout"}
     assert len(family()) <= len(before)
+
+
+def test_a_daemon_ends_with_the_function_that_left_it(opened, tmp_path):
+    part = ask(opened(time_limit=3.0), [f"daemon {tmp_path / 'pid'}"])
+    assert part.failures[0].startswith("timeout")
+    assert not alive(int((tmp_path / "pid").read_text()))
 
 
 def test_numbers_that_are_none_are_named_one_by_one(opened):

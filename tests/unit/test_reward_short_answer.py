@@ -123,7 +123,7 @@ def test_other_names_of_an_item():
     assert one(list_f1, "ASA, aspirin", ["aspirin"], {"aspirin": ["ASA"]}) == 1.0
 
 
-@pytest.mark.parametrize("gold", [None, "", [], [None], "!?"])
+@pytest.mark.parametrize("gold", [None, "", [], [None], "!?", 5, float("nan"), True, {"aspirin": 1}])
 def test_a_row_without_an_answer_is_not_scored(gold):
     assert [one(function, "aspirin", gold) for function in (same_answer, word_f1, list_f1)] == [None] * 3
 

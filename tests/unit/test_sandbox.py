@@ -110,6 +110,21 @@ print(libc.mount(b'none', b'/tmp', b'tmpfs', 0, None), libc.chroot(b'/tmp'), lib
     assert (second, third) == ("1", "-1 -1 -1")
 
 
+BEYOND = """
+import ctypes, os
+libc = ctypes.CDLL(None)
+print(libc.unshare(0x10000000), libc.shmget(0, 4096, 0o1600), libc.msgget(0, 0o1600), libc.semget(0, 1, 0o1600))
+try:
+    os.memfd_create("x")
+except OSError as error:
+    print(error.errno)
+"""
+
+
+def test_no_capability_comes_back_and_no_memory_is_out_of_count():
+    assert said(BEYOND).split() == ["-1", "-1", "-1", "-1", "1"]
+
+
 def test_no_network():
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
@@ -258,6 +273,12 @@ def test_no_program_speaks_for_itself(program):
     assert score(program, partial=True) == 0.0
 
 
+def test_a_number_beyond_floats_is_compared():
+    tests = [{"function": "f", "args": [], "returns": 10**400}]
+    assert score("def f(): return 1.0", tests) == 0.0
+    assert score("def f(): return 10**400", tests) == 1.0
+
+
 def test_tests_of_another_form_are_refused():
     for bad in (
         3,
@@ -268,6 +289,15 @@ def test_tests_of_another_form_are_refused():
         "assert f(x) == 2",
         "assert f(1) == g(2)",
         "x =",
+        "assert f(1) == 1j",
+        "assert f(1) == b'x'",
+        "assert f(1) == ...",
+        "assert f(**{'a': 1}) == 2",
+        {"function": "f", "args": [float("nan")], "returns": 1},
+        {"function": "f", "args": [], "returns": float("inf")},
+        {"function": "f", "args": 5, "returns": 1},
+        {"function": "f", "args": "ab", "returns": 1},
+        {"function": 5, "returns": 1},
     ):
         with pytest.raises(ValueError, match=r"tests: got .* expected stdin and stdout, or function, args"):
             read_test(bad)
@@ -276,6 +306,7 @@ def test_tests_of_another_form_are_refused():
 
 def test_the_last_closed_block_counts():
     assert last_program("a\n```python\nx\n```\nb\n```\ny\nz\n```\n```python\nhalf") == "y\nz\n"
+    assert last_program("```python\r\nx = '\u2028\f\x85'\r\n```") == "x = '\u2028\f\x85'\n"
     assert last_program("no block") is None
     assert last_program("```python\nx") is None
 
@@ -325,6 +356,7 @@ def test_an_ordinary_user_has_the_same_sandbox(tmp_path):
         "own = 'import ctypes\\nlibc = ctypes.CDLL(None)\\n'\n"
         'own += \'print(libc.mount(b"none", b"/tmp", b"tmpfs", 0, None), libc.umount2(b"/lib", 2))\'\n'
         "print(run_program(own, limits=quick).stdout)\n"
+        f"print(*run_program({BEYOND!r}, limits=quick).stdout.split())\n"
         "print(run_program('while True: pass', limits=Limits(time_limit=1.0)).kind)\n"
         "print(run_program('import os\\nos.kill(1, 9)\\nprint(os.getppid())', limits=quick).stdout)\n"
         "print(passes_tests(['p'], ['```\\ndef f(x): return x\\n```'], tests=[['assert f(1) == 1']]))\n"
@@ -344,7 +376,7 @@ def test_an_ordinary_user_has_the_same_sandbox(tmp_path):
     assert lines[0] == "12345"
     assert lines[1].startswith("Outcome(kind='done', stdout=\"65534 [")
     assert lines[1].count("False") == 1
-    assert lines[2:] == ["4", "-1 -1", "timeout", "1", "[1.0]"]
+    assert lines[2:] == ["4", "-1 -1", "-1 -1 -1 -1 1", "timeout", "1", "[1.0]"]
 
 
 def test_twenty_programs_that_hang_leave_nothing():
