@@ -94,7 +94,7 @@ class RewardConfig(MicroBatchConfig):
     revision: str | None = None
     """Commit hash of a hub model; None takes model.revision where this is the same repository."""
     ensemble: EnsembleConfig = EnsembleConfig()
-    """More of them."""
+    """Further reward models."""
     model_weight: FiniteFloat = 1.0
     """Factor of the reward model's score."""
     standardize_model: bool = True
