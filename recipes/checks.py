@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from alignment.config import AdapterConfig, ClusterConfig, ModelConfig, PpoRunConfig, RewardConfig
+from alignment.config import AdapterConfig, ClusterConfig, ModelConfig, PpoRunConfig, RewardConfig, SftRunConfig
 from alignment.config.splitting import refuse_splitting
 from alignment.config_io import diff_configs, read_yaml
 
@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from alignment.checkpoint import CheckpointStore
     from alignment.types import Prompt
     from recipes.common import ConfigT, Job
+
+
+UPSTREAM = {"reward_model_medical": "score_statistics.json", "sft_calculators": "README.md"}
+"""Recipes that other runs begin with, and the last file that each writes in its `final`."""
 
 
 def refuse_intruders() -> None:
@@ -34,11 +38,15 @@ def refuse_intruders() -> None:
 
 
 def resolve_paths(config: PpoRunConfig) -> PpoRunConfig:
-    """The config with the path of every model as transformers takes it. A reward model to be trained first stays."""
+    """The config with the path of every model as transformers takes it.
+
+    A reward model to be trained first stays; for a policy to be trained first stands what its training begins with.
+    """
     from alignment.data.model_assets import resolve_model
 
     model, critic, reward = config.model, config.critic, config.reward
-    path = resolve_model(model.path, model.revision)
+    first = upstream_of(model.path)
+    path = resolve_model(model.path if first is None else _base_of(first), model.revision)
     if critic.path is not None:
         own = model.at(critic.path, critic.revision)
         critic = critic.model_copy(update={"path": resolve_model(own.path, own.revision), "revision": own.revision})
@@ -46,7 +54,7 @@ def resolve_paths(config: PpoRunConfig) -> PpoRunConfig:
         resolve_model(model.path, critic.revision)
     if reward.model is not None:
         own = model.at(str(Path(reward.model).expanduser()), reward.revision)
-        where = own.path if is_own_reward_model(own.path) else resolve_model(own.path, own.revision)
+        where = own.path if upstream_of(own.path) else resolve_model(own.path, own.revision)
         more = tuple(resolve_model(path, model.at(path, None).revision) for path in reward.ensemble.models)
         ensemble = reward.ensemble.model_copy(update={"models": more})
         reward = reward.model_copy(update={"model": where, "revision": own.revision, "ensemble": ensemble})
@@ -76,7 +84,7 @@ def check_reward_models(config: PpoRunConfig) -> None:
     from alignment.data.chat import encode_conversation, eos_ids_of_model, load_tokenizer
     from alignment.model_checks import check_model
 
-    there = [path for path in config.reward.models if not is_own_reward_model(path)]
+    there = [path for path in config.reward.models if not upstream_of(path)]
     for path in there:
         revision = config.reward.revision if path == config.reward.model else None
         reward = config.model.at(path, revision)
@@ -177,19 +185,28 @@ def check_reward_functions(reward: RewardConfig, prompts: Iterable[Prompt]) -> N
         check_columns(function.name, load_function(function.name), columns, function.settings)
 
 
-def is_own_reward_model(path: str) -> bool:
-    """True for the folder that recipes/reward_model_medical.py writes, until its last file is there."""
-    return (
-        Path(path).name == "final"
-        and "reward_model_medical" in Path(path).parts
-        and not (Path(path) / "score_statistics.json").is_file()
-    )
+def upstream_of(path: str) -> str | None:
+    """The recipe whose `final` a path names, until its last file is there."""
+    folder = Path(path)
+    for recipe, last_file in UPSTREAM.items():
+        if folder.name == "final" and recipe in folder.parts and not (folder / last_file).is_file():
+            return recipe
+    return None
 
 
-def untrained_reward_model(config: PpoRunConfig) -> Path | None:
-    """The run directory of the reward model that has to be trained first; None when none has to."""
-    path = config.reward.model
-    return Path(path).parent if path is not None and is_own_reward_model(path) else None
+def untrained(config: PpoRunConfig) -> dict[str, Path]:
+    """Recipes to be run first, and the run directory of each."""
+    paths = [path for path in (config.model.path, config.reward.model) if path is not None]
+    return {recipe: Path(path).parent for path in paths if (recipe := upstream_of(path))}
+
+
+def _base_of(recipe: str) -> str:
+    """The model that an upstream recipe begins with."""
+    from alignment.config_io import load_config
+
+    return load_config(
+        SftRunConfig, file=Path(__file__).parent / "configs" / f"{recipe}.yaml", overrides=[]
+    ).model.path
 
 
 def check_start(job: Job[ConfigT]) -> None:

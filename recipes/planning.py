@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alignment.config import ClusterConfig, MicroBatchConfig
-from recipes import checks
 
 if TYPE_CHECKING:
     from recipes.common import Job
@@ -66,17 +67,15 @@ def memory_plan(job: Job[Any]) -> str:
     return verdict(here, shapes)[1]
 
 
-def ppo_plan(job: Job[Any], num_parameters: int, data: str) -> str:
-    """What `--dry-run` prints."""
+def ppo_plan(job: Job[Any], num_parameters: int, data: str, first: Iterable[Path]) -> str:
+    """What `--dry-run` prints. `first`: run directories of what would be trained first."""
     from actors.plan import describe_plan, plan_processes
 
-    reward = job.config.reward.model
-    untrained = reward is not None and checks.is_own_reward_model(reward)
     return "\n".join(
         [
             f"prompts: {data}; {num_parameters / 1e6:.1f} M parameters",
             f"rollout engine: {engine_in_words(job.config, job.cluster)}",
-            *([f"{reward} is not there yet: it would be trained first"] if reward and untrained else []),
+            *(f"{folder}/final is not there yet: it would be trained first" for folder in first),
             batch_arithmetic(job.config, job.cluster),
             describe_plan(plan_processes(job.cluster)),
             memory_plan(job),

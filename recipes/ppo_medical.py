@@ -8,7 +8,8 @@ penalty. `--local` runs the same in one process.
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,10 +26,13 @@ from alignment.loops.evaluation import HeldOut, answer_table, compare, evaluate,
 from alignment.loops.ppo import PpoState, stop_on_blow_up, train_ppo, train_ppo_one_pass
 from alignment.loops.run import Run
 from alignment.metrics import check_trackers
-from recipes import checks, common, planning, reward_model_medical
+from recipes import checks, common, planning, reward_model_medical, sft_calculators
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+UPSTREAM = {"reward_model_medical": reward_model_medical, "sft_calculators": sft_calculators}
+"""Stages that train a model of the run where it is not there yet."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,8 +44,8 @@ class Start:
     tokenizer: PreTrainedTokenizerBase
     prompts: PromptSet
     num_parameters: int
-    upstream: Path | None
-    """The run directory of a reward model that has yet to be trained."""
+    first: Mapping[str, Path]
+    """Recipes that have yet to train one of the models, and the run directory of each."""
 
 
 def check(job: common.Job[PpoRunConfig]) -> Start:
@@ -64,10 +68,10 @@ def check(job: common.Job[PpoRunConfig]) -> Start:
     # Dealing out the first step refuses a batch larger than the data.
     prompts_for_step(prompts.train, 0, batch_size=config.ppo.rollout_batch_size, seed=config.run.seed)
     checks.check_reward_functions(config.reward, [*prompts.train, *prompts.held_out])
-    upstream = checks.untrained_reward_model(config)
-    if upstream is not None:
-        common.check_first(job, reward_model_medical.main, upstream)
-    return Start(config=config, tokenizer=tokenizer, prompts=prompts, num_parameters=num_parameters, upstream=upstream)
+    first = checks.untrained(job.config)
+    for recipe, folder in first.items():
+        common.check_first(job, UPSTREAM[recipe].main, folder)
+    return Start(config=config, tokenizer=tokenizer, prompts=prompts, num_parameters=num_parameters, first=first)
 
 
 def inputs(config: PpoRunConfig, prompts: PromptSet) -> dict[str, str]:
@@ -82,18 +86,20 @@ def inputs(config: PpoRunConfig, prompts: PromptSet) -> dict[str, str]:
 
 def run_ppo(job: common.Job[PpoRunConfig]) -> None:
     start = check(job)
-    config, model = start.config, start.config.model
     if job.dry_run:
         checks.check_start(job)
-        print(planning.ppo_plan(job, start.num_parameters, start.prompts.summary()))
+        known = replace(job, config=start.config)
+        print(planning.ppo_plan(known, start.num_parameters, start.prompts.summary(), start.first.values()))
         return
     print(f"prompts: {start.prompts.summary()}", flush=True)
-    print(f"rollout engine: {planning.engine_in_words(config, job.cluster)}", flush=True)
-    space = checkpoint_bytes(config, start.num_parameters)
+    print(f"rollout engine: {planning.engine_in_words(start.config, job.cluster)}", flush=True)
+    space = checkpoint_bytes(start.config, start.num_parameters)
     directory, resume_from = common.open_run_directory(job, num_bytes=space)
-    if start.upstream is not None:
-        common.train_first(job, reward_model_medical.main, start.upstream)
-        checks.check_reward_models(config)
+    for recipe, folder in start.first.items():
+        common.train_first(job, UPSTREAM[recipe].main, folder)
+    if start.first:
+        start = check(job)
+    config, model = start.config, start.config.model
     directory.keep_inputs(inputs(config, start.prompts))
 
     actors = ppo_actors(config, job.cluster, model_path=model.path, critic_path=config.critic.path or model.path)

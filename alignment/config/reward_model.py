@@ -29,7 +29,7 @@ class RewardDataConfig(PreferenceDataConfig):
     kind: JudgementKind = "auto"
     """What the rows are; `auto` goes by the columns of the first one. It decides the loss."""
     also: tuple[SourceConfig, ...] = ()
-    """More sources of rows of that kind."""
+    """More sources of rows of that kind, to train on alone: what is held out is of `source`."""
     report_by: str = "kind"
     """Column by whose values the report tells accuracies apart; a row without it goes by its source's name."""
     on_long: Literal["error", "skip"] = "error"

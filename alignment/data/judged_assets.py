@@ -13,6 +13,8 @@ from alignment.data.assets import fetch_asset
 from alignment.data.files import Row, check_text, read_file
 from alignment.data.split import digest
 
+OFF_TOPIC_CHARS = 200
+"""Answers shorter than this may suit more than one question."""
 REVIEW_PROMPT = "请写一条评价。"
 """What every review answers: the source has reviews alone."""
 
@@ -28,6 +30,29 @@ def refusal_rows() -> Iterator[Row]:
             "group": cells["objective"].strip(),
         }
         yield _checked(values, path, line)
+
+
+def off_topic_rows() -> Iterator[Row]:
+    """Rows with `prompt`, `response`, `label` (1: the answer is another question's), `kind` and `group`.
+
+    Instructions of alpaca-en-demo, each with its own answer and with that of the next one, in the order of a hash.
+    Beside `refusals`, whose people call an answer that ignores the request a refusal too.
+    """
+    lessons: dict[str, Row] = {}
+    for row in read_file(fetch_asset("alpaca-en-demo")):
+        if not row.values["input"] and len(row.values["output"]) >= OFF_TOPIC_CHARS:
+            lessons.setdefault(row.values["instruction"], row)
+    ordered = sorted(lessons, key=digest)
+    for question, following in zip(ordered, ordered[1:] + ordered[:1], strict=True):
+        for label, answer in ((0, question), (1, following)):
+            values = {
+                "prompt": question,
+                "response": lessons[answer].values["output"],
+                "label": label,
+                "kind": ("on topic", "off topic")[label],
+                "group": question,
+            }
+            yield Row(values, lessons[question].where)
 
 
 def harm_rows() -> Iterator[Row]:

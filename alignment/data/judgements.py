@@ -75,9 +75,10 @@ def load_judgements(
     encoder = Encoder(
         tokenizer=tokenizer, eos_ids=eos_ids, max_tokens=config.max_tokens, system_prompt=config.system_prompt
     )
-    rows = list(_rows(config))
+    rows = list(_named(config.source))
+    more = [named for source in config.also for named in _named(source)]
     kind = _kind(rows[0][0]) if config.kind == "auto" else config.kind
-    names = {row.where: name for row, name in rows}
+    names = {row.where: name for row, name in [*rows, *more]}
 
     def read(row: Row) -> Reading[Judgement]:
         _refuse_other_kind(row, kind)
@@ -91,14 +92,14 @@ def load_judgements(
         told=COUNTS[kind],
         what=kind,
         skip_long=config.on_long == "skip",
+        also=(row for row, _ in more),
     )
     return JudgementSet(kind, split)
 
 
-def _rows(config: RewardDataConfig) -> Iterator[tuple[Row, str]]:
+def _named(source: SourceConfig) -> Iterator[tuple[Row, str]]:
     """Every row with the name of its source."""
-    for source in (config.source, *config.also):
-        yield from ((row, source_name(source)) for row in read_rows(source))
+    yield from ((row, source_name(source)) for row in read_rows(source))
 
 
 def source_name(source: SourceConfig) -> str:

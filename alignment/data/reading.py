@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from alignment.data.chat import encode_answer
@@ -45,11 +46,13 @@ def collect(
     told: Sequence[str],
     what: str,
     skip_long: bool = False,
+    also: Iterable[Row] = (),
 ) -> Split[J]:
     """Read, drop duplicates and hold out whole groups. `counts` has rows, duplicates, and those named in `told`.
 
     Args:
         skip_long: leave out rows that are too long, and count them as too_long.
+        also: rows to train on alone; those of a group that is held out are left out, and counted as held_out_too.
 
     Raises:
         ValueError: `file:line: reason`.
@@ -57,7 +60,8 @@ def collect(
     counts: Counter[str] = Counter(dict.fromkeys(["rows", "duplicates", *told], 0))
     records: dict[str, J] = {}
     groups: dict[str, str] = {}
-    for row in rows:
+    num_own = 0
+    for row, is_own in chain(((row, True) for row in rows), ((row, False) for row in also)):
         counts["rows"] += 1
         try:
             reading = read(row)
@@ -72,10 +76,17 @@ def collect(
             counts["duplicates"] += 1
             continue
         records[record.id], groups[record.id] = record, reading.group
+        num_own += is_own
         counts.update(reading.told)
         if reading.opposite in records:
             counts["contradictory"] += 1
-    return hold_out(list(records.values()), wanted, group=lambda r: groups[r.id], counts=counts, what=what)
+    every = list(records.values())
+    split = hold_out(every[:num_own], wanted, group=lambda r: groups[r.id], counts=counts, what=what)
+    out = {groups[record.id] for record in split.held_out}
+    more = [record for record in every[num_own:] if groups[record.id] not in out]
+    if left_out := len(every) - num_own - len(more):
+        counts["held_out_too"] = left_out
+    return Split([*split.train, *more], split.held_out, dict(counts))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

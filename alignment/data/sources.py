@@ -11,11 +11,19 @@ from typing import Any
 
 from alignment.config import SourceConfig
 from alignment.data.assets import ASSETS, fetch_asset
+from alignment.data.calculator_drills import lesson_rows, practice_rows
 from alignment.data.calculators import calculator_rows, held_out_calculator_rows
 from alignment.data.diseases import disease_rows
 from alignment.data.files import SUFFIXES, Row, read_file
 from alignment.data.hub import remedy, why_offline
-from alignment.data.judged_assets import harm_rows, nq_pair_rows, nq_ranking_rows, refusal_rows, review_rows
+from alignment.data.judged_assets import (
+    harm_rows,
+    nq_pair_rows,
+    nq_ranking_rows,
+    off_topic_rows,
+    refusal_rows,
+    review_rows,
+)
 from alignment.data.medical import treatment_plan_answers, treatment_plan_pairs
 from alignment.data.sharegpt import sharegpt_rows
 
@@ -28,10 +36,13 @@ DERIVED: dict[str, Callable[[], Iterable[Row]]] = {
     "sharegpt": sharegpt_rows,
     "medical-calculators": calculator_rows,
     "medical-calculators-held-out": held_out_calculator_rows,
+    "calculator-lessons": lesson_rows,
+    "calculator-practice": practice_rows,
     "refusals": refusal_rows,
     "harm-ratings": harm_rows,
     "reviews-zh": review_rows,
     "nq-pairs": nq_pair_rows,
+    "off-topic": off_topic_rows,
     "nq-rankings": nq_ranking_rows,
 }
 """Assets whose rows are built from an archive's files, not read as they stand."""

@@ -9,7 +9,14 @@ from tiny import byte_tokenizer
 
 from alignment.config import RewardDataConfig, RewardModelRunConfig
 from alignment.data.chat import encode_prompt
-from alignment.data.judged_assets import harm_rows, nq_pair_rows, nq_ranking_rows, refusal_rows, review_rows
+from alignment.data.judged_assets import (
+    harm_rows,
+    nq_pair_rows,
+    nq_ranking_rows,
+    off_topic_rows,
+    refusal_rows,
+    review_rows,
+)
 from alignment.data.judgements import load_judgements
 
 USER = [{"role": "user", "content": "Why?"}]
@@ -115,6 +122,23 @@ def test_sources_are_told_apart_by_name_or_column(tmp_path, tokenizer):
     assert [record.source for record in loaded.train] == ["rows.jsonl", "x"]
 
 
+def test_rows_beside_the_source_are_trained_on_and_give_no_prompt_away(tmp_path, tokenizer):
+    def labelled(prompts, response):
+        return [{**LABEL, "prompt": f"Question {i}?", "response": response} for i in prompts]
+
+    more = tmp_path / "more.jsonl"
+    more.write_text("".join(json.dumps(row) + "\n" for row in labelled(range(40), "other")))
+    alone = load(tmp_path, labelled(range(20), "own"), tokenizer, held_out=8)
+    beside = load(tmp_path, labelled(range(20), "own"), tokenizer, held_out=8, also=[{"path": str(more)}])
+    assert beside.held_out == alone.held_out
+    assert len(beside.held_out) == 8
+    assert beside.train[:12] == alone.train
+    assert len(beside.train) == 12 + 40 - 8
+    assert beside.split.counts["held_out_too"] == 8
+    out = {record.prompt_ids for record in beside.held_out}
+    assert not out & {record.prompt_ids for record in beside.train}
+
+
 @pytest.mark.parametrize("kind", ROWS)
 def test_whole_prompts_are_held_out(tmp_path, tokenizer, kind):
     def row(i):
@@ -217,6 +241,16 @@ def test_refusals_are_read_behind_the_comments():
     assert sum(row.values["label"] == "1" for row in rows) == 109
     assert {row.values["kind"] for row in rows} == {"refusal", "refusal_extra"}
     assert all(row.values["response"].strip() and not row.values["prompt"].startswith("#") for row in rows)
+
+
+def test_answers_on_and_off_the_topic_are_the_same_texts():
+    rows = [row.values for row in off_topic_rows()]
+    own = {row["prompt"]: row["response"] for row in rows if row["label"] == 0}
+    other = {row["prompt"]: row["response"] for row in rows if row["label"] == 1}
+    assert own.keys() == other.keys()
+    assert len(own) == 451
+    assert sorted(own.values()) == sorted(other.values())
+    assert all(own[prompt] != other[prompt] for prompt in own)
 
 
 def test_an_answer_with_several_raters_is_one_row():

@@ -1,4 +1,4 @@
-"""PPO trains its reward model first when that is missing or half there, and passes on how that ended."""
+"""PPO trains first what its models come from when that is missing or half there, and passes on how that ended."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from alignment.config import PpoRunConfig
-from recipes import common, ppo_medical, reward_model_medical
+from alignment.fingerprint import model_fingerprint
+from recipes import checks, common, ppo_medical, reward_model_medical, sft_calculators
 
 
 @pytest.fixture(autouse=True)
@@ -111,6 +112,27 @@ def test_the_reward_model_trained_first_is_the_one_that_scores(tmp_path, flags, 
     assert (final / "score_statistics.json").is_file()
     assert "training it first" in capsys.readouterr().err
     assert (tmp_path / "run" / "final" / "model.safetensors").is_file()
+
+
+def test_the_policy_trained_first_is_the_one_that_learns(tiny, tmp_path, flags, monkeypatch, capsys):
+    """The stand-in is the tiny model, and so are the lessons: what the real ones begin with is not here."""
+    saved_reward_model(tiny, tmp_path)
+    lessons = tmp_path / "lessons.jsonl"
+    rows = [{"prompt": f"What is {i}?", "completion": "It is."} for i in range(9)]
+    lessons.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = ["--model.path", str(tiny / "policy"), "--data.sources", f"[{{path: {lessons}}}]", "--data.held_out", "2"]
+    train = sft_calculators.main
+    monkeypatch.setattr(sft_calculators, "main", lambda own: train([*own, *given, "--run.num_steps", "2"]))
+    monkeypatch.setattr(checks, "_base_of", lambda recipe: str(tiny / "policy"))
+    final = tmp_path / "sft_calculators" / "final"
+    flags = [*flags, "--model.path", str(final)]
+    assert ppo_medical.main([*flags, "--dry-run"]) == 0
+    assert not final.parent.exists()
+    assert f"{final} is not there yet: it would be trained first" in capsys.readouterr().out
+    assert ppo_medical.main(flags) == 0
+    assert (final / "model.safetensors").read_bytes() != (tiny / "policy" / "model.safetensors").read_bytes()
+    inputs = json.loads((tmp_path / "run" / "inputs.json").read_text())
+    assert inputs["model"] == model_fingerprint(str(final))
 
 
 @pytest.mark.parametrize("more", [[], ["--dry-run"]])
