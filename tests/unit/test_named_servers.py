@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from planted_server import Planted, planted_server
+from reward_servers import reward_server
 from tiny import byte_tokenizer
 from tiny_loop import Loop
 
@@ -309,3 +310,27 @@ def test_a_server_that_fails_stops_a_step_beyond_the_budget_and_not_below(tiny, 
     assert (row["reward/mean"], row["reward/far/unscored_count"]) == (0.5, 3)
     kinds = {name: number for name, number in row.items() if name.startswith("reward/unscored/")}
     assert list(kinds.values()) == [3]
+
+
+def test_a_served_model_scores_a_step_as_the_hosted_one_does(tiny, tmp_path):
+    """`python -m rewards.serve` behind a token, two processes that ask it, and the same model in the actor."""
+    pytest.importorskip("fastapi")
+    token = tmp_path / "token"
+    token.write_text(SECRET)
+    token.chmod(0o600)
+    with reward_server(tiny / "reward", "--token-file", str(token)) as served:
+        function = remote(f"{served.url}/score", token_file=str(token), timeout=12.0, retries=0)
+        reward = {
+            "model": str(tiny / "reward"),
+            "functions": [{**function, "samples_per_call": 2}],
+            "execution": {"num_workers": 2},
+        }
+        loop = Loop(tiny, tmp_path / "run", train_ppo, reward=reward)
+        loop.up_to(1)
+        loop.stack.close()
+    (row,) = loop.metrics()
+    parts = [json.loads(line)["parts"] for line in loop.directory.rollouts.read_text().splitlines()]
+    assert len(parts) == 4
+    assert [part["far"] for part in parts] == pytest.approx([part["reward_model"] for part in parts], abs=1e-5)
+    assert (row["reward/far/request_count"], row["reward/far/unscored_count"]) == (2, 0)
+    assert SECRET not in served.log
