@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
-from actors.loading import scalar_model, split_frozen
+from actors.hosted_model import HostedModel, scales_of
 from actors.worker import WHOLE, Actor
-from alignment import models
 from alignment.config import ModelConfig, RewardConfig
 from alignment.config.cluster import RoleConfig
 from alignment.config.reward import MODEL_PART
-from alignment.data.chat import encode_conversation, eos_ids_of_model, load_tokenizer
-from alignment.learners.reward_model import score_sequences
+from alignment.ensembles import score_ensemble
 from alignment.scores import combine
 from alignment.types import Rollout, Score
-from rewards.base import check_settings, load_function, refuse_reserved
-from rewards.pool import Part, PoolFunction, RewardPool
+from rewards.base import Part, check_settings, check_time_limit, load_function, refuse_reserved
+from rewards.pool import PoolFunction, RewardPool
 
-STATISTICS_FILE = "score_statistics.json"
-TOO_LONG = "length: longer than the reward model's positions"
+TOO_LONG = "length: longer than the positions of"
 
 
 class RewardModelActor(Actor):
@@ -36,34 +30,38 @@ class RewardModelActor(Actor):
         self.model_config, self.config, self.device, self.machines = model, reward, device, machines
 
     def setup(self, peers: Mapping[str, Actor]) -> None:
-        self.pool = self._start_pool() if self.config.functions else None
-        self.mean, self.std = 0.0, 1.0
-        self.model: models.HfModel | None = None
-        if self.config.model is None:
-            return
-        own = self.model_config.at(self.config.model, self.config.revision)
-        self.tokenizer = load_tokenizer(own.path, own.revision)
-        self.eos_ids = eos_ids_of_model(self.tokenizer, own.path, own.revision)
-        model = scalar_model(own.path, own, self.device, head="require", frozen=True)
-        self.model = split_frozen(model, self.lockstep)
-        self.num_positions = models.num_positions(self.model.model.config)
-        if self.config.standardize_model:
-            self.mean, self.std = load_statistics(Path(self.config.model))
+        if self.config.functions:
+            execution = self.config.execution
+            self.pool = RewardPool(
+                pool_functions(self.config), num_workers=execution.num_workers, memory_mb=execution.memory_mb
+            )
+            self.pool.start()
+        paths = self.config.models
+        scales = scales_of(paths, standardize=self.config.standardize_model)
+        self.models = [
+            HostedModel(
+                self.model_config.at(path, self.config.revision if path == self.config.model else None),
+                scale=scale,
+                device=self.device,
+                lockstep=self.lockstep,
+            )
+            for path, scale in zip(paths, scales, strict=True)
+        ]
 
     def score(self, rollouts: Sequence[Rollout]) -> list[Score]:
         """One `Score` per rollout, in order."""
         if not rollouts:  # of a model that is split over several processes, this one has nothing to score
-            if self.model is not None:
-                self._model_scores(rollouts)
+            self._members(rollouts)
             return []
         responses = [rollout.response for rollout in rollouts]
         prompts = [rollout.prompt.messages[-1]["content"] for rollout in rollouts]
         # The functions are at work while the model is.
         scoring = self.pool.score(prompts, responses, _columns(rollouts)) if self.pool is not None else None
         said: dict[str, Part] = {}
-        if self.model is not None:
-            numbers = self._model_scores(rollouts)
-            said[MODEL_PART] = Part(numbers, {i: TOO_LONG for i, number in enumerate(numbers) if number is None})
+        members = self._members(rollouts)
+        disagreement: Sequence[float | None] = [None] * len(rollouts)
+        if members:
+            said[MODEL_PART], disagreement = self._model_part(members)
         if scoring is not None:
             said |= scoring.result()
         totals, breakdowns = combine(
@@ -73,11 +71,16 @@ class RewardModelActor(Actor):
             gates=self.config.gates,
             num_responses=len(rollouts),
         )
+        own = {f"{MODEL_PART}/{k}": numbers for k, numbers in enumerate(members)} if len(members) > 1 else {}
+        # What it took belongs to the call: the first answer carries it, so that it is added up once.
+        counts = {f"{name}/{what}": count for name, part in said.items() for what, count in part.counts.items()}
         return [
             Score(
                 total=total,
-                parts=breakdown,
+                parts={**breakdown, **{name: numbers[i] for name, numbers in own.items()}},
                 failures={name: part.failures[i] for name, part in said.items() if i in part.failures},
+                disagreement=disagreement[i] if own else None,
+                counts=counts if i == 0 else {},
             )
             for i, (total, breakdown) in enumerate(zip(totals, breakdowns, strict=True))
         ]
@@ -87,78 +90,45 @@ class RewardModelActor(Actor):
             self.pool.close()
             self.pool = None
 
-    def _start_pool(self) -> RewardPool:
-        """The processes that the rule functions run in, ready to be asked."""
-        execution, functions = self.config.execution, {}
-        for one in self.config.functions:
-            check_settings(one.name, load_function(one.name), one.settings)
-            functions[one.key] = PoolFunction(
-                name=one.name,
-                settings=one.settings,
-                time_limit=one.time_limit or execution.time_limit,
-                samples_per_call=one.samples_per_call or execution.samples_per_call,
-            )
-        pool = RewardPool(functions, num_workers=execution.num_workers, memory_mb=execution.memory_mb)
-        pool.start()
-        return pool
+    def _members(self, rollouts: Sequence[Rollout]) -> list[list[float | None]]:
+        """Every model's own scores, one model after the other."""
+        return [model.score(rollouts, limit_of=self.config.micro_batch_limit) for model in self.models]
 
-    def _model_scores(self, rollouts: Sequence[Rollout]) -> list[float | None]:
-        """The answer is read as a finished turn, end token included, exactly as the training pairs were.
-
-        Whether it really finished is the missing-EOS penalty's business. None for a text that its own tokenizer makes
-        longer than the model's positions.
-        """
-        assert self.model is not None
-        sequences = [
-            encode_conversation(
-                self.tokenizer,
-                [*rollout.prompt.messages, {"role": "assistant", "content": rollout.response}],
-                eos_ids=self.eos_ids,
-            )[0]
-            for rollout in rollouts
-        ]
-        fits = [self.num_positions is None or len(sequence) <= self.num_positions for sequence in sequences]
-        scores = iter(
-            score_sequences(
-                self.model,
-                [sequence for sequence, fit in zip(sequences, fits, strict=True) if fit],
-                limit=self.config.micro_batch_limit(self.model.layout),
-                device=self.device,
-                lockstep=self.lockstep,
-            )
-        )
-        return [(next(scores) - self.mean) / self.std if fit else None for fit in fits]
+    def _model_part(self, members: Sequence[Sequence[float | None]]) -> tuple[Part, list[float | None]]:
+        """The models' scores as one part, and how far they disagree. One alone is itself."""
+        ensemble = self.config.ensemble
+        found = score_ensemble(members, how=ensemble.how, std_coef=ensemble.std_coef)
+        failures = {}
+        for i, number in enumerate(found.scores):
+            if number is None:
+                short = [path for path, one in zip(self.config.models, members, strict=True) if one[i] is None]
+                failures[i] = f"{TOO_LONG} {', '.join(short)}"
+        return Part(found.scores, failures), found.disagreement
 
 
-def load_statistics(folder: Path) -> tuple[float, float]:
-    """Mean and standard deviation of the scores of real answers; 0 and 1 for a model that came without them.
+def pool_functions(reward: RewardConfig) -> dict[str, PoolFunction]:
+    """The functions of a config by their parts, as the processes run them.
 
     Raises:
-        ValueError: a file that is broken, or numbers that nothing can be standardised with.
+        ValueError: one that does not exist, or whose settings or time limit cannot be.
     """
-    file = folder / STATISTICS_FILE
-    if not file.is_file():
-        return 0.0, 1.0
-    remedy = "train the reward model again, or set reward.standardize_model to false"
-    try:
-        saved = json.loads(file.read_text(encoding="utf-8"))
-        mean, std = float(saved["mean"]), float(saved["std"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{file}: got a broken file ({type(error).__name__}: {error}), expected JSON with mean and std; {remedy}"
-        ) from error
-    if not (math.isfinite(mean) and math.isfinite(std) and std > 0):
-        raise ValueError(
-            f"{file}: got mean {mean:g} and std {std:g}, expected finite numbers and a std above 0; {remedy}"
-        )
-    return mean, std
+    execution, functions = reward.execution, {}
+    for one in reward.functions:
+        function, settings = load_function(one.name), one.settings
+        limit = one.time_limit or execution.time_limit
+        samples = one.samples_per_call or execution.samples_per_call
+        check_settings(one.name, function, settings)
+        check_time_limit(one.name, function, settings, time_limit=limit, samples_per_call=samples)
+        functions[one.key] = PoolFunction(name=one.name, settings=settings, time_limit=limit, samples_per_call=samples)
+    return functions
 
 
 def _columns(rollouts: Sequence[Rollout]) -> dict[str, list[object]]:
-    """Extra data columns as lists, plus what the sampler knows: `finish_reasons` and `lengths`."""
+    """Extra data columns as lists, plus what the run knows: `rewards.base.SAMPLED`."""
     names = dict.fromkeys(name for rollout in rollouts for name in rollout.prompt.columns)
     refuse_reserved(names)
     columns: dict[str, list[object]] = {name: [r.prompt.columns.get(name) for r in rollouts] for name in names}
     columns["finish_reasons"] = [rollout.finish_reason for rollout in rollouts]
     columns["lengths"] = [len(rollout.response_ids) for rollout in rollouts]
+    columns["prompt_messages"] = [[dict(message) for message in rollout.prompt.messages] for rollout in rollouts]
     return columns

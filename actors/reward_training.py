@@ -7,8 +7,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from actors.hosted_model import STATISTICS_FILE
 from actors.loading import load_trained, make_trainable, save_trained, scalar_model
-from actors.reward import STATISTICS_FILE
 from actors.worker import WHOLE, Actor, UpdateOnce
 from alignment import adapters
 from alignment.config import ModelConfig, RewardModelTrainingConfig

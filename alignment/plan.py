@@ -24,6 +24,7 @@ from alignment.planning.processes import (
     memory_table,
     ppo_processes,
     reward_model_processes,
+    reward_shape_names,
     sft_processes,
 )
 from alignment.planning.shape import SHAPES, ModelShape, named_shape, read_shape
@@ -160,9 +161,10 @@ def config_shapes(config: RunAnyConfig) -> dict[str, ModelShape]:
         shapes["critic"] = read_shape(
             resolve_model(config.critic.path, config.critic.revision), config.critic.revision
         )
-    reward = config.reward.model
-    if reward is not None and (Path(reward) / "config.json").is_file():
-        shapes["reward_model"] = read_shape(reward, config.reward.revision)
+    for name, path in reward_shape_names(config).items():
+        if (Path(path).expanduser() / "config.json").is_file():
+            revision = config.reward.revision if path == config.reward.model else None
+            shapes[name] = read_shape(str(Path(path).expanduser()), revision)
     return shapes
 
 

@@ -191,7 +191,7 @@ def normalize_parts(
 
 
 def score_metrics(scores: Sequence[Score]) -> dict[str, float]:
-    """Mean of the raw total; mean, deviation and unscored answers of each part; and why they are unscored."""
+    """Mean of the raw total; mean, deviation and unscored answers of each part; why they are; and what it took."""
     metrics: dict[str, float] = {}
     if totals := [score.total for score in scores if score.total is not None]:
         metrics["reward/mean"] = sum(totals) / len(totals)
@@ -202,6 +202,12 @@ def score_metrics(scores: Sequence[Score]) -> dict[str, float]:
             metrics[f"reward/{name}/mean"] = mean
             metrics[f"reward/{name}/std"] = math.sqrt(sum((number - mean) ** 2 for number in numbers) / len(numbers))
         metrics[f"reward/{name}/unscored_count"] = float(len(scores) - len(numbers))
+    if apart := [score.disagreement for score in scores if score.disagreement is not None]:
+        metrics["reward/disagreement"] = sum(apart) / len(apart)
+    counts = Counter[str]()
+    for score in scores:
+        counts.update(score.counts)
+    metrics |= {f"reward/{name}": count for name, count in counts.items()}
     kinds = Counter(kind_of(failure) for score in scores for failure in score.failures.values())
     return metrics | {f"reward/unscored/{kind}": float(count) for kind, count in sorted(kinds.items())}
 

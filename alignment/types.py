@@ -64,6 +64,10 @@ class Score:
     """Unweighted parts by name."""
     failures: Mapping[str, str] = field(default_factory=dict)
     """Why a part has no number, by its name: `KIND: what happened`, e.g. `timeout: no answer within 10 s`."""
+    disagreement: float | None = None
+    """Standard deviation of the scores of several reward models; None where there is one, or one has no score."""
+    counts: Mapping[str, float] = field(default_factory=dict)
+    """What scoring took, `PART/NAME`: amounts to add up over answers. Those of a call stand with its first answer."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

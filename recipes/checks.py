@@ -64,7 +64,9 @@ def resolve_paths(config: PpoRunConfig) -> PpoRunConfig:
     if reward.model is not None:
         own = model.at(str(Path(reward.model).expanduser()), reward.revision)
         where = own.path if upstream_of(own.path) else resolve_model(own.path, own.revision)
-        reward = reward.model_copy(update={"model": where, "revision": own.revision})
+        more = tuple(resolve_model(path, model.at(path, None).revision) for path in reward.ensemble.models)
+        ensemble = reward.ensemble.model_copy(update={"models": more})
+        reward = reward.model_copy(update={"model": where, "revision": own.revision, "ensemble": ensemble})
     return config.model_copy(
         update={"model": model.model_copy(update={"path": path}), "critic": critic, "reward": reward}
     )
@@ -124,26 +126,27 @@ def check_models(config: PpoRunConfig, tokenizer: PreTrainedTokenizerBase) -> in
     num_parameters = check_model("policy", config.model, tokenizer, config.policy.adapter, lengths=lengths)
     critic = config.model.at(config.critic.path or config.model.path, config.critic.revision)
     check_model("critic", critic, tokenizer, config.critic.adapter, head="zeros", lengths=lengths)
-    if config.reward.model is not None and not upstream_of(config.reward.model):
-        check_reward_model(config)
+    check_reward_models(config)
     return num_parameters
 
 
-def check_reward_model(config: PpoRunConfig) -> None:
-    """The folder that scores: its weights, its head, its template, and the scale of its scores."""
-    from actors.reward import load_statistics
+def check_reward_models(config: PpoRunConfig) -> None:
+    """What scores and is there already: weights, head, template, and the scale of the scores."""
+    from actors.hosted_model import scales_of
     from alignment.data.chat import encode_conversation, eos_ids_of_model, load_tokenizer
     from alignment.model_checks import check_model
 
-    assert config.reward.model is not None
-    reward = config.model.at(config.reward.model, config.reward.revision)
-    tokenizer = load_tokenizer(reward.path, reward.revision)
-    # It reads every answer as a finished turn: one that the limit cut off gets an end token there.
-    check_model("reward", reward, tokenizer, head="require", lengths={**answer_lengths(config), "its end token": 1})
-    sample = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Good day."}]
-    encode_conversation(tokenizer, sample, eos_ids=eos_ids_of_model(tokenizer, reward.path, reward.revision))
-    if config.reward.standardize_model:
-        load_statistics(Path(reward.path))
+    there = [path for path in config.reward.models if not upstream_of(path)]
+    for path in there:
+        revision = config.reward.revision if path == config.reward.model else None
+        reward = config.model.at(path, revision)
+        tokenizer = load_tokenizer(reward.path, reward.revision)
+        # It reads every answer as a finished turn: one that the limit cut off gets an end token there.
+        lengths = {**answer_lengths(config), "its end token": 1}
+        check_model("reward", reward, tokenizer, head="require", lengths=lengths)
+        sample = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Good day."}]
+        encode_conversation(tokenizer, sample, eos_ids=eos_ids_of_model(tokenizer, reward.path, reward.revision))
+    scales_of(there, standardize=config.reward.standardize_model)
 
 
 def answer_lengths(config: PpoRunConfig) -> dict[str, int]:
@@ -225,14 +228,13 @@ def check_splitting(model: ModelConfig, cluster: ClusterConfig, adapters: Mappin
 
 
 def check_reward_functions(reward: RewardConfig, prompts: Iterable[Prompt]) -> None:
-    """Every rule reward exists, takes its settings, and can be called with the columns of the prompts."""
-    from rewards.base import check_columns, check_settings, load_function
+    """Every function exists, takes its settings, has the time that they need, and the columns that it reads."""
+    from actors.reward import pool_functions
+    from rewards.base import check_columns, load_function
 
     columns = {name for prompt in prompts for name in prompt.columns}
-    for function in reward.functions:
-        loaded = load_function(function.name)
-        check_settings(function.name, loaded, function.settings)
-        check_columns(function.name, loaded, columns, function.settings)
+    for function in pool_functions(reward).values():
+        check_columns(function.name, load_function(function.name), columns, function.settings)
 
 
 def upstream_of(path: str) -> str | None:

@@ -22,7 +22,7 @@ from alignment.config import ROLES, PpoRunConfig
 from alignment.data.chat import eos_ids_of_model, eos_is_trained, load_tokenizer
 from alignment.data.prompts import PromptSet, load_prompts, prompts_for_step
 from alignment.fingerprint import model_fingerprint, records_fingerprint
-from alignment.loops.evaluation import HeldOut, answer_table, compare, evaluate
+from alignment.loops.evaluation import HeldOut, answer_table, compare, evaluate, unscored_warning
 from alignment.loops.ppo import PpoState, stop_on_blow_up, train_ppo, train_ppo_one_pass
 from alignment.loops.run import Run
 from alignment.metrics import check_trackers
@@ -76,7 +76,8 @@ def check(job: common.Job[PpoRunConfig]) -> Start:
 
 def inputs(config: PpoRunConfig, prompts: PromptSet) -> dict[str, str]:
     """A short name for the contents of all that the run reads."""
-    models = {"model": config.model.path, "critic": config.critic.path, "reward model": config.reward.model}
+    scoring = {f"reward model{f' {k}' if k else ''}": path for k, path in enumerate(config.reward.models)}
+    models = {"model": config.model.path, "critic": config.critic.path, **scoring}
     return {
         **{name: model_fingerprint(path, config.model.revision) for name, path in models.items() if path is not None},
         "prompts": records_fingerprint([*prompts.train, *prompts.held_out]),
@@ -129,7 +130,7 @@ def improve(
 ) -> None:
     """Answer the held-out prompts, train, answer them again, and write down what came of it."""
 
-    def answer_held_out() -> HeldOut:
+    def answer_held_out(max_unscorable: float | None = None) -> HeldOut:
         run.progress.message(f"answering {len(prompts.held_out)} held-out prompts with policy {state.step}")
         return evaluate(
             prompts.held_out,
@@ -139,10 +140,11 @@ def improve(
             rollout=roles.rollout,
             greedy=config.evaluation.greedy,
             version=state.step,
+            max_unscorable=max_unscorable,
         )
 
-    directory = run.directory
-    before = common.once(directory.path / "held_out_before.json", HeldOut, answer_held_out)
+    directory, budget = run.directory, config.reward.max_unscorable
+    before = common.once(directory.path / "held_out_before.json", HeldOut, lambda: answer_held_out(budget))
     train = train_ppo_one_pass if config.ppo.one_pass else train_ppo
     train(
         config,
@@ -157,6 +159,8 @@ def improve(
     )
     after = answer_held_out()
     after.save(directory.path / "held_out_after.json")
+    if warning := unscored_warning(after, budget):  # what was learnt is kept: training is done
+        run.progress.message(warning)
     roles.policy.export(directory.final).result()
     gains = compare(before, after, seed=config.run.seed)
     common.write_summary(job, directory, gains, kl={"value": after.kl, "limit": config.kl.limit})

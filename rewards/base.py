@@ -2,7 +2,7 @@
 
 A reward function takes all prompts and responses of a batch, and every other column of the rows by name, and
 returns one number per response. None means "could not score": that response is left out and counted. A number is
-never made up.
+never made up. A function that has more to tell, why there is no number or what the call has cost, returns a `Part`.
 
 A parameter of its own without a default takes the column of that name, as does one whose default is None; any other
 default is a setting, which no column may replace. A config may give a value to any of them: it is a setting then.
@@ -17,23 +17,37 @@ import importlib
 import inspect
 import json
 import pkgutil
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, get_type_hints
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-SAMPLED = ("finish_reasons", "lengths")
-"""Columns that every function is given beside those of the data: how each answer ended, and its number of tokens."""
+SAMPLED = ("finish_reasons", "lengths", "prompt_messages")
+"""Columns that every function is given beside those of the data: how each answer ended, its number of tokens, and the
+whole conversation before it, `{"role", "content"}` each, of which its prompt is the last message."""
 RESERVED = ("prompts", "responses", *SAMPLED)
 NO_REWARDS = frozenset({"base", "pool", "worker", "jail"})
 """Modules of the package that hold no reward functions."""
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What one function said of some answers."""
+
+    numbers: Sequence[float | None]
+    """One per response."""
+    failures: dict[int, str] = field(default_factory=dict)
+    """Why there is none, by the index of the response: `KIND: what happened`."""
+    counts: dict[str, float] = field(default_factory=dict)
+    """What it took, e.g. `request_count`: amounts that add up over calls, processes and actors."""
+
+
 class RewardFunction(Protocol):
     """`f(prompts, responses, **columns)`: one float, or None, per response."""
 
-    def __call__(self, prompts: list[str], responses: list[str], **columns: Any) -> list[float | None]: ...
+    def __call__(self, prompts: list[str], responses: list[str], **columns: Any) -> Sequence[float | None] | Part: ...
 
 
 def load_function(name: str) -> RewardFunction:
@@ -68,11 +82,32 @@ def load_function(name: str) -> RewardFunction:
     return function
 
 
-def only_where(check: Callable[..., None]) -> Callable[[Function], Function]:
+def only_where(check: Callable[..., object]) -> Callable[[Function], Function]:
     """Let `check(**settings)` refuse, before a run starts, what the function would refuse on its first call."""
 
     def mark(function: Function) -> Function:
         vars(function)["check"] = check
+        return function
+
+    return mark
+
+
+def at_most(longest: Callable[..., float]) -> Callable[[Function], Function]:
+    """Let `longest(samples, **settings)` tell how many seconds a call for so many answers may take if all is well in
+    the end: a time limit that would cut it off is refused."""
+
+    def mark(function: Function) -> Function:
+        vars(function)["longest"] = longest
+        return function
+
+    return mark
+
+
+def reads_columns(setting: str) -> Callable[[Function], Function]:
+    """Say which setting lists columns that the function needs beside those it has parameters for."""
+
+    def mark(function: Function) -> Function:
+        vars(function)["reads"] = setting
         return function
 
     return mark
@@ -102,21 +137,54 @@ def check_settings(name: str, function: Callable[..., Any], settings: Mapping[st
             ) from None
     if check := getattr(function, "check", None):
         taken = inspect.signature(check).parameters
-        check(**{key: value for key, value in settings.items() if key in taken})
+        everything = any(p.kind is p.VAR_KEYWORD for p in taken.values())
+        whole = with_defaults(function, settings)
+        check(**{key: value for key, value in whole.items() if everything or key in taken})
+
+
+def check_time_limit(
+    name: str, function: Callable[..., Any], settings: Mapping[str, Any], *, time_limit: float, samples_per_call: int
+) -> None:
+    """Refuse a limit that would end the function `name` while it still waits or tries again as its settings say.
+
+    Raises:
+        ValueError: such a limit.
+    """
+    longest = getattr(function, "longest", None)
+    seconds = longest(samples_per_call, **with_defaults(function, settings)) if longest is not None else 0.0
+    if time_limit < seconds:
+        raise ValueError(
+            f"reward.functions: got a time_limit of {time_limit:g} s for {name}, expected at least {seconds:g} s: so "
+            f"long a call for {samples_per_call} answers may take by its settings; raise time_limit, or lower "
+            "samples_per_call, or the settings timeout, retries and max_wait"
+        )
+
+
+def with_defaults(function: Callable[..., Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """All settings of a function: those given, and the defaults of the others."""
+    defaults = {p.name: p.default for p in _own_parameters(function) if p.default not in (p.empty, None)}
+    return {**defaults, **settings}
 
 
 def check_columns(
-    name: str, function: Callable[..., Any], columns: Collection[str], settings: Collection[str] = ()
+    name: str, function: Callable[..., Any], columns: Collection[str], settings: Mapping[str, Any] | None = None
 ) -> None:
     """Refuse columns of the data that the function `name` cannot be called with.
 
     Args:
-        settings: names of the parameters that the config gives a value.
+        settings: what the config gives a value.
 
     Raises:
         ValueError: a column that it needs is missing, replaces one of its settings, or has a reserved name.
     """
     refuse_reserved(columns)
+    settings = settings or {}
+    for column in settings.get(getattr(function, "reads", ""), ()):
+        if column not in {*columns, *SAMPLED}:
+            raise ValueError(
+                f"reward.functions: got {name} with a column {column!r} to read, expected one of "
+                f"{sorted({*columns, *SAMPLED})}; correct the name, or add that column"
+            )
     for parameter in _own_parameters(function):
         if parameter.name in settings:
             if parameter.name in columns:

@@ -117,6 +117,15 @@ class ChatClient:
         self._lock = threading.Lock()
         self.cost = Cost()
 
+    def counts(self) -> dict[str, float]:
+        """Totals since the start: requests sent, retries of them, tokens told by the endpoint, replies on disk."""
+        return {
+            **self._client.counts,
+            "prompt_token_count": self.cost.prompt_tokens,
+            "completion_token_count": self.cost.completion_tokens,
+            "cache_hit_count": self.cost.cache_hits,
+        }
+
     def __repr__(self) -> str:
         return f"ChatClient({self._client.place!r}, model={self._model!r})"
 

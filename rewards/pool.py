@@ -16,13 +16,14 @@ import socket
 import subprocess
 import sys
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rewards.base import Part
 from rewards.worker import encode
 
 START_LIMIT = 120.0
@@ -46,17 +47,6 @@ class PoolFunction:
     time_limit: float = 10.0
     """Seconds for one call."""
     samples_per_call: int = 32
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """What one function said."""
-
-    numbers: list[float | None]
-    """One per response."""
-    failures: dict[int, str]
-    """Why there is none, by the index of the response: `KIND: what happened`, with the kind one of timeout, crash,
-    memory, error, invalid, none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +86,8 @@ class RewardPool:
     def score(
         self, prompts: Sequence[str], responses: Sequence[str], columns: Mapping[str, Sequence[Any]]
     ) -> Future[dict[str, Part]]:
-        """What every function says of every response, by part.
+        """What every function says of every response, by part. A failure's kind is the function's own or one of
+        timeout, crash, memory, error, invalid, none. What a process that had to be ended was counting is lost.
 
         Raises:
             ValueError: a column with values that are no plain data.
@@ -107,15 +98,15 @@ class RewardPool:
             for part, one in self.functions.items()
             for start in range(0, len(responses), one.samples_per_call)
         )
-        parts = {part: Part([None] * len(responses), {}) for part in self.functions}
+        said = {part: _Said([None] * len(responses), {}, Counter()) for part in self.functions}
 
         def run() -> dict[str, Part]:
             try:
-                self._run(calls, parts, texts)
+                self._run(calls, said, texts)
             except BaseException:
                 self._end_all()  # or an answer that is still to come would be taken for one of the next call
                 raise
-            return parts
+            return {part: Part(one.numbers, one.failures, dict(one.counts)) for part, one in said.items()}
 
         return self._thread.submit(run)
 
@@ -155,7 +146,7 @@ class RewardPool:
                 "numbers, true, false, null, lists and mappings; convert them in the data"
             ) from None
 
-    def _run(self, calls: deque[_Call], parts: dict[str, Part], texts: tuple[Any, ...] = ()) -> None:
+    def _run(self, calls: deque[_Call], said: dict[str, _Said], texts: tuple[Any, ...] = ()) -> None:
         """Hand out the calls until every one is answered or has failed."""
         while not self._closed:
             for _ in range(self.num_workers - len(self._workers)):
@@ -165,7 +156,7 @@ class RewardPool:
                 for call, answer in self._settled(worker):
                     calls.extend(self._alone(call, texts) if _is_unclear(call, answer) else ())
                     if not _is_unclear(call, answer):
-                        _write_down(parts[call.part], call.indices, answer)
+                        said[call.part].add(call.indices, answer)
             for worker in self._workers:
                 if worker.idle and calls:
                     worker.ask(call := calls.popleft(), self.functions[call.part].time_limit)
@@ -221,13 +212,22 @@ def _is_unclear(call: _Call, answer: Mapping[str, Any]) -> bool:
     return bool(failure) and (len(call.indices) > 1 or (failure.startswith("crash") and not call.again))
 
 
-def _write_down(part: Part, indices: range, answer: Mapping[str, Any]) -> None:
-    told = [answer["failure"]] * len(indices) if "failure" in answer else answer["numbers"]
-    for index, number in zip(indices, told, strict=True):
-        if isinstance(number, str):
-            part.failures[index] = number
-        else:
-            part.numbers[index] = number
+@dataclass(frozen=True, slots=True)
+class _Said:
+    """A `Part` while its calls come in."""
+
+    numbers: list[float | None]
+    failures: dict[int, str]
+    counts: Counter[str]
+
+    def add(self, indices: range, answer: Mapping[str, Any]) -> None:
+        told = [answer["failure"]] * len(indices) if "failure" in answer else answer["numbers"]
+        for index, number in zip(indices, told, strict=True):
+            if isinstance(number, str):
+                self.failures[index] = number
+            else:
+                self.numbers[index] = number
+        self.counts.update(answer.get("counts", {}))
 
 
 class _Worker:

@@ -6,15 +6,22 @@ The server may be `python -m rewards.serve MODEL` or any other that takes
 
 and answers `{"scores": [number or null, ...]}`, one per response, in order. `columns` is there if some are asked for.
 null means "could not score" and becomes None.
+
+`score` is this as a function that a config names; `RemoteReward` is for scripts.
 """
 
 from __future__ import annotations
 
+import functools
+import json
+import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from rewards.transport import BadAnswerError, JsonClient
+from rewards.base import Part, at_most, only_where, reads_columns
+from rewards.connection import Growth, connection, longest_post, settings_of
+from rewards.transport import BadAnswerError, JsonClient, RemoteError
 
 FLOAT32_MAX = 3.4028234663852886e38
 
@@ -95,6 +102,59 @@ class RemoteReward:
                 f"{expected}, one per response; correct the name, or the data"
             )
         return list(values)
+
+
+def make_server(*, url: str, columns: Sequence[str], **settings: Any) -> RemoteReward:
+    """The client that the settings of `score` describe. Raises ValueError for those that cannot be."""
+    return RemoteReward(url=url, columns=columns, batch_size=sys.maxsize, **connection(**settings))
+
+
+@functools.cache
+def _kept(settings: str) -> tuple[RemoteReward, Growth]:
+    """The client of these settings, made once in a process, and what it has counted since it was asked last."""
+    return make_server(**json.loads(settings)), Growth()
+
+
+def longest_score(samples: int, *, timeout: float, retries: int, max_wait: float, **others: Any) -> float:
+    """Seconds of one call: whatever the number of its answers, it is one request."""
+    return longest_post(timeout=timeout, retries=retries, max_wait=max_wait)
+
+
+@reads_columns("columns")
+@at_most(longest_score)
+@only_where(make_server)
+def score(
+    prompts: list[str],
+    responses: list[str],
+    *,
+    url: str = "",
+    columns: Sequence[str] = (),
+    token_file: str = "",
+    ca_file: str = "",
+    timeout: float = 10.0,
+    retries: int = 2,
+    backoff: float = 0.5,
+    max_wait: float = 5.0,
+    max_answer_bytes: int = 16 << 20,
+    **others: Any,
+) -> Part:
+    """What a server scores, all answers of the call in one request. Settings as of `RemoteReward`.
+
+    Raises:
+        RemoteError: for several answers, where it may be due to one of them. For one alone, and where it is due to
+            none, the answers have no score and the error is the reason.
+    """
+    settings = settings_of(score, locals())
+    server, growth = _kept(json.dumps(settings, sort_keys=True))
+    numbers: Sequence[float | None] = [None] * len(responses)
+    failures: dict[int, str] = {}
+    try:
+        numbers = server(prompts, responses, **others)
+    except RemoteError as error:
+        if error.due_to_texts and len(responses) > 1:
+            raise
+        failures = dict.fromkeys(range(len(responses)), f"{error.kind}: {error}")
+    return Part(numbers, failures, growth(server.client.counts))
 
 
 def check_scores(answer: Any, expected: int, place: str) -> list[float | None]:

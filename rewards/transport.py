@@ -21,6 +21,7 @@ import ssl
 import stat
 import threading
 import time
+from collections import Counter
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -34,24 +35,46 @@ PASSING = frozenset({408, 429})
 """Statuses below 500 that are tried again."""
 
 
+_COUNTING = threading.Lock()  # not one per client: a client can be copied to another process
+
+
 class RemoteError(RuntimeError):
     """A server gave no usable answer, so there are no scores: none are made up."""
+
+    kind: str
+    """One word, by which answers without a score are counted."""
+    due_to_texts = False
+    """Whether other texts might have been answered, so that it makes sense to ask for each by itself."""
 
 
 class UnavailableError(RemoteError):
     """No answer after every try: the network, or a server that is down or too busy."""
 
+    kind = "unavailable"
+
 
 class RefusedError(RemoteError):
     """The server does not want this request, or is not the one it claims to be; asking again changes nothing."""
 
+    kind = "refused"
+
     def __init__(self, message: str, status: int | None = None) -> None:
         super().__init__(message)
         self.status = status
+        self.due_to_texts = status in (400, 413, 422)
 
 
 class BadAnswerError(RemoteError):
     """The server answered with something else than was agreed."""
+
+    kind = "bad_answer"
+    due_to_texts = True
+
+
+class StoppedAnswerError(BadAnswerError):
+    """The answer began and did not end in time."""
+
+    due_to_texts = False
 
 
 class _PassingError(Exception):
@@ -108,6 +131,7 @@ class JsonClient:
         self._timeout, self._retries, self._backoff, self._max_wait = timeout, retries, backoff, max_wait
         self._max_answer_bytes = max_answer_bytes
         self._random = random.Random(seed)
+        self.counts = Counter(request_count=0, retry_count=0)
         read_token(token_env, token_file)
 
     @property
@@ -134,6 +158,8 @@ class JsonClient:
             ) from error
         attempt = 0
         while True:
+            with _COUNTING:
+                self.counts["retry_count" if attempt else "request_count"] += 1
             try:
                 return parse_json(self._try(data), self.place)
             except _PassingError as fault:
@@ -181,7 +207,7 @@ class JsonClient:
         except (OSError, http.client.HTTPException) as error:
             if isinstance(error, TimeoutError) or limit.passed:
                 if reading:
-                    raise BadAnswerError(
+                    raise StoppedAnswerError(
                         f"{self.place}: got an answer that stopped in its middle for {self._timeout:g} s, expected a "
                         "whole one; see the server's log, or allow more time"
                     ) from None

@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any
 
-from rewards.base import RewardFunction, load_function
+from rewards.base import Part, RewardFunction, load_function
 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 MESSAGE_CHARACTERS = 300
@@ -71,25 +71,31 @@ def keep_descendants() -> None:
 
 
 def answer(function: RewardFunction, settings: Mapping[str, Any], request: Mapping[str, Any]) -> dict[str, Any]:
-    """`{"numbers": [...]}`, a number or a failure for each response, or `{"failure": ...}` for all of them."""
+    """`{"numbers": [...]}`, a number or a failure for each response, with `counts` where the function has some; or
+    `{"failure": ...}` for all of them."""
     prompts, responses = request["prompts"], request["responses"]
     random.seed(0)  # the same numbers whichever process is asked, and whatever it was asked before
     try:
-        numbers = function(prompts, responses, **request["columns"], **settings)
+        said = function(prompts, responses, **request["columns"], **settings)
+        part = said if isinstance(said, Part) else Part(said)
+        numbers = part.numbers
         if not isinstance(numbers, Sequence) or isinstance(numbers, str):
             return {"failure": f"invalid: got {type(numbers).__name__}, expected a list of numbers"}
         if len(numbers) != len(responses):
             return {"failure": f"invalid: got {len(numbers)} numbers, expected {len(responses)}, one per response"}
-        return {"numbers": [_plain(number) for number in numbers]}
+        if not all(isinstance(n, Real) and math.isfinite(n) for n in part.counts.values()):
+            return {"failure": f"invalid: got counts {repr(part.counts)[:MESSAGE_CHARACTERS]}, expected numbers"}
+        told = [_plain(number, part.failures.get(i)) for i, number in enumerate(numbers)]
+        return {"numbers": told, **({"counts": part.counts} if part.counts else {})}
     except MemoryError:
         return {"failure": "memory: more than reward.execution.memory_mb"}
     except BaseException as error:  # of code that anyone may write: the one place for a broad catch
         return {"failure": f"error: {_described(error)}"}
 
 
-def _plain(number: Any) -> float | str:
+def _plain(number: Any, failure: str | None) -> float | str:
     if number is None:
-        return "none: the function gave no number"
+        return (failure or "none: the function gave no number")[:MESSAGE_CHARACTERS]
     try:
         if isinstance(number, Real) and not isinstance(number, bool) and math.isfinite(number):
             return float(number)

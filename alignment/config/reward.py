@@ -9,6 +9,7 @@ from pydantic import JsonValue, field_validator, model_validator
 
 from alignment.config.base import Config, FiniteFloat, Fraction, NonNegative, NonNegativeFloat, Positive, PositiveFloat
 from alignment.config.model import MicroBatchConfig
+from alignment.ensembles import Combination
 
 MODEL_PART = "reward_model"
 """The part that the reward model gives."""
@@ -72,6 +73,17 @@ class RewardExecutionConfig(Config):
     """Address space of a process, in MB."""
 
 
+class EnsembleConfig(Config):
+    """Further reward models, whose scores and reward.model's become one."""
+
+    models: tuple[str, ...] = ()
+    """Folders or hub names; each has its own tokenizer, and its own statistics to standardise with."""
+    how: Combination = "mean"
+    """`mean`, `min`, or `mean_minus_std`: the mean minus std_coef times their standard deviation."""
+    std_coef: NonNegativeFloat = 1.0
+    """Read by mean_minus_std."""
+
+
 class RewardConfig(MicroBatchConfig):
     """What scores an answer: a reward model, rule functions, or both, added with weights."""
 
@@ -81,6 +93,8 @@ class RewardConfig(MicroBatchConfig):
     """Folder or hub name of a sequence-classification model with one label; None uses functions alone."""
     revision: str | None = None
     """Commit hash of a hub model; None takes model.revision where this is the same repository."""
+    ensemble: EnsembleConfig = EnsembleConfig()
+    """Further reward models."""
     model_weight: FiniteFloat = 1.0
     """Factor of the reward model's score."""
     standardize_model: bool = True
@@ -116,15 +130,22 @@ class RewardConfig(MicroBatchConfig):
                 f"got {', '.join(twice)} more than once, expected each part once; add the weights up, or give the "
                 "second another name with part:"
             )
-        if MODEL_PART in keys:
-            raise ValueError(f"got a part {MODEL_PART!r}, expected another name: it is the reward model's; rename it")
+        if taken := [key for key in keys if key.partition("/")[0] == MODEL_PART]:
+            raise ValueError(f"got a part {taken[0]!r}, expected another name: it is the reward model's; rename it")
         return functions
 
     @model_validator(mode="after")
     def _something_scores(self) -> RewardConfig:
         if self.model is None and not self.functions:
             raise ValueError("got no reward.model and no reward.functions, expected at least one; name one")
+        if self.model is None and self.ensemble.models:
+            raise ValueError("got reward.ensemble.models without reward.model, expected the first one there; move it")
         return self
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """All reward models; the first is `model`."""
+        return () if self.model is None else (self.model, *self.ensemble.models)
 
     @property
     def weights(self) -> Mapping[str, float]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from alignment.bootstrap import paired_bootstrap
 from alignment.checkpoint import load_json, save_json
 from alignment.interfaces import Generator, LogprobWorker, Scorer
 from alignment.rollout_correction import require_current
+from alignment.scores import kind_of, refuse_unscorable
 from alignment.types import Prompt
 
 HELD_OUT_STEP = -1
@@ -27,6 +29,8 @@ class Answer:
     finish_reason: str
     scores: dict[str, float | None]
     """`score` is the weighted total; the parts follow by name."""
+    failures: dict[str, str] = field(default_factory=dict)
+    """Why a part has no number, by its name."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,10 +59,17 @@ def evaluate(
     rollout: Generator,
     greedy: bool = False,
     version: int,
+    max_unscorable: float | None = None,
 ) -> HeldOut:
     """One answer per prompt by policy `version`, scored, with the KL to the reference over these answers.
 
     Version 0 is the reference itself, whose KL is 0 and need not be computed.
+
+    Args:
+        max_unscorable: share of the answers that may have no score; None for any.
+
+    Raises:
+        RuntimeError: more of them have none.
     """
     if not prompts:
         return HeldOut(answers=[], kl=0.0)
@@ -71,6 +82,12 @@ def evaluate(
         gaps = [float((a - b).sum()) for a, b in zip(own.result(), ref.result(), strict=True)]
         kl = sum(gaps) / len(gaps)
     scores = scoring.result()
+    if max_unscorable is not None:
+        try:
+            refuse_unscorable(rollouts, scores, max_unscorable)
+        except RuntimeError as error:
+            error.add_note("of the held-out prompts, before training: nothing was trained")
+            raise
     answers = [
         Answer(
             prompt_id=rollout.prompt.id,
@@ -82,6 +99,7 @@ def evaluate(
                 **score.parts,
                 "finished": float(rollout.finish_reason == "stop"),
             },
+            failures=dict(score.failures),
         )
         for rollout, score in zip(rollouts, scores, strict=True)
     ]
@@ -89,7 +107,7 @@ def evaluate(
 
 
 def compare(before: HeldOut, after: HeldOut, *, seed: int) -> dict[str, dict[str, Any]]:
-    """`{metric: {before, after, n, gain_ci95, higher_is_better}}` over the items that both have a number for."""
+    """`{metric: {before, after, n, gain_ci95, higher_is_better}}` over the `n` items that both have a number for."""
     table: dict[str, dict[str, Any]] = {}
     for name in before.answers[0].scores if before.answers else ():
         pairs = [
@@ -111,13 +129,31 @@ def compare(before: HeldOut, after: HeldOut, *, seed: int) -> dict[str, dict[str
     return table
 
 
+def unscored_warning(held_out: HeldOut, limit: float) -> str:
+    """What to tell where more answers than the budget have no score; empty where they keep to it."""
+    missing = [answer for answer in held_out.answers if answer.scores["score"] is None]
+    if len(missing) <= limit * len(held_out.answers):
+        return ""
+    kinds = Counter(kind_of(failure) for answer in missing for failure in answer.failures.values())
+    counted = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
+    return (
+        f"WARNING: {len(missing)} of {len(held_out.answers)} held-out answers have no score ({counted}), more than "
+        f"reward.max_unscorable, {limit:.0%}: the summary compares the others alone, see n there"
+    )
+
+
 def answer_table(before: HeldOut, after: HeldOut, *, num_shown: int, width: int = 300) -> str:
-    """Held-out prompts with both answers, those with the largest gain and the largest loss first and last."""
+    """Held-out prompts with both answers, those with the largest gain and the largest loss first and last.
 
-    def gain(i: int) -> float:
-        return (after.answers[i].scores["score"] or 0.0) - (before.answers[i].scores["score"] or 0.0)
+    What has no score before or after has no place in the ranking, and is left out.
+    """
 
-    order = sorted(range(len(before.answers)), key=gain, reverse=True)
+    gains = {
+        i: new - old
+        for i, (a, b) in enumerate(zip(before.answers, after.answers, strict=True))
+        if (old := a.scores["score"]) is not None and (new := b.scores["score"]) is not None
+    }
+    order = sorted(gains, key=gains.__getitem__, reverse=True)
     # A spread over the whole ranking, the worst included: a table of the best alone would flatter.
     count = min(num_shown, len(order))
     chosen = [order[round(k * (len(order) - 1) / max(count - 1, 1))] for k in range(count)]

@@ -7,6 +7,7 @@ from its forward to its backward.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
 from alignment.packing import MicroBatchLimit
@@ -312,6 +313,12 @@ def scorer_memory(
         activations=activations.forward_bytes(shape, rows=micro.rows, longest=micro.longest, width=width),
         logits=logits,
     )
+
+
+def one_after_the_other(models: Sequence[RoleMemory]) -> RoleMemory:
+    """Frozen models of one role: held side by side, and run in turn."""
+    largest = max(models, key=lambda one: one.passing)
+    return replace(largest, weights=sum(one.weights for one in models))
 
 
 def cache_bytes(shape: ModelShape, *, sequences: int, longest: int, width: int) -> int:

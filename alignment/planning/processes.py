@@ -16,6 +16,7 @@ from alignment.planning.memory import (
     Training,
     largest_micro_batch,
     learner_memory,
+    one_after_the_other,
     sampler_memory,
     scorer_memory,
     vllm_memory,
@@ -127,7 +128,8 @@ def ppo_processes(
     """Every kind of process of a PPO run.
 
     Args:
-        shapes: of `policy`, `critic` and `reward_model`.
+        shapes: of `policy`, `critic` and `reward_model`; of further reward models where they are known, see
+            `reward_shape_names`.
         engine: what samples, "transformers" or "vllm".
         gpu_bytes: memory of one GPU, of which vLLM takes its share.
 
@@ -216,7 +218,7 @@ def _ppo_scorer(
     *,
     shares_weights: bool,
 ) -> RoleMemory:
-    """The reference, with the policy's micro-batches, or the reward model."""
+    """The reference, with the policy's micro-batches, or the reward models."""
     reference, new = role == "reference", config.rollout.max_new_tokens
     micro = largest_micro_batch(
         (config.policy if reference else config.reward).micro_batch_limit(),
@@ -224,16 +226,28 @@ def _ppo_scorer(
         longest=config.data.max_prompt_tokens + new,
         answer=new,
     )
-    return scorer_memory(
-        shapes["policy" if reference else role],
-        micro,
-        dtype=config.model.dtype,
-        scalar_head=not reference,
-        quantization=config.policy.adapter.quantization if reference else "none",
-        scaled=config.rollout.temperature != 1,
-        shares_weights=shares_weights,
-        parts=machines.num_workers if machines.zero_stage == 3 else 1,
+    hosted = ["policy"] if reference else list(reward_shape_names(config))
+    fallback = shapes["policy" if reference else role]
+    return one_after_the_other(
+        [
+            scorer_memory(
+                shapes.get(name, fallback),
+                micro,
+                dtype=config.model.dtype,
+                scalar_head=not reference,
+                quantization=config.policy.adapter.quantization if reference else "none",
+                scaled=config.rollout.temperature != 1,
+                shares_weights=shares_weights,
+                parts=machines.num_workers if machines.zero_stage == 3 else 1,
+            )
+            for name in hosted
+        ]
     )
+
+
+def reward_shape_names(config: PpoRunConfig) -> dict[str, str]:
+    """The path of every reward model by what its shape is called: `reward_model`, `reward_model/1`, ..."""
+    return {f"reward_model{f'/{k}' if k else ''}": path for k, path in enumerate(config.reward.models)}
 
 
 def sequences_of_a_step(config: PpoRunConfig) -> int:

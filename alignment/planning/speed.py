@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from alignment.config import ClusterConfig, PpoRunConfig
 from alignment.planning.memory import WIDTHS, Training, weight_bytes
-from alignment.planning.processes import sequences_of_a_step, training_of
+from alignment.planning.processes import reward_shape_names, sequences_of_a_step, training_of
 from alignment.planning.shape import ModelShape
 
 
@@ -119,7 +119,9 @@ def phase_seconds(
     phases = {
         "generate": engines_at_once * (prefill + -(-share // rows) * decode) / cluster.rollout.tensor_parallel_size,
         "reference": forward("reference", shapes["policy"], answers),
-        "score": forward("reward_model", shapes["reward_model"], 0) if config.reward.model else 0.0,
+        "score": sum(
+            forward("reward_model", shapes.get(name, shapes["reward_model"]), 0) for name in reward_shape_names(config)
+        ),
         "old logprobs": 0.0 if config.ppo.one_pass else forward("policy", shapes["policy"], answers),
         "values": 0.0 if config.ppo.one_pass else forward("critic", shapes["critic"], 0),
         "policy update": update("policy", answers),

@@ -12,8 +12,9 @@ from planted_server import Planted, planted_server
 from tiny import SPECIALS
 
 from rewards.chat_client import AnswerCache, ChatClient, Reply, cache_key
-from rewards.judge import PairwiseJudge, PointwiseJudge, quoted
+from rewards.judge import PairwiseJudge, PointwiseJudge
 from rewards.transport import BadAnswerError, RefusedError, UnavailableError
+from rewards.verdicts import quoted
 
 TOKEN = "canary-token-5f1c"
 RUBRIC = "Ten for a right answer."

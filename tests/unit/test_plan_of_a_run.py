@@ -321,3 +321,20 @@ def test_planning_needs_no_ray():
     code = "import sys, alignment.plan; print(*[name for name in ('ray', 'actors', 'torch') if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
+
+
+def test_the_models_of_an_ensemble_are_held_together_and_run_in_turn():
+    one, two = config_of(), config_of(reward={"model": "m", "ensemble": {"models": ["n"]}})
+    cluster = ClusterConfig(colocate=())
+    shapes = dict.fromkeys(("policy", "critic", "reward_model"), SHAPES["llama-7b"])
+
+    def judge(config, shapes):
+        found = ppo_processes(config, cluster, shapes, engine="transformers")
+        return {p.name: p for p in found}["reward_model"].roles["reward_model"]
+
+    alone, same = judge(one, shapes), judge(two, shapes)
+    assert (same.weights, same.passing) == (2 * alone.weights, alone.passing)
+    mixed = judge(two, {**shapes, "reward_model/1": TINY})
+    tiny = judge(one, {**shapes, "reward_model": TINY})
+    assert mixed.weights == alone.weights + tiny.weights
+    assert mixed.passing == alone.passing > tiny.passing

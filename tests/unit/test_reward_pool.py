@@ -26,6 +26,8 @@ import subprocess
 import sys
 import time
 
+from rewards.base import Part
+
 
 def act(prompts, responses, *, factor=1.0, **columns):
     return [float(one(text)) * factor if text[:1].isalpha() else float(text) for text in responses]
@@ -93,6 +95,12 @@ def short(prompts, responses, **columns):
 
 def number(prompts, responses, **columns):
     return 1.0
+
+
+def telling(prompts, responses, **columns):
+    failures = {i: f"shy: {text}" for i, text in enumerate(responses) if text == "no"}
+    counts = {"seen_count": float("nan") if "count badly" in responses else len(responses)}
+    return Part([None if i in failures else 1.0 for i in range(len(responses))], failures, counts)
 
 
 def whole(prompts, responses, *, note, **columns):
@@ -288,3 +296,17 @@ def test_a_pool_is_closed_while_it_waits(opened):
     with pytest.raises(RuntimeError, match="got a closed pool"):
         pending.result()
     pool.close()
+
+
+@pytest.mark.parametrize("num_workers", [1, 3])
+def test_a_function_may_give_reasons_and_counts_which_are_added_up(opened, num_workers):
+    pool = opened("telling", num_workers=num_workers, samples_per_call=2)
+    responses = ["a", "no", "b", "c", "no"]
+    part = pool.score(["q"] * 5, responses, {}).result()["part"]
+    assert part.numbers == [1.0, None, 1.0, 1.0, None]
+    assert part.failures == {1: "shy: no", 4: "shy: no"}
+    assert part.counts == {"seen_count": 5}
+    assert pool.score(["q"], ["a"], {}).result()["part"].counts == {"seen_count": 1}
+    bad = pool.score(["q"] * 2, ["a", "count badly"], {}).result()["part"]
+    assert bad.numbers == [1.0, None]
+    assert bad.failures[1].startswith("invalid: got counts {'seen_count': nan}")

@@ -346,9 +346,9 @@ def test_settings_are_those_of_the_function():
 
 
 def test_a_setting_stands_for_a_column_and_excludes_one():
-    check_columns("a:b", multiple_choice, {"topic"}, {"answer"})
+    check_columns("a:b", multiple_choice, {"topic"}, {"answer": "A"})
     with pytest.raises(ValueError, match=r"got a column 'answer' in the data, .* the config gives a:b this setting"):
-        check_columns("a:b", multiple_choice, {"answer"}, {"answer"})
+        check_columns("a:b", multiple_choice, {"answer"}, {"answer": "A"})
 
 
 def test_a_function_refuses_before_a_run_what_it_would_refuse_in_it():
