@@ -1,4 +1,7 @@
-"""What scores an answer: the reward model and the rule functions, weighted and added, every part kept."""
+"""What scores an answer: the reward model and the rule functions, weighted and added, every part kept.
+
+Gold functions are asked with them, and their numbers kept beside the total.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +39,7 @@ class RewardModelActor(Actor):
         self.model_config, self.config, self.device, self.machines = model, reward, device, machines
 
     def setup(self, peers: Mapping[str, Actor]) -> None:
-        self.pool = self._start_pool() if self.config.functions else None
+        self.pool = self._start_pool() if self.config.functions or self.config.gold else None
         self.mean, self.std = 0.0, 1.0
         self.model: models.HfModel | None = None
         if self.config.model is None:
@@ -66,8 +69,9 @@ class RewardModelActor(Actor):
             said[MODEL_PART] = Part(numbers, {i: TOO_LONG for i, number in enumerate(numbers) if number is None})
         if scoring is not None:
             said |= scoring.result()
+        gold = {one.key: said[one.key].numbers for one in self.config.gold}
         totals, breakdowns = combine(
-            {name: part.numbers for name, part in said.items()},
+            {name: part.numbers for name, part in said.items() if name not in gold},
             self.config.weights,
             clips=self.config.clips,
             gates=self.config.gates,
@@ -76,7 +80,7 @@ class RewardModelActor(Actor):
         return [
             Score(
                 total=total,
-                parts=breakdown,
+                parts={**breakdown, **{name: numbers[i] for name, numbers in gold.items()}},
                 failures={name: part.failures[i] for name, part in said.items() if i in part.failures},
             )
             for i, (total, breakdown) in enumerate(zip(totals, breakdowns, strict=True))
@@ -90,7 +94,7 @@ class RewardModelActor(Actor):
     def _start_pool(self) -> RewardPool:
         """The processes that the rule functions run in, ready to be asked."""
         execution, functions = self.config.execution, {}
-        for one in self.config.functions:
+        for one in (*self.config.functions, *self.config.gold):
             check_settings(one.name, load_function(one.name), one.settings)
             functions[one.key] = PoolFunction(
                 name=one.name,

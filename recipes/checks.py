@@ -165,14 +165,15 @@ def check_splitting(model: ModelConfig, cluster: ClusterConfig, adapters: Mappin
 
 
 def check_reward_functions(reward: RewardConfig, prompts: Iterable[Prompt]) -> None:
-    """Every rule reward exists, takes its settings, and can be called with the columns of the prompts."""
+    """Every rule, gold ones too, exists, takes its settings, and can be called with the columns of the prompts."""
     from rewards.base import check_columns, check_settings, load_function
 
     columns = {name for prompt in prompts for name in prompt.columns}
-    for function in reward.functions:
-        loaded = load_function(function.name)
-        check_settings(function.name, loaded, function.settings)
-        check_columns(function.name, loaded, columns, function.settings)
+    for key, functions in (("reward.functions", reward.functions), ("reward.gold", reward.gold)):
+        for function in functions:
+            loaded = load_function(function.name)
+            check_settings(function.name, loaded, function.settings, key=key)
+            check_columns(function.name, loaded, columns, function.settings, key=key)
 
 
 def is_own_reward_model(path: str) -> bool:
