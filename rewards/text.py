@@ -23,8 +23,6 @@ this those to too us was we were what when where which who whom whose why will w
 的 了 是 在 有 和 与 或 吗 呢 吧 啊 么 什 怎 样 为 何 哪 些 我 你 您 他 她 它 们 这 那 个 一 不 会 能 可 以 要 该 如
 """
 _FUNCTION_WORDS = frozenset(_GRAMMAR.split())
-_STEM = 5
-"""First letters that are compared of a word, so that most inflections are the same: cancer and cancers."""
 
 
 def words(text: str) -> list[str]:
@@ -69,13 +67,17 @@ def no_refusal(prompts: list[str], responses: list[str], **columns: Any) -> list
 def question_words(prompts: list[str], responses: list[str], **columns: Any) -> list[float | None]:
     """Share of the question's content words that the answer takes up; None where the question has none.
 
-    Words of grammar do not count, and two words are the same where their first five letters are. A clean answer speaks
-    of what it was asked about, one made for another reward may not: a rule to measure by, and easily met by an echo.
+    Words of grammar do not count, and two words are the same where their first five letters are, without a final s. A
+    clean answer speaks of what it was asked about, one made for another reward may not: a rule to measure by, and not
+    to train on, since an echo meets it.
     """
 
+    def stem(word: str) -> str:
+        return word.removesuffix("s")[:5]
+
     def score(prompt: str, response: str) -> float | None:
-        asked = {word[:_STEM] for word in words(prompt) if word not in _FUNCTION_WORDS}
-        said = {word[:_STEM] for word in words(response)}
+        asked = {stem(word) for word in words(prompt) if word not in _FUNCTION_WORDS}
+        said = {stem(word) for word in words(response)}
         return len(asked & said) / len(asked) if asked else None
 
     return [score(p, r) for p, r in zip(prompts, responses, strict=True)]
