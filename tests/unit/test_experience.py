@@ -198,23 +198,23 @@ def test_every_part_and_every_failure_is_counted():
 
 
 def test_gold_is_ranked_against_the_total_and_its_failures_are_counted_apart():
-    totals, golds = [1.0, 2.0, 3.0, None], [0.9, 0.5, None, 0.1]
-    failures = [{}, {}, {"gold/g": "error: x"}, {"a": "timeout: y"}]
+    totals, golds = [1.0, 2.0, 3.0, None], [0.9, 0.5, None, None]
+    failures = [{}, {}, {"gold/g": "error: x"}, {"a": "timeout: y", "gold/g": "error: z"}]
     scores = [
         Score(total=total, parts={"a": total, "gold/g": gold}, failures=failure)
         for total, gold, failure in zip(totals, golds, failures, strict=True)
     ]
     metrics = score_metrics(scores)
-    assert metrics["reward/gold/g/mean"] == pytest.approx(0.5)
+    assert metrics["reward/gold/g/mean"] == pytest.approx(0.7)
     assert metrics["reward/gold/g/proxy_spearman"] == -1.0
     assert "reward/a/proxy_spearman" not in metrics
     assert {name: n for name, n in metrics.items() if "unscored/" in name} == {
         "reward/unscored/timeout": 1.0,
-        "reward/gold_unscored/error": 1.0,
+        "reward/gold_unscored/error": 2.0,
     }
     assert "reward/gold/g/proxy_spearman" not in score_metrics(scores[:1])
     with pytest.raises(
-        RuntimeError, match=r"got 1 of 4 answers without a score \(1 timeout; the first: .*, a: timeout"
+        RuntimeError, match=r"got 1 of 4 answers without a score \(1 timeout; the first: .*, a: timeout: y\)"
     ):
         refuse_unscorable([ROLLOUTS[0]] * 4, scores, 0.0)
 

@@ -230,9 +230,10 @@ def test_a_step_without_numbers_is_passed_over():
 def test_a_watch_that_was_saved_goes_on_to_the_last_bit():
     generator = torch.Generator().manual_seed(0)
     noise = torch.rand(20, generator=generator).tolist()
-    rows = [{**hacked(i), "rollout/length": 20 + 60 * noise[i]} for i in range(20)]
+    rows = [{**hacked(i), "rollout/length": 20 + 60 * noise[i], "reward/clipped_share": 0.9} for i in range(20)]
     whole, first = watch(), watch()
     signs = begun(whole, rows)
+    assert signs[2] == ["clipped"]  # and holds from then on
     assert begun(first, rows[:7]) == signs[:7]
     second = watch()
     second.load_state_dict(json.loads(json.dumps(first.state_dict())))
