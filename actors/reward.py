@@ -1,4 +1,7 @@
-"""What scores an answer: the reward model and the rule functions, weighted and added, every part kept."""
+"""What scores an answer: the reward model and the rule functions, weighted and added, every part kept.
+
+Gold functions are asked with them, and their numbers kept beside the total.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from actors.hosted_model import HostedModel, scales_of
 from actors.worker import WHOLE, Actor
 from alignment.config import ModelConfig, RewardConfig
 from alignment.config.cluster import RoleConfig
-from alignment.config.reward import MODEL_PART
+from alignment.config.reward import GOLD, MODEL_PART
 from alignment.ensembles import score_ensemble
 from alignment.scores import combine
 from alignment.types import Rollout, Score
@@ -30,7 +33,7 @@ class RewardModelActor(Actor):
         self.model_config, self.config, self.device, self.machines = model, reward, device, machines
 
     def setup(self, peers: Mapping[str, Actor]) -> None:
-        if self.config.functions:
+        if self.config.functions or self.config.gold:
             execution = self.config.execution
             self.pool = RewardPool(
                 pool_functions(self.config), num_workers=execution.num_workers, memory_mb=execution.memory_mb
@@ -64,8 +67,9 @@ class RewardModelActor(Actor):
             said[MODEL_PART], disagreement = self._model_part(members)
         if scoring is not None:
             said |= scoring.result()
+        gold = {one.key: said[one.key].numbers for one in self.config.gold}
         totals, breakdowns = combine(
-            {name: part.numbers for name, part in said.items()},
+            {name: part.numbers for name, part in said.items() if name not in gold},
             self.config.weights,
             clips=self.config.clips,
             gates=self.config.gates,
@@ -77,7 +81,7 @@ class RewardModelActor(Actor):
         return [
             Score(
                 total=total,
-                parts={**breakdown, **{name: numbers[i] for name, numbers in own.items()}},
+                parts={**breakdown, **{name: numbers[i] for name, numbers in (own | gold).items()}},
                 failures={name: part.failures[i] for name, part in said.items() if i in part.failures},
                 disagreement=disagreement[i] if own else None,
                 counts=counts if i == 0 else {},
@@ -107,18 +111,19 @@ class RewardModelActor(Actor):
 
 
 def pool_functions(reward: RewardConfig) -> dict[str, PoolFunction]:
-    """The functions of a config by their parts, as the processes run them.
+    """The functions of a config by their parts, gold ones too, as the processes run them.
 
     Raises:
         ValueError: one that does not exist, or whose settings or time limit cannot be.
     """
     execution, functions = reward.execution, {}
-    for one in reward.functions:
+    for one in (*reward.functions, *reward.gold):
+        key = "reward.gold" if one.key.startswith(GOLD) else "reward.functions"
         function, settings = load_function(one.name), one.settings
         limit = one.time_limit or execution.time_limit
         samples = one.samples_per_call or execution.samples_per_call
-        check_settings(one.name, function, settings)
-        check_time_limit(one.name, function, settings, time_limit=limit, samples_per_call=samples)
+        check_settings(one.name, function, settings, key=key)
+        check_time_limit(one.name, function, settings, time_limit=limit, samples_per_call=samples, key=key)
         functions[one.key] = PoolFunction(name=one.name, settings=settings, time_limit=limit, samples_per_call=samples)
     return functions
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from alignment.advantages import gae
 from alignment.batching import rollout_batch
+from alignment.hacking import duplicate_shares
 from alignment.kl import kl_estimate, shaped_rewards
 from alignment.masked import masked_mean, whiten
 from alignment.rollout_correction import mismatch_metrics
@@ -109,11 +110,14 @@ def _describe(
 ) -> dict[str, float]:
     lengths = torch.tensor([float(len(r.response_ids)) for r in rollouts])
     kept = [score for score in scores if score is not None]
+    across, within = duplicate_shares([r.response for r in rollouts], [r.prompt.id for r in rollouts])
     metrics = {
         "reward/unscorable_count": float(len(scores) - len(kept)),
         "rollout/length": float(lengths.mean()),
         "rollout/stopped_share": sum(r.finish_reason == "stop" for r in rollouts) / len(rollouts),
         "rollout/tokens_count": float(lengths.sum()),
+        "rollout/duplicate_share": across,
+        **({"rollout/duplicate_share_within_prompt": within} if within is not None else {}),
     }
     learn, old, ref = experience.response_mask, experience.old_logprobs, experience.ref_logprobs
     if not learn.any():

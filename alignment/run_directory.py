@@ -19,7 +19,7 @@ from typing import IO, Any
 
 INNER = (
     *("config.yaml", "inputs.json", "metrics.jsonl", "rollouts.jsonl", "summary.json", ".lock"),
-    *("report.json", "report.md", "tensorboard", "checkpoints", "final"),
+    *("report.json", "report.md", "hacking.md", "hacking.svg", "tensorboard", "checkpoints", "final"),
 )
 
 

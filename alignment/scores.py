@@ -12,6 +12,8 @@ from dataclasses import replace
 from numbers import Real
 from typing import Any
 
+from alignment.calibration import spearman
+from alignment.config.reward import GOLD
 from alignment.types import Rollout, Score
 
 FLOAT32_MAX = 3.4028234663852886e38
@@ -190,8 +192,39 @@ def normalize_parts(
     return [replace(score, total=total) for score, total in zip(scores, totals, strict=True)]
 
 
+def clip_metrics(
+    scores: Sequence[Score],
+    *,
+    clip: float | None,
+    clips: Mapping[str, tuple[float, float]],
+    normalizer: ScoreNormalizer | None,
+    normalizers: Mapping[str, ScoreNormalizer],
+) -> dict[str, float]:
+    """Share of the numbers that a clip cuts: of the totals, and of each part that has limits.
+
+    Args:
+        scores: of one batch, with the totals that `shape_scores` was given.
+        clip, clips: of the total, and of the parts.
+        normalizer, normalizers: of the total, and of the parts; they have taken in the batch.
+    """
+    cut = {}
+    if clip is not None:
+        cut["reward"] = [score.total for score in scores], normalizer, (-clip, clip)
+    for name, limits in clips.items():
+        cut[f"reward/{name}"] = [score.parts[name] for score in scores], normalizers.get(name), limits
+    metrics = {}
+    for where, (numbers, scale, (low, high)) in cut.items():
+        known = [scale(number) if scale is not None else number for number in numbers if number is not None]
+        if known:
+            metrics[f"{where}/clipped_share"] = sum(not low <= number <= high for number in known) / len(known)
+    return metrics
+
+
 def score_metrics(scores: Sequence[Score]) -> dict[str, float]:
-    """Mean of the raw total; mean, deviation and unscored answers of each part; why they are; and what it took."""
+    """Mean of the raw total; mean, deviation and unscored answers of each part; why they are; and what it took.
+
+    Of a gold part also its rank correlation with the total over the answers, where it has one.
+    """
     metrics: dict[str, float] = {}
     if totals := [score.total for score in scores if score.total is not None]:
         metrics["reward/mean"] = sum(totals) / len(totals)
@@ -202,14 +235,31 @@ def score_metrics(scores: Sequence[Score]) -> dict[str, float]:
             metrics[f"reward/{name}/mean"] = mean
             metrics[f"reward/{name}/std"] = math.sqrt(sum((number - mean) ** 2 for number in numbers) / len(numbers))
         metrics[f"reward/{name}/unscored_count"] = float(len(scores) - len(numbers))
+        if name.startswith(GOLD):
+            both = [(s.total, x) for s in scores if s.total is not None and (x := s.parts[name]) is not None]
+            rank = spearman([total for total, _ in both], [number for _, number in both])
+            metrics |= {f"reward/{name}/proxy_spearman": rank} if rank is not None else {}
     if apart := [score.disagreement for score in scores if score.disagreement is not None]:
         metrics["reward/disagreement"] = sum(apart) / len(apart)
     counts = Counter[str]()
     for score in scores:
         counts.update(score.counts)
     metrics |= {f"reward/{name}": count for name, count in counts.items()}
-    kinds = Counter(kind_of(failure) for score in scores for failure in score.failures.values())
-    return metrics | {f"reward/unscored/{kind}": float(count) for kind, count in sorted(kinds.items())}
+    kinds = Counter(kind_of(failure) for score in scores for failure in _of_total(score.failures).values())
+    of_gold = Counter(kind_of(failure) for score in scores for failure in _of_gold(score.failures).values())
+    return (
+        metrics
+        | {f"reward/unscored/{kind}": float(count) for kind, count in sorted(kinds.items())}
+        | {f"reward/gold_unscored/{kind}": float(count) for kind, count in sorted(of_gold.items())}
+    )
+
+
+def _of_total(failures: Mapping[str, str]) -> dict[str, str]:
+    return {name: failure for name, failure in failures.items() if not name.startswith(GOLD)}
+
+
+def _of_gold(failures: Mapping[str, str]) -> dict[str, str]:
+    return {name: failure for name, failure in failures.items() if name.startswith(GOLD)}
 
 
 def kind_of(failure: str) -> str:
@@ -226,10 +276,10 @@ def refuse_unscorable(rollouts: Sequence[Rollout], scores: Sequence[Score], limi
     missing = [(r, score) for r, score in zip(rollouts, scores, strict=True) if score.total is None]
     if len(missing) <= limit * len(scores):
         return
-    kinds = Counter(kind_of(failure) for _, score in missing for failure in score.failures.values())
+    kinds = Counter(kind_of(failure) for _, score in missing for failure in _of_total(score.failures).values())
     counted = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
     first, score = missing[0]
-    what = "; ".join(f"{name}: {failure}" for name, failure in score.failures.items())
+    what = "; ".join(f"{name}: {failure}" for name, failure in _of_total(score.failures).items())
     raise RuntimeError(
         f"reward: got {len(missing)} of {len(scores)} answers without a score ({counted}; the first: prompt "
         f"{first.prompt.id}, sample {first.sample_index}, {what}), expected at most {limit:.0%}; mend the reward, or "

@@ -165,9 +165,9 @@ def one_step(config: PpoRunConfig, prompts: Sequence[Prompt], roles: PpoRoles, r
     with clock.phase("answers"):
         scores, numbers = scoring.result(), (old.result(), ref.result(), values.result())
     with clock.phase("experience"):
-        shaped = shaped_scores(config, state, scores, rollouts)
+        shaped, clipped = shaped_scores(config, state, scores, rollouts)
         experience, described = experience_of(config, state, rollouts, shaped, *numbers)
-        log.metrics.update({**score_metrics(scores), **described})
+        log.metrics.update({**score_metrics(scores), **clipped, **described})
     with clock.phase("update"):
         updates = [roles.critic.update(experience, step=0), roles.policy.update(experience, step=0)]
         for update in updates:

@@ -228,13 +228,15 @@ def check_splitting(model: ModelConfig, cluster: ClusterConfig, adapters: Mappin
 
 
 def check_reward_functions(reward: RewardConfig, prompts: Iterable[Prompt]) -> None:
-    """Every function exists, takes its settings, has the time that they need, and the columns that it reads."""
+    """Every function, gold ones too, exists, takes its settings, has the time that they need, and its columns."""
     from actors.reward import pool_functions
+    from alignment.config.reward import GOLD
     from rewards.base import check_columns, load_function
 
     columns = {name for prompt in prompts for name in prompt.columns}
-    for function in pool_functions(reward).values():
-        check_columns(function.name, load_function(function.name), columns, function.settings)
+    for part, function in pool_functions(reward).items():
+        key = "reward.gold" if part.startswith(GOLD) else "reward.functions"
+        check_columns(function.name, load_function(function.name), columns, function.settings, key=key)
 
 
 def upstream_of(path: str) -> str | None:

@@ -23,6 +23,7 @@ from alignment.data.chat import eos_ids_of_model, eos_is_trained, load_tokenizer
 from alignment.data.prompts import PromptSet, load_prompts, prompts_for_step
 from alignment.fingerprint import model_fingerprint, records_fingerprint
 from alignment.loops.evaluation import HeldOut, answer_table, compare, evaluate, unscored_warning
+from alignment.loops.hacking_report import write_hacking_report
 from alignment.loops.ppo import PpoState, stop_on_blow_up, train_ppo, train_ppo_one_pass
 from alignment.loops.run import Run
 from alignment.metrics import check_trackers
@@ -146,24 +147,29 @@ def improve(
     directory, budget = run.directory, config.reward.max_unscorable
     before = common.once(directory.path / "held_out_before.json", HeldOut, lambda: answer_held_out(budget))
     train = train_ppo_one_pass if config.ppo.one_pass else train_ppo
-    train(
-        config,
-        prompts.train,
-        policy=roles.policy,
-        critic=roles.critic,
-        reference=roles.reference,
-        reward=roles.reward,
-        rollout=roles.rollout,
-        run=run,
-        state=state,
-    )
+    try:
+        train(
+            config,
+            prompts.train,
+            policy=roles.policy,
+            critic=roles.critic,
+            reference=roles.reference,
+            reward=roles.reward,
+            rollout=roles.rollout,
+            run=run,
+            state=state,
+        )
+    finally:  # a run that was stopped is the one to be looked at
+        gold = [function.key for function in config.reward.gold]
+        write_hacking_report(directory, gold, window=config.hacking.window)
     after = answer_held_out()
     after.save(directory.path / "held_out_after.json")
     if warning := unscored_warning(after, budget):  # what was learnt is kept: training is done
         run.progress.message(warning)
     roles.policy.export(directory.final).result()
     gains = compare(before, after, seed=config.run.seed)
-    common.write_summary(job, directory, gains, kl={"value": after.kl, "limit": config.kl.limit})
+    kl = {"value": after.kl, "limit": config.kl.limit}
+    common.write_summary(job, directory, gains, kl=kl, hacking=state.hacking.summary())
     if config.run.show_text:
         print(answer_table(before, after, num_shown=config.evaluation.num_shown))
     stop_on_blow_up(after.kl, config.kl.limit, state.step)

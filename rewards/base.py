@@ -113,8 +113,12 @@ def reads_columns(setting: str) -> Callable[[Function], Function]:
     return mark
 
 
-def check_settings(name: str, function: Callable[..., Any], settings: Mapping[str, Any]) -> None:
+def check_settings(
+    name: str, function: Callable[..., Any], settings: Mapping[str, Any], *, key: str = "reward.functions"
+) -> None:
     """Refuse settings that the function `name` does not have, or of another type than it says; then ask its own check.
+
+    `key`: of the config that names the function.
 
     Raises:
         ValueError: an unknown setting, one that is given by every call, a wrong type, or what the check refuses.
@@ -123,27 +127,33 @@ def check_settings(name: str, function: Callable[..., Any], settings: Mapping[st
 
     own = {p.name: p for p in _own_parameters(function)}
     hints = get_type_hints(function)
-    for key, value in settings.items():
-        if key in SAMPLED or key not in own:
+    for setting, value in settings.items():
+        if setting in SAMPLED or setting not in own:
             known = sorted(set(own) - set(SAMPLED))
-            expected = _choice(key, known) if known else "expected none: it has no settings; remove it"
-            raise ValueError(f"reward.functions: got a setting {key!r} of {name}, {expected}")
+            expected = _choice(setting, known) if known else "expected none: it has no settings; remove it"
+            raise ValueError(f"{key}: got a setting {setting!r} of {name}, {expected}")
         try:
-            TypeAdapter(hints.get(key, Any)).validate_json(json.dumps(value), strict=True)
+            TypeAdapter(hints.get(setting, Any)).validate_json(json.dumps(value), strict=True)
         except ValidationError as error:
             raise ValueError(
-                f"reward.functions: got {key}: {value!r} as a setting of {name}, expected "
-                f"{inspect.formatannotation(hints[key])} ({error.errors()[0]['msg']}); correct it"
+                f"{key}: got {setting}: {value!r} as a setting of {name}, expected "
+                f"{inspect.formatannotation(hints[setting])} ({error.errors()[0]['msg']}); correct it"
             ) from None
     if check := getattr(function, "check", None):
         taken = inspect.signature(check).parameters
         everything = any(p.kind is p.VAR_KEYWORD for p in taken.values())
         whole = with_defaults(function, settings)
-        check(**{key: value for key, value in whole.items() if everything or key in taken})
+        check(**{setting: value for setting, value in whole.items() if everything or setting in taken})
 
 
 def check_time_limit(
-    name: str, function: Callable[..., Any], settings: Mapping[str, Any], *, time_limit: float, samples_per_call: int
+    name: str,
+    function: Callable[..., Any],
+    settings: Mapping[str, Any],
+    *,
+    time_limit: float,
+    samples_per_call: int,
+    key: str = "reward.functions",
 ) -> None:
     """Refuse a limit that would end the function `name` while it still waits or tries again as its settings say.
 
@@ -154,7 +164,7 @@ def check_time_limit(
     seconds = longest(samples_per_call, **with_defaults(function, settings)) if longest is not None else 0.0
     if time_limit < seconds:
         raise ValueError(
-            f"reward.functions: got a time_limit of {time_limit:g} s for {name}, expected at least {seconds:g} s: so "
+            f"{key}: got a time_limit of {time_limit:g} s for {name}, expected at least {seconds:g} s: so "
             f"long a call for {samples_per_call} answers may take by its settings; raise time_limit, or lower "
             "samples_per_call, or the settings timeout, retries and max_wait"
         )
@@ -167,12 +177,18 @@ def with_defaults(function: Callable[..., Any], settings: Mapping[str, Any]) -> 
 
 
 def check_columns(
-    name: str, function: Callable[..., Any], columns: Collection[str], settings: Mapping[str, Any] | None = None
+    name: str,
+    function: Callable[..., Any],
+    columns: Collection[str],
+    settings: Mapping[str, Any] | None = None,
+    *,
+    key: str = "reward.functions",
 ) -> None:
     """Refuse columns of the data that the function `name` cannot be called with.
 
     Args:
         settings: what the config gives a value.
+        key: of the config that names the function.
 
     Raises:
         ValueError: a column that it needs is missing, replaces one of its settings, or has a reserved name.
@@ -182,25 +198,25 @@ def check_columns(
     for column in settings.get(getattr(function, "reads", ""), ()):
         if column not in {*columns, *SAMPLED}:
             raise ValueError(
-                f"reward.functions: got {name} with a column {column!r} to read, expected one of "
+                f"{key}: got {name} with a column {column!r} to read, expected one of "
                 f"{sorted({*columns, *SAMPLED})}; correct the name, or add that column"
             )
     for parameter in _own_parameters(function):
         if parameter.name in settings:
             if parameter.name in columns:
                 raise ValueError(
-                    f"reward.functions: got a column {parameter.name!r} in the data, expected none of that name: the "
+                    f"{key}: got a column {parameter.name!r} in the data, expected none of that name: the "
                     f"config gives {name} this setting; rename the column, or remove the setting"
                 )
             continue
         if parameter.default is parameter.empty and parameter.name not in {*columns, *SAMPLED}:
             raise ValueError(
-                f"reward.functions: got {name} for data with the columns {sorted(columns)}, expected column "
+                f"{key}: got {name} for data with the columns {sorted(columns)}, expected column "
                 f"{parameter.name!r}, which it compares answers with; add that column, or choose another function"
             )
         if parameter.default not in (parameter.empty, None) and parameter.name in columns:
             raise ValueError(
-                f"reward.functions: got a column {parameter.name!r} in the data, expected none of that name: it is a "
+                f"{key}: got a column {parameter.name!r} in the data, expected none of that name: it is a "
                 f"setting of {name}, {parameter.default!r} by default; rename the column"
             )
 

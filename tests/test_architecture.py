@@ -29,6 +29,7 @@ LAYERS = {
     **dict.fromkeys(["alignment.schedules", "alignment.bootstrap", "alignment.scores", "alignment.data"], 1),
     **dict.fromkeys(["alignment.memory", "alignment.fingerprint", "alignment.quantization"], 1),
     **dict.fromkeys(["alignment.model_card", "alignment.reward_objectives", "alignment.calibration"], 1),
+    "alignment.hacking": 1,
     **dict.fromkeys(
         [
             "alignment.packed",

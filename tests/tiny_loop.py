@@ -18,7 +18,14 @@ from alignment.run_directory import RunDirectory
 
 
 def config_of(
-    tiny, *, num_steps: int, limit: float | None, policy: dict | None = None, reward: dict | None = None, **rollout
+    tiny,
+    *,
+    num_steps: int,
+    limit: float | None,
+    policy: dict | None = None,
+    reward: dict | None = None,
+    hacking: dict | None = None,
+    **rollout,
 ) -> PpoRunConfig:
     return PpoRunConfig.model_validate(
         {
@@ -29,6 +36,7 @@ def config_of(
             "rollout": {"engine": "transformers", "max_new_tokens": 8, **rollout},
             "kl": {"limit": limit},
             "policy": policy or {},
+            "hacking": hacking or {},
             "ppo": {"rollout_batch_size": 4, "minibatch_size": 4},
         }
     )

@@ -9,9 +9,10 @@ from __future__ import annotations
 from alignment.config.base import Config
 from alignment.config.cluster import ROLES, ClusterConfig, RoleConfig, RolloutRoleConfig
 from alignment.config.data import PreferenceDataConfig, PromptDataConfig, SftDataConfig, SftSourceConfig, SourceConfig
+from alignment.config.hacking import HackingConfig
 from alignment.config.model import AdapterConfig, MicroBatchConfig, ModelConfig, OptimizerConfig
 from alignment.config.ppo import CriticConfig, KlConfig, PolicyConfig, PpoConfig, PpoRunConfig
-from alignment.config.reward import RewardConfig, RewardExecutionConfig, RewardFunctionConfig
+from alignment.config.reward import GoldFunctionConfig, RewardConfig, RewardExecutionConfig, RewardFunctionConfig
 from alignment.config.reward_model import RewardDataConfig, RewardModelRunConfig, RewardModelTrainingConfig
 from alignment.config.rollout import CorrectionConfig, RolloutConfig, VllmConfig
 from alignment.config.run import EvaluationConfig, RunConfig
@@ -25,6 +26,8 @@ __all__ = [
     "CorrectionConfig",
     "CriticConfig",
     "EvaluationConfig",
+    "GoldFunctionConfig",
+    "HackingConfig",
     "KlConfig",
     "MicroBatchConfig",
     "ModelConfig",

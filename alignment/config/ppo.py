@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from alignment.config.base import Config, Fraction, NonNegative, NonNegativeFloat, Positive, PositiveFloat
 from alignment.config.data import PromptDataConfig
+from alignment.config.hacking import HackingConfig
 from alignment.config.model import (
     AdapterConfig,
     MicroBatchConfig,
@@ -137,6 +138,8 @@ class PpoRunConfig(Config):
     """Penalty to the reference."""
     ppo: PpoConfig = PpoConfig()
     """The update."""
+    hacking: HackingConfig = HackingConfig()
+    """Warnings that the reward is being exploited."""
     evaluation: EvaluationConfig = EvaluationConfig()
     """The held-out table."""
 
@@ -181,6 +184,16 @@ class PpoRunConfig(Config):
         what = f"the longest sequence, data.max_prompt_tokens {prompt} + rollout.max_new_tokens {response}"
         refuse_small_budget(self.policy, "policy", prompt + response, what)
         refuse_small_budget(self.critic, "critic", prompt + response, what)
+        return self
+
+    @model_validator(mode="after")
+    def _signs_can_come(self) -> PpoRunConfig:
+        of_gold = [sign for sign in self.hacking.stop_on if sign in ("parted", "gold_unscored")]
+        if of_gold and not self.reward.gold:
+            raise ValueError(
+                f"hacking.stop_on: got {of_gold[0]} without a gold function, expected one: nothing else can tell it; "
+                "name one in reward.gold, or remove the sign"
+            )
         return self
 
     @model_validator(mode="after")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from pydantic import JsonValue, field_validator, model_validator
 
@@ -13,26 +13,19 @@ from alignment.ensembles import Combination
 
 MODEL_PART = "reward_model"
 """The part that the reward model gives."""
+GOLD = "gold/"
+"""What the names of the parts begin with that are measured and never trained on."""
 
 
-class RewardFunctionConfig(Config):
-    """One rule reward."""
+class FunctionConfig(Config):
+    """A function that scores answers, and how it is called."""
 
     name: str
     """`module:function` below the rewards package, e.g. `text:finished_sentence`."""
-    weight: FiniteFloat = 1.0
-    """Factor in the total."""
     part: str | None = None
     """What its numbers are called; None takes the name. So one function can count twice, with other settings."""
     settings: dict[str, JsonValue] = {}
     """Arguments of the function by name, e.g. `{min_words: 10}`; what is not named keeps its default."""
-    clip: tuple[FiniteFloat, FiniteFloat] | None = None
-    """Its numbers are cut to [low, high] before they are weighted."""
-    normalize: bool = False
-    """Subtract the running mean of its numbers and divide by their running standard deviation, before `clip`. While
-    training only: held-out scores stay comparable."""
-    gate: bool = False
-    """No reward unless it is above 0: an answer that fails it is worth its own weighted number and nothing else."""
     time_limit: PositiveFloat | None = None
     """Seconds for one call; None takes reward.execution.time_limit."""
     samples_per_call: Positive | None = None
@@ -42,6 +35,39 @@ class RewardFunctionConfig(Config):
     def key(self) -> str:
         """What its part is called."""
         return self.part if self.part is not None else self.name
+
+
+class GoldFunctionConfig(FunctionConfig):
+    """A rule that answers are measured by and never trained on."""
+
+    @property
+    def key(self) -> str:
+        return GOLD + super().key
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_no_say(cls, given: Any) -> Any:
+        trains = set(RewardFunctionConfig.model_fields) - set(cls.model_fields)
+        if isinstance(given, Mapping) and (found := sorted(trains & set(given))):
+            raise ValueError(
+                f"{found[0]}: got {given[found[0]]!r}, expected no {', '.join(sorted(trains))}: gold functions are "
+                "held out of the total, which alone is trained on; remove it, or move the function to reward.functions"
+            )
+        return given
+
+
+class RewardFunctionConfig(FunctionConfig):
+    """One rule reward."""
+
+    weight: FiniteFloat = 1.0
+    """Factor in the total."""
+    clip: tuple[FiniteFloat, FiniteFloat] | None = None
+    """Its numbers are cut to [low, high] before they are weighted."""
+    normalize: bool = False
+    """Subtract the running mean of its numbers and divide by their running standard deviation, before `clip`. While
+    training only: held-out scores stay comparable."""
+    gate: bool = False
+    """No reward unless it is above 0: an answer that fails it is worth its own weighted number and nothing else."""
 
     @field_validator("clip")
     @classmethod
@@ -101,6 +127,8 @@ class RewardConfig(MicroBatchConfig):
     """Subtract the mean and divide by the standard deviation saved with the reward model, where it has them."""
     functions: tuple[RewardFunctionConfig, ...] = ()
     """Rule rewards."""
+    gold: tuple[GoldFunctionConfig, ...] = ()
+    """Rules held out of training: they measure every answer, as parts `gold/NAME`, and have no say in the total."""
     execution: RewardExecutionConfig = RewardExecutionConfig()
     """How they are run."""
     micro_batch_size: Positive | None = None
@@ -121,10 +149,26 @@ class RewardConfig(MicroBatchConfig):
     max_unscorable: Fraction = 0.0
     """Share of a batch that may come back unscored before the run stops."""
 
+    @field_validator("gold")
+    @classmethod
+    def _each_gold_function_once(cls, gold: tuple[GoldFunctionConfig, ...]) -> tuple[GoldFunctionConfig, ...]:
+        keys = [function.key for function in gold]
+        if twice := sorted({key for key in keys if keys.count(key) > 1}):
+            raise ValueError(
+                f"got {', '.join(twice)} more than once, expected each part once; remove one, or give the second "
+                "another name with part:"
+            )
+        return gold
+
     @field_validator("functions")
     @classmethod
     def _each_function_once(cls, functions: tuple[RewardFunctionConfig, ...]) -> tuple[RewardFunctionConfig, ...]:
         keys = [function.key for function in functions]
+        if reserved := [key for key in keys if key.startswith(GOLD)]:
+            raise ValueError(
+                f"got a part {reserved[0]!r}, expected a name that does not begin with {GOLD!r}, as those of "
+                "reward.gold do; rename it"
+            )
         if twice := sorted({key for key in keys if keys.count(key) > 1}):
             raise ValueError(
                 f"got {', '.join(twice)} more than once, expected each part once; add the weights up, or give the "

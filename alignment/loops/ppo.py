@@ -12,12 +12,20 @@ from torch import Tensor
 from alignment.config import PpoRunConfig
 from alignment.data.prompts import prompts_for_step
 from alignment.experience import make_experience, reward_rows
+from alignment.hacking import HackingWatch
 from alignment.interfaces import Generator, LogprobWorker, Metrics, PolicyWorker, Scorer, ValueWorker
 from alignment.kl import AdaptiveKLController
 from alignment.loops.invariants import check_first_step
 from alignment.loops.run import Run, StepLog
 from alignment.rollout_correction import MISMATCH_METRICS, require_current, require_match
-from alignment.scores import ScoreNormalizer, normalize_parts, refuse_unscorable, score_metrics, shape_scores
+from alignment.scores import (
+    ScoreNormalizer,
+    clip_metrics,
+    normalize_parts,
+    refuse_unscorable,
+    score_metrics,
+    shape_scores,
+)
 from alignment.types import Experience, Prompt, Rollout, Score
 
 
@@ -32,13 +40,15 @@ class PpoState:
     """Of the total."""
     parts: dict[str, ScoreNormalizer]
     """Of the parts that are normalised."""
+    hacking: HackingWatch
 
     @classmethod
     def start(cls, config: PpoRunConfig) -> PpoState:
         # With no target the controller is never updated and the coefficient stays.
         target = config.kl.target if config.kl.target is not None else 1.0
         kl_coef = AdaptiveKLController(config.kl.coef, target, config.kl.horizon)
-        return cls(0, kl_coef, ScoreNormalizer(), {name: ScoreNormalizer() for name in config.reward.normalized})
+        parts = {name: ScoreNormalizer() for name in config.reward.normalized}
+        return cls(0, kl_coef, ScoreNormalizer(), parts, HackingWatch(**hacking_settings(config)))
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -46,6 +56,7 @@ class PpoState:
             "kl_coef": self.kl_coef.state_dict(),
             "normalizer": self.normalizer.state_dict(),
             "parts": {name: normalizer.state_dict() for name, normalizer in self.parts.items()},
+            "hacking": self.hacking.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -54,6 +65,7 @@ class PpoState:
         self.normalizer.load_state_dict(state["normalizer"])
         for name, normalizer in self.parts.items():
             normalizer.load_state_dict(state["parts"][name])
+        self.hacking.load_state_dict(state["hacking"])
 
 
 def train_ppo(
@@ -76,11 +88,11 @@ def train_ppo(
             scoring, old = reward.score(rollouts), policy.logprobs(rollouts)
             ref, values = reference.logprobs(rollouts), critic.values(rollouts)
             scores = scoring.result()
-            shaped = shaped_scores(config, state, scores, rollouts)
+            shaped, clipped = shaped_scores(config, state, scores, rollouts)
             experience, described = experience_of(
                 config, state, rollouts, shaped, old.result(), ref.result(), values.result()
             )
-            log.metrics.update({**score_metrics(scores), **described})
+            log.metrics.update({**score_metrics(scores), **clipped, **described})
         if step == 0:
             require_first_step(config, policy, experience, log.metrics, run)
         require_match(log.metrics, config.logprob_gap_limit, step=step)
@@ -118,7 +130,7 @@ def train_ppo_one_pass(
         with log.phase("score"):
             scoring, pending = reward.score(rollouts), reference.logprobs(rollouts)
             scores, ref = scoring.result(), pending.result()
-        shaped = shaped_scores(config, state, scores, rollouts)
+        shaped, clipped = shaped_scores(config, state, scores, rollouts)
         sampled = [torch.tensor(rollout.rollout_logprobs) for rollout in rollouts]
         if step == 0:
             old, values = policy.logprobs(rollouts).result(), critic.values(rollouts).result()
@@ -140,7 +152,7 @@ def train_ppo_one_pass(
                 described = {**known, **policy.update_on_policy(experience, step=step).result()}
             else:
                 require_match(described, config.logprob_gap_limit, step=step)
-            log.metrics.update({**score_metrics(scores), **described, **fitted})
+            log.metrics.update({**score_metrics(scores), **clipped, **described, **fitted})
 
         finish_step(config, state, log, rollouts, scores, policy=policy, critic=critic, rollout=rollout, run=run)
 
@@ -185,22 +197,31 @@ def finish_step(
     kl = log.metrics.get("kl/per_sequence")  # missing when no answer of the step has a score
     if config.kl.target is not None and kl is not None:
         state.kl_coef.update(kl, len(rollouts))
+    begun = state.hacking.observe(log.metrics, len(rollouts))
+    log.metrics.update(state.hacking.metrics())
     run.finish_step(log, rollouts, scores)
+    for sign in begun:
+        run.progress.message(f"WARNING  step {log.step}: {state.hacking.holding[sign]}; see docs/reward_hacking.md")
     # The KL is that of the weights before this step's update; the update, which goes on from there, is not committed.
     if kl is not None:
         stop_on_blow_up(kl, config.kl.limit, log.step)
+    stop_on_signs(state.hacking, begun, config.hacking.stop_on, log.step)
     run.checkpoint(state.step, {"policy": policy, "critic": critic}, state.state_dict())
 
 
 def shaped_scores(
     config: PpoRunConfig, state: PpoState, scores: Sequence[Score], rollouts: Sequence[Rollout]
-) -> list[float | None]:
-    """Unpack the reward config; refuse a batch with more unscored answers than the budget."""
+) -> tuple[list[float | None], dict[str, float]]:
+    """Unpack the reward config; refuse a batch with more unscored answers than the budget.
+
+    Returns the scores, and what to log about the clips.
+    """
     reward = config.reward
     refuse_unscorable(rollouts, scores, reward.max_unscorable)
     if state.parts:
         scores = normalize_parts(scores, state.parts, reward.weights, clips=reward.clips, gates=reward.gates)
-    return shape_scores(
+    normalizer = state.normalizer if reward.normalize else None
+    shaped = shape_scores(
         rollouts,
         scores,
         max_new_tokens=config.rollout.max_new_tokens,
@@ -208,7 +229,10 @@ def shaped_scores(
         overlong_buffer=reward.overlong_buffer,
         overlong_penalty=reward.overlong_penalty,
         clip=reward.clip,
-        normalizer=state.normalizer if reward.normalize else None,
+        normalizer=normalizer,
+    )
+    return shaped, clip_metrics(
+        scores, clip=reward.clip, clips=reward.clips, normalizer=normalizer, normalizers=state.parts
     )
 
 
@@ -219,6 +243,11 @@ def reward_settings(config: PpoRunConfig, state: PpoState) -> dict[str, Any]:
         "kl_estimator": config.kl.estimator,
         "whiten_rewards": config.ppo.whiten_rewards,
     }
+
+
+def hacking_settings(config: PpoRunConfig) -> dict[str, Any]:
+    """What `HackingWatch` takes from the configs."""
+    return {"gold": [one.key for one in config.reward.gold], **config.hacking.model_dump(exclude={"stop_on"})}
 
 
 def experience_of(
@@ -251,4 +280,13 @@ def stop_on_blow_up(kl: float, limit: float | None, step: int) -> None:
         raise RuntimeError(
             f"step {step}: got a KL of {kl:.2f} per sequence to the reference, expected at most kl.limit={limit:g}; "
             "with a new --output-dir raise kl.coef or lower policy.optimizer.lr, or --resume from an earlier step"
+        )
+
+
+def stop_on_signs(watch: HackingWatch, begun: Sequence[str], stop_on: Sequence[str], step: int) -> None:
+    """End the run at a sign of an exploited reward that the user wants it to end at."""
+    if fatal := [sign for sign in begun if sign in stop_on]:
+        raise RuntimeError(
+            f"step {step}: {watch.holding[fatal[0]]}, expected no {fatal[0]} with hacking.stop_on; with a new "
+            "--output-dir change the reward or raise kl.coef, or take the sign out of hacking.stop_on"
         )

@@ -55,6 +55,29 @@ ppo: {{rollout_batch_size: 4, minibatch_size: 4}}
     assert (tmp_path / "run" / "final" / "tokenizer.json").is_file()
 
 
+def test_a_gold_rule_is_in_the_table_the_summary_and_the_report(tiny, tmp_path):
+    (tmp_path / "ppo.yaml").write_text(
+        f"""
+run: {{num_steps: 3}}
+data: {{source: {{path: {tiny}/prompts.jsonl}}, held_out: 2}}
+model: {{path: {tiny}/policy}}
+reward:
+  functions: [{{name: "text:no_repetition", clip: [2.0, 3.0]}}]
+  gold: [{{name: "text:question_words"}}]
+rollout: {{engine: transformers, max_new_tokens: 4}}
+ppo: {{rollout_batch_size: 4, minibatch_size: 4}}
+hacking: {{window: 3}}
+"""
+    )
+    summary = run("ppo_medical.py", tmp_path / "run", "--config", str(tmp_path / "ppo.yaml"))
+    assert summary["held_out"]["gold/text:question_words"]["n"] == 2
+    assert summary["hacking"]["clipped"] == {"holds": True, "began": [2]}
+    assert summary["hacking"]["parted"] == {"holds": False, "began": []}
+    table = (tmp_path / "run" / "hacking.md").read_text().splitlines()
+    assert [line.split(" | ")[0] for line in table[2:]] == ["| 0", "| 1", "| 2"]
+    assert (tmp_path / "run" / "hacking.svg").read_text().startswith("<svg")
+
+
 def test_a_reward_model_without_held_out_pairs(tiny, tmp_path):
     rows = [{"prompt": f"q{i}", "chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(6)]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -90,6 +90,19 @@ def test_reward_functions_are_compared_with_the_columns_of_every_prompt(tiny):
         check("text:no_refusal", lengths=1)
 
 
+@pytest.mark.parametrize(
+    ("gold", "refusal"),
+    [
+        ({"name": "text:no_such"}, "got 'no_such' in rewards.text"),
+        ({"name": "text:length_between", "settings": {"min_word": 3}}, r"reward\.gold: got a setting 'min_word'"),
+        ({"name": "exact_match:multiple_choice"}, r"reward\.gold: got exact_match:multiple_choice for data with"),
+    ],
+)
+def test_gold_functions_are_checked_like_the_others(gold, refusal):
+    with pytest.raises(ValueError, match=refusal):
+        check_reward_functions(RewardConfig.model_validate({"model": "m", "gold": [gold]}), [])
+
+
 def test_engines_and_their_parts_are_counted_as_gpus():
     settings = {"num_engines": 3, "tensor_parallel_size": 2, "gpus_per_worker": 1, "cpus_per_worker": 0.5}
     cluster = ClusterConfig.model_validate({"rollout": settings, "policy": {"gpus_per_worker": 1.0}})

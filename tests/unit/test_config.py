@@ -10,6 +10,8 @@ from pydantic import ValidationError
 from alignment.config import (
     ClusterConfig,
     Config,
+    GoldFunctionConfig,
+    HackingConfig,
     KlConfig,
     ModelConfig,
     OptimizerConfig,
@@ -77,6 +79,12 @@ def test_configs_are_frozen():
         (RewardConfig, {"functions": [{"name": "a:b", "part": "reward_model"}]}),
         (RewardConfig, {"model": "m", "execution": {"num_workers": 0}}),
         (RewardConfig, {"model": "m", "max_unscorable": 1.5}),
+        (RewardConfig, {"functions": [{"name": "a:b", "part": "gold/b"}]}),
+        (RewardConfig, {"model": "m", "gold": [{"name": "a:b"}, {"name": "a:b"}]}),
+        (HackingConfig, {"window": 2}),
+        (HackingConfig, {"false_alarm_rate": 0.0}),
+        (HackingConfig, {"length_factor": 1.0}),
+        (HackingConfig, {"stop_on": ["length", "partings"]}),
     ],
 )
 def test_out_of_range_is_refused(cls, values):
@@ -105,6 +113,29 @@ def test_a_gate_is_not_normalised():
 def test_something_must_score():
     with pytest.raises(ValidationError, match="at least one"):
         RewardConfig()
+    with pytest.raises(ValidationError, match="at least one"):
+        RewardConfig(gold=({"name": "text:no_refusal"},))  # which trains nothing
+
+
+@pytest.mark.parametrize(("key", "value"), [("weight", 2.0), ("gate", True), ("normalize", False), ("clip", [0, 1])])
+def test_gold_has_no_say_in_the_total(key, value):
+    with pytest.raises(
+        ValidationError, match=rf"{key}: got .*, expected no clip, gate, normalize, weight: .*; remove it"
+    ):
+        RewardConfig.model_validate({"model": "m", "gold": [{"name": "text:no_refusal", key: value}]})
+
+
+def test_gold_and_trained_parts_of_one_function_have_names_of_their_own():
+    both = RewardConfig.model_validate({"functions": [{"name": "a:b"}], "gold": [{"name": "a:b"}]})
+    assert [one.key for one in both.gold] == ["gold/a:b"]
+    assert both.weights == {"a:b": 1.0}
+    assert GoldFunctionConfig(name="a:b", part="c").key == "gold/c"
+
+
+def test_a_sign_that_cannot_come_does_not_end_a_run():
+    PpoRunConfig(reward=REWARD, hacking={"stop_on": ["length"]})
+    with pytest.raises(ValidationError, match=r"hacking\.stop_on: got parted without a gold function"):
+        PpoRunConfig(reward=REWARD, hacking={"stop_on": ["length", "parted"]})
 
 
 @pytest.mark.parametrize(("minibatch_size", "fits"), [(16, True), (8, True), (1, True), (7, False), (32, False)])

@@ -244,8 +244,9 @@ def test_describe_lists_every_key_with_type_default_and_meaning():
     assert "  --critic.optimizer.lr number > 0 (default 2e-05)" in lines
     assert "  --data.source.asset text or null (default healthsearchqa)" in lines
     assert "  --kl.estimator k1|k2|k3 (default k1)" in lines
-    parts = "{name, weight, part, settings, clip, normalize, gate, time_limit, samples_per_call}"
-    assert f"  --reward.functions list of {parts}" in lines
+    called = "name, part, settings, time_limit, samples_per_call"
+    assert f"  --reward.functions list of {{{called}, weight, clip, normalize, gate}}" in lines
+    assert f"  --reward.gold list of {{{called}}} (default [])" in lines
     assert lines[lines.index("  --ppo.gamma number >= 0 and <= 1 (default 1.0)") + 1] == "      Discount."
     assert max(map(len, lines)) <= 119
 

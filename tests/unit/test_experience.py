@@ -10,6 +10,7 @@ import torch
 from alignment.experience import kl_per_sequence, make_experience
 from alignment.scores import (
     ScoreNormalizer,
+    clip_metrics,
     length_penalty,
     normalize_parts,
     refuse_unscorable,
@@ -194,6 +195,45 @@ def test_every_part_and_every_failure_is_counted():
         "reward/b/unscored_count": 0.0,
         "reward/unscored/timeout": 1.0,
     }
+
+
+def test_gold_is_ranked_against_the_total_and_its_failures_are_counted_apart():
+    totals, golds = [1.0, 2.0, 3.0, None], [0.9, 0.5, None, None]
+    failures = [{}, {}, {"gold/g": "error: x"}, {"a": "timeout: y", "gold/g": "error: z"}]
+    scores = [
+        Score(total=total, parts={"a": total, "gold/g": gold}, failures=failure)
+        for total, gold, failure in zip(totals, golds, failures, strict=True)
+    ]
+    metrics = score_metrics(scores)
+    assert metrics["reward/gold/g/mean"] == pytest.approx(0.7)
+    assert metrics["reward/gold/g/proxy_spearman"] == -1.0
+    assert "reward/a/proxy_spearman" not in metrics
+    assert {name: n for name, n in metrics.items() if "unscored/" in name} == {
+        "reward/unscored/timeout": 1.0,
+        "reward/gold_unscored/error": 2.0,
+    }
+    assert "reward/gold/g/proxy_spearman" not in score_metrics(scores[:1])
+    with pytest.raises(
+        RuntimeError, match=r"got 1 of 4 answers without a score \(1 timeout; the first: .*, a: timeout: y\)"
+    ):
+        refuse_unscorable([ROLLOUTS[0]] * 4, scores, 0.0)
+
+
+def test_the_share_that_a_clip_cuts_is_that_of_the_numbers_it_was_given():
+    normalizer = ScoreNormalizer()
+    normalizer.update([4.0, 8.0])  # mean 6, deviation 2: the parts b are -2, -1 and 0
+    limits = {"a": (1.0, 2.5), "b": (-1.0, 1.0)}
+    off = {"normalizer": None, "normalizers": {}}
+    assert clip_metrics(PARTS, clip=None, clips={}, **off) == {}
+    assert clip_metrics(PARTS, clip=3.0, clips=limits, normalizer=None, normalizers={"b": normalizer}) == {
+        "reward/clipped_share": 1 / 2,  # of 3 and 9; a number on the limit is not cut
+        "reward/a/clipped_share": 1 / 2,  # of 1 and 3
+        "reward/b/clipped_share": 1 / 3,
+    }
+    assert clip_metrics(PARTS, clip=1.2, clips={}, normalizer=normalizer, normalizers={}) == {
+        "reward/clipped_share": 1.0  # -1.5 and 1.5
+    }
+    assert clip_metrics(PARTS[1:2], clip=1.0, clips={}, **off) == {}
 
 
 def test_more_unscored_answers_than_the_budget_stop_the_run_and_name_the_first():

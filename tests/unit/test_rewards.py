@@ -12,7 +12,7 @@ from rewards import text
 from rewards.base import check_columns, check_settings, load_function, only_where
 from rewards.exact_match import multiple_choice, stated_letter
 from rewards.medical import advises_care, unsafe_advice
-from rewards.text import finished_sentence, length_between, no_refusal, no_repetition, words
+from rewards.text import finished_sentence, length_between, no_refusal, no_repetition, question_words, words
 
 
 def one(function, response, prompt="How is hypertension treated?", **columns):
@@ -73,6 +73,21 @@ def test_no_repetition_is_the_share_of_fresh_triples():
 )
 def test_no_refusal(response, expected):
     assert one(no_refusal, response) == expected
+
+
+@pytest.mark.parametrize(
+    ("prompt", "response", "expected"),
+    [
+        ("What are the symptoms of lung cancers?", "Cancer of the lungs: its symptoms are a cough.", 1.0),
+        ("What are the symptoms of lung cancers?", "Happy joy, wonderful love of the symptoms!", 1 / 3),
+        ("What are the symptoms of lung cancers?", "What are the of", 0.0),
+        ("What are the symptoms of lung cancers?", "", 0.0),
+        ("How is it that we are?", "We are.", None),
+        ("感冒怎么办", "感冒时多休息", 2 / 3),
+    ],
+)
+def test_question_words(prompt, response, expected):
+    assert one(question_words, response, prompt) == (expected if expected is None else pytest.approx(expected))
 
 
 @pytest.mark.parametrize(
