@@ -10,6 +10,7 @@ from typing import Any
 
 from alignment.bootstrap import paired_bootstrap
 from alignment.checkpoint import load_json, save_json
+from alignment.config.reward import GOLD
 from alignment.interfaces import Generator, LogprobWorker, Scorer
 from alignment.rollout_correction import require_current
 from alignment.scores import kind_of, refuse_unscorable
@@ -134,7 +135,12 @@ def unscored_warning(held_out: HeldOut, limit: float) -> str:
     missing = [answer for answer in held_out.answers if answer.scores["score"] is None]
     if len(missing) <= limit * len(held_out.answers):
         return ""
-    kinds = Counter(kind_of(failure) for answer in missing for failure in answer.failures.values())
+    kinds = Counter(
+        kind_of(failure)
+        for answer in missing
+        for name, failure in answer.failures.items()
+        if not name.startswith(GOLD)
+    )
     counted = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
     return (
         f"WARNING: {len(missing)} of {len(held_out.answers)} held-out answers have no score ({counted}), more than "
