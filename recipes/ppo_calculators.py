@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from alignment.config import PpoRunConfig
 from recipes import common
-from recipes.ppo_medical import run_ppo
+from recipes.reinforcement import run_ppo
 
 
 def main(argv: list[str] | None = None) -> int:
