@@ -196,11 +196,8 @@ def _smoothed(logits: Tensor, label_smoothing: float) -> Tensor:
 def _log_odds(logps: Tensor) -> Tensor:
     """log(p / (1 - p)) of log p <= 0, in the form that keeps its digits on either side of p = 1/2 (Maechler 2012)."""
     logps = logps.clamp(max=-torch.finfo(logps.dtype).eps)
-    near_one = logps > -math.log(2)
-    # Each branch is given arguments it is finite at: a gradient of inf would survive being left out as inf * 0.
-    high = torch.log(-torch.expm1(torch.where(near_one, logps, -1.0)))
-    low = torch.log1p(-torch.exp(torch.where(near_one, -1.0, logps)))
-    return logps - torch.where(near_one, high, low)
+    log_rest = torch.where(logps > -math.log(2), torch.log(-torch.expm1(logps)), torch.log1p(-torch.exp(logps)))
+    return logps - log_rest
 
 
 def _reduced(
