@@ -53,6 +53,9 @@ def test_ratings_by_gap_and_by_threshold():
     assert sides(pairs_of_ratings(RATINGS, gap=0.0)) == [(0, 1, 3), (0, 2, 3), (0, 1, 2), (5, 4, 5)]
     assert sides(pairs_of_ratings(RATINGS, threshold=0.6)) == [(0, 1, 3), (0, 2, 3)]
     assert sides(pairs_of_ratings(RATINGS, gap=0.0, most_per_prompt=1)) == [(0, 1, 3), (5, 4, 5)]
+    close = [rated(1, 0.9), rated(2, 0.8), rated(3, 0.8)]  # 0.9 - 0.8 is less than 0.1 in floating point
+    assert sides(pairs_of_ratings(close, gap=0.1)) == [(0, 1, 2), (0, 1, 3)]
+    assert sides(pairs_of_ratings(close, gap=0.0)) == [(0, 1, 2), (0, 1, 3)]
     for wrong in ({}, {"gap": 0.1, "threshold": 0.5}):
         with pytest.raises(ValueError, match=r"gap, threshold: got .* expected exactly one"):
             pairs_of_ratings(RATINGS, **wrong)
@@ -127,10 +130,10 @@ def test_clean_pairs_have_no_warning():
 
 
 def test_planted_faults_of_labels_are_found():
-    labels = [labelled(1, 1.0), labelled(1, 1.0), labelled(1, 0.0), labelled(2, 0.0), labelled(3, 0.0)]
+    labels = [labelled(1, 1.0), labelled(1, 1.0), labelled(1, 0.0), labelled(2, 0.0), labelled(2, 0.0)]
     found = label_hygiene(labels)
     assert (found.num_desirable, found.num_undesirable) == (2, 3)
-    assert (found.identical, found.contradictory) == (1, 1)
+    assert (found.identical, found.contradictory) == (2, 1)
     assert found.advice is not None
     assert "warning: got 2 desirable answers and 3 undesirable ones" in found.text()
     balanced = label_hygiene(labels, desirable_weight=1.5)
