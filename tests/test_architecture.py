@@ -34,6 +34,7 @@ LAYERS = {
     **dict.fromkeys(
         [
             "alignment.packed",
+            "alignment.shared_prompts",
             "alignment.experience",
             "alignment.models",
             "alignment.forward",

@@ -36,11 +36,18 @@ def objective_of(*kinds: Any, **settings: Any) -> PreferenceObjective:
 
 
 def dpo_learner(
-    folder: Any, *, rows: int = 4, lr: float = 1e-3, lora: bool = False, layout: str = "padded", objective: Any = None
+    folder: Any,
+    *,
+    rows: int = 4,
+    lr: float = 1e-3,
+    lora: bool = False,
+    layout: str = "padded",
+    objective: Any = None,
+    **settings: Any,
 ) -> DpoLearner:
     model = loaded(folder, lora=lora, layout=layout)
     limit = MicroBatchLimit(rows=rows, layout=model.layout)
-    return DpoLearner(model, engine_of(model, lr), micro_batch_limit=limit, objective=objective)
+    return DpoLearner(model, engine_of(model, lr), micro_batch_limit=limit, objective=objective, **settings)
 
 
 def feedback_learner(

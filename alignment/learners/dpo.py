@@ -26,11 +26,12 @@ from alignment.learners.base import (
     own_micro_batches,
 )
 from alignment.logprobs import sequence_logps
-from alignment.models import CausalModel
+from alignment.models import CausalModel, HfModel
 from alignment.packing import MicroBatchLimit
 from alignment.preference_losses import length_desensitised_logps
 from alignment.preference_objectives import PairLogps, PreferenceObjective
-from alignment.types import PreferencePair
+from alignment.shared_prompts import shared_logprobs, shares_prompts
+from alignment.types import PreferencePair, pad_rows
 
 RefLogps = Sequence[Sequence[float]]
 """Of each pair the reference's log-probabilities of the chosen and of the rejected answer."""
@@ -47,15 +48,26 @@ class DpoLearner:
         micro_batch_limit: MicroBatchLimit,
         objective: PreferenceObjective | None = None,
         method: TrainingMethod | None = None,
+        share_prompts: bool = False,
         device: torch.device | str = "cpu",
     ) -> None:
         """
         Args:
             micro_batch_limit: its rows are pairs.
             method: what is told of every update.
+            share_prompts: compute the prompt of a pair once, see `alignment.shared_prompts`.
+
+        Raises:
+            ValueError: share_prompts with a model whose answers would then differ.
         """
         self.model, self.engine, self.method, self.device = model, engine, method, device
         self.micro_batch_limit, self.objective = micro_batch_limit, objective or PreferenceObjective()
+        self.share_prompts = share_prompts
+        if share_prompts and not (isinstance(model, HfModel) and shares_prompts(model)):
+            raise ValueError(
+                "share_prompts: got True with a model that computes answers to a shared prompt otherwise than apart, "
+                "expected full attention that takes a mask; set it to False"
+            )
 
     def update(self, pairs: Sequence[PreferencePair], ref_logps: RefLogps | None, *, step: int) -> dict[str, float]:
         """One step; the loss is the mean over all pairs whatever the micro-batches.
@@ -79,7 +91,7 @@ class DpoLearner:
         rows, limit, alpha = torch.arange(len(pairs)), self.micro_batch_limit, self.objective.length_alpha
         for index in own_micro_batches(self.model, self.engine, rows, _lengths(pairs), limit, device=self.device):
             chosen = [pairs[i] for i in index.tolist()]
-            logps = _pair_logps(self.model, chosen, alpha, self.device)
+            logps = _pair_logps(self.model, chosen, alpha, self.device, self.share_prompts)
             if reference is not None:
                 ref_chosen, ref_rejected = reference[index].to(self.device).unbind(1)
                 logps = dataclasses.replace(logps, ref_chosen=ref_chosen, ref_rejected=ref_rejected)
@@ -99,6 +111,7 @@ class DpoLearner:
             length_alpha=self.objective.length_alpha,
             device=self.device,
             lockstep=self.engine.lockstep,
+            share_prompts=self.share_prompts,
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -118,6 +131,7 @@ def pair_logps(
     length_alpha: float = 1.0,
     device: torch.device | str = "cpu",
     lockstep: Ranks | None = None,
+    share_prompts: bool = False,
 ) -> list[tuple[float, float]]:
     """Log-probabilities of the chosen and the rejected answer of each pair, in the order given: of any model, a
     reference among them. `lockstep`: as for `alignment.learners.base.per_response`."""
@@ -127,7 +141,7 @@ def pair_logps(
     for _ in range(missing_passes(len(batches), lockstep)):
         response_logprobs(model, nothing, nothing == 0, nothing == 1, temperature=1.0)
     for index in batches:
-        logps = _pair_logps(model, [pairs[i] for i in index.tolist()], length_alpha, device)
+        logps = _pair_logps(model, [pairs[i] for i in index.tolist()], length_alpha, device, share_prompts)
         found[index] = torch.stack([logps.chosen, logps.rejected], 1).cpu()
     return [(chosen, rejected) for chosen, rejected in found.tolist()]
 
@@ -150,11 +164,22 @@ def held_out_metrics(
 
 
 def _pair_logps(
-    model: CausalModel, pairs: Sequence[PreferencePair], length_alpha: float, device: torch.device | str
+    model: CausalModel,
+    pairs: Sequence[PreferencePair],
+    length_alpha: float,
+    device: torch.device | str,
+    share_prompts: bool,
 ) -> PairLogps:
-    answers: list[Answer] = [(pair.prompt_ids, pair.chosen_ids) for pair in pairs]
-    answers += [(pair.prompt_ids, pair.rejected_ids) for pair in pairs]
-    logprobs, response = answer_logprobs(model, answers, device)
+    if share_prompts:
+        groups = [(pair.prompt_ids, (pair.chosen_ids, pair.rejected_ids)) for pair in pairs]
+        rows = shared_logprobs(model, groups, device)
+        ordered = rows[::2] + rows[1::2]
+        logprobs = pad_rows(ordered)
+        response = pad_rows([torch.ones_like(row, dtype=torch.bool) for row in ordered])
+    else:
+        answers: list[Answer] = [(pair.prompt_ids, pair.chosen_ids) for pair in pairs]
+        answers += [(pair.prompt_ids, pair.rejected_ids) for pair in pairs]
+        logprobs, response = answer_logprobs(model, answers, device)
     chosen_lengths, rejected_lengths = _answer_lengths(pairs, device)
     chosen, rejected = sequence_logps(logprobs, response).chunk(2)
     if length_alpha == 1:

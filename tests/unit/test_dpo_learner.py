@@ -81,8 +81,9 @@ def test_the_gradient_is_that_of_the_whole_batch(folders, objective):
     alpha = 1.0 if objective is None else objective.length_alpha
     reference = reference_of(folders[1], pairs, length_alpha=alpha)
     found, told = [], []
-    for rows, layout in ((7, "padded"), (3, "padded"), (1, "padded"), (3, "packed")):
-        learner = dpo_learner(folders[0], rows=rows, layout=layout, objective=objective)
+    cuts = [(7, "padded", False), (3, "padded", False), (1, "padded", False), (3, "packed", False)]
+    for rows, layout, share in [*cuts, (7, "padded", True), (2, "padded", True)]:
+        learner = dpo_learner(folders[0], rows=rows, layout=layout, objective=objective, share_prompts=share)
         found.append(gradients(learner, lambda: told.append(learner.update(pairs, reference, step=0))))  # noqa: B023
     for other in found[1:]:
         for a, b in zip(found[0], other, strict=True):
@@ -91,26 +92,44 @@ def test_the_gradient_is_that_of_the_whole_batch(folders, objective):
         assert other == {name: pytest.approx(value, rel=1e-4, abs=1e-5) for name, value in told[0].items()}
 
 
-def test_update_is_the_loss_of_plain_logits(folders):
-    """Loss and gradient of the learner against dpo_loss over whole logits, one sequence at a time."""
+@pytest.mark.parametrize("alpha", [1.0, 0.5])
+@pytest.mark.parametrize("sft", [0.0, 0.7])
+def test_update_is_the_loss_of_plain_logits(folders, alpha, sft):
+    """Loss and gradient of the learner against dpo_loss over whole logits, one sequence at a time: plainly, with the
+    tokens beyond the common length weighted, and with the likelihood of all chosen tokens beside it."""
     pairs = pairs_of(5)
-    reference = reference_of(folders[1], pairs)
-    learner = dpo_learner(folders[0], rows=2)
-    found = gradients(learner, lambda: learner.update(pairs, reference, step=0))
-    model = loaded(folders[0])
+    reference = reference_of(folders[1], pairs, length_alpha=alpha)
+    terms = ["sigmoid"] + [("sft", sft, False)] * bool(sft)
+    learner = dpo_learner(folders[0], rows=2, objective=objective_of(*terms, length_alpha=alpha))
+    told = []
+    found = gradients(learner, lambda: told.append(learner.update(pairs, reference, step=0)))
 
-    def logps(prompt, answer):
+    def tokens(model, prompt, answer):
         ids = torch.tensor([prompt + answer])
-        return token_logprobs(model.model(input_ids=ids).logits, ids)[0, len(prompt) :].sum()
+        return token_logprobs(model.model(input_ids=ids).logits, ids)[0, len(prompt) :]
 
-    chosen = torch.stack([logps(pair.prompt_ids, pair.chosen_ids) for pair in pairs])
-    rejected = torch.stack([logps(pair.prompt_ids, pair.rejected_ids) for pair in pairs])
-    loss, _ = dpo_loss(chosen, rejected, *torch.tensor(reference).unbind(1), beta=0.1)
+    def sides(model):
+        for pair in pairs:
+            common = min(len(pair.chosen_ids), len(pair.rejected_ids))
+            for answer in (pair.chosen_ids, pair.rejected_ids):
+                row = tokens(model, pair.prompt_ids, answer)
+                yield row[:common].sum() + alpha * row[common:].sum()
+
+    model, other = loaded(folders[0]), loaded(folders[1])
+    chosen, rejected = torch.stack(list(sides(model))).view(-1, 2).unbind(1)
+    with torch.no_grad():
+        expected_reference = torch.stack(list(sides(other))).view(-1, 2)
+    torch.testing.assert_close(torch.tensor(reference), expected_reference, atol=1e-4, rtol=1e-5)
+    loss, _ = dpo_loss(chosen, rejected, *expected_reference.unbind(1), beta=0.1)
+    every = torch.cat([tokens(model, pair.prompt_ids, pair.chosen_ids) for pair in pairs])
+    loss = loss - sft * every.mean()
     loss.backward()
+    assert any(len(pair.chosen_ids) != len(pair.rejected_ids) for pair in pairs)
+    assert told[0]["dpo/loss"] == pytest.approx(loss.item(), rel=1e-4)
     expected = [p.grad for _, p in model.named_parameters() if p.grad is not None]
     assert len(expected) == len(found)
     for a, b in zip(found, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -142,6 +161,24 @@ def test_a_planted_preference_is_learnt_and_holds_for_others(folders, objective)
     assert after["validation/accuracy"] >= 0.9
     assert after["validation/loss"] < before["validation/loss"]
     assert after["validation/margin"] > before["validation/margin"]
+
+
+def test_prompts_are_shared_with_an_adapter_too(folders):
+    pairs = pairs_of(5)
+    apart, shared = (dpo_learner(folders[0], lora=True, lr=1e-2, share_prompts=share) for share in (False, True))
+    reference = reference_of(folders[0], pairs)
+    for learner in (apart, shared):
+        for step in range(2):
+            learner.update(pairs, reference, step=step)
+    found, expected = (torch.tensor(learner.logps(pairs)) for learner in (shared, apart))
+    torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-5)
+    assert (expected - torch.tensor(reference)).abs().max() > 0.1
+
+
+def test_a_model_with_a_limited_view_does_not_share_prompts(tmp_path):
+    folder = write_tiny_model(tmp_path, "mistral", sliding_window=4)
+    with pytest.raises(ValueError, match="share_prompts: got True with a model"):
+        dpo_learner(folder, share_prompts=True)
 
 
 def test_a_reference_that_is_missing_or_of_others_is_refused(folders):
