@@ -43,16 +43,14 @@ class SharedRows:
     """(N,) ids."""
 
     def visible(self) -> Tensor:
-        """(R, 1, W, W) bool: which tokens (last axis) a token sees. Padding sees itself, so that no row is empty."""
+        """(R, 1, W, W) bool: which tokens (last axis) a token sees. Padding is a group of its own, so that no
+        row is empty."""
         width = self.input_ids.shape[1]
         causal = torch.ones(width, width, dtype=torch.bool, device=self.owner.device).tril()
         same_group = self.owner.unsqueeze(2) == self.owner.unsqueeze(1)
         of_prompt = (self.branch == 0).unsqueeze(1)
         same_answer = self.branch.unsqueeze(2) == self.branch.unsqueeze(1)
-        padding = (self.owner < 0).unsqueeze(2)
-        itself = torch.eye(width, dtype=torch.bool, device=self.owner.device)
-        seen = causal & same_group & (of_prompt | same_answer)
-        return torch.where(padding, itself, seen).unsqueeze(1)
+        return (causal & same_group & (of_prompt | same_answer)).unsqueeze(1)
 
 
 def group_length(group: Group) -> int:

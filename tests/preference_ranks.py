@@ -28,10 +28,11 @@ def updates(ranks: Any, folder: str, reference: str, engines: list[str]) -> dict
     objective = objective_of("sigmoid", ("sft", 0.5, False), length_alpha=0.5)
     report = {}
     for engine in engines:
-        for kind, settings in (
-            (DpoLearner, {"objective": objective}),
-            (KtoLearner, {"undesirable_weight": 1.3}),
-            (BcoLearner, {}),
+        for case, kind, settings in (
+            ("DPO", DpoLearner, {"objective": objective}),
+            ("DPO, shared prompts", DpoLearner, {"objective": objective, "share_prompts": True}),
+            ("KTO", KtoLearner, {"undesirable_weight": 1.3}),
+            ("BCO", BcoLearner, {}),
         ):
             learner = learner_of(kind, ranks, folder, engine, **settings)
             rows = [_update(learner, reference, 2 if step % 2 else 7, step) for step in range(4)]
@@ -40,7 +41,7 @@ def updates(ranks: Any, folder: str, reference: str, engines: list[str]) -> dict
             sums = learner.logps(records if ranks.rank == 0 else [])
             trained = list(learner.model.named_parameters())
             weights = {name: tensor.tolist() for name, tensor in collect(trained, keep=True).items()}
-            report[f"{engine}, {kind.__name__}"] = {"rows": rows, "logps": sums, "weights": weights}
+            report[f"{engine}: {case}"] = {"rows": rows, "logps": sums, "weights": weights}
     return report
 
 
