@@ -13,44 +13,34 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from alignment.masked import masked_mean, masked_sum, zero_masked
+from alignment.aggregation import Aggregation, Metrics, aggregate, check_shapes
+from alignment.feedback_losses import bco_loss, kto_loss
+from alignment.masked import zero_masked
+from alignment.preference_losses import cpo_loss, dpo_loss, orpo_loss, simpo_loss
 
-Aggregation = Literal["token_mean", "sequence_mean", "sequence_sum"]
+__all__ = [
+    "Aggregation",
+    "JudgementKind",
+    "Metrics",
+    "RankingKind",
+    "aggregate",
+    "bco_loss",
+    "cpo_loss",
+    "dpo_loss",
+    "judgement_loss",
+    "kto_loss",
+    "orpo_loss",
+    "ppo_policy_loss",
+    "ppo_value_loss",
+    "ranking_loss",
+    "reward_model_loss",
+    "sft_loss",
+    "simpo_loss",
+]
+
 RankingKind = Literal["pairwise", "plackett_luce"]
 JudgementKind = Literal["cross_entropy", "squared"]
-Metrics = dict[str, Tensor]
 LOG_RATIO_LIMIT = 20.0
-
-
-def aggregate(per_token: Tensor, mask: Tensor, *, mode: str, denominator: float | Tensor | None = None) -> Tensor:
-    """Reduce a loss to a scalar. Rows without a valid token count neither above nor below the line.
-
-    Args:
-        per_token: (B, T); "token_mean" takes any shape, so (B,) serves losses per sequence.
-        mask: the same shape, bool.
-        mode: "token_mean": sum over valid tokens / their number. "sequence_mean": each sequence's mean over its
-            tokens, then the mean over sequences. "sequence_sum": each sequence's sum, then the mean over sequences.
-        denominator: the global number of tokens ("token_mean") or of sequences with a valid token (the others), when
-            this is a part of a larger batch; takes the place of the local number.
-
-    Returns:
-        A scalar; 0, still attached to the graph, when nothing is valid.
-    """
-    if mode not in get_args(Aggregation):
-        raise ValueError(f"mode: got {mode!r}, expected one of {get_args(Aggregation)}; choose one of them")
-    if denominator is not None and not float(denominator) > 0:
-        raise ValueError(
-            f"denominator: got {float(denominator)}, expected the positive count of the global batch; "
-            "skip a minibatch without valid tokens"
-        )
-    if mode == "token_mean":
-        total, count = masked_sum(per_token, mask), mask.bool().sum()
-    else:
-        if per_token.ndim != 2:
-            raise ValueError(f"{mode}: got shape {tuple(per_token.shape)}, expected (B, T); use token_mean for (B,)")
-        per_sequence = masked_mean if mode == "sequence_mean" else masked_sum
-        total, count = per_sequence(per_token, mask, dim=1).sum(), mask.bool().any(1).sum()
-    return total / (count.clamp(min=1) if denominator is None else denominator)
 
 
 def sft_loss(
@@ -66,7 +56,7 @@ def sft_loss(
     Returns:
         The loss, and `loss`.
     """
-    _check_shapes(response_mask, logprobs=logprobs)
+    check_shapes(response_mask, logprobs=logprobs)
     loss = aggregate(-zero_masked(logprobs, response_mask), response_mask, mode="token_mean", denominator=denominator)
     return loss, {"loss": loss.detach()}
 
@@ -98,7 +88,7 @@ def ppo_policy_loss(
         The loss, and `clip_fraction`, `approx_kl` (k3 of KL(old || new)), `ratio_mean`, `ratio_max`.
     """
     shaped = {} if weights is None else {"weights": weights}
-    _check_shapes(response_mask, logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages, **shaped)
+    check_shapes(response_mask, logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages, **shaped)
     if dual_clip is not None and not dual_clip > 1:
         raise ValueError(f"dual_clip: got {dual_clip}, expected above 1; 3.0 is customary, None switches it off")
     log_ratio = zero_masked(logprobs, response_mask) - zero_masked(old_logprobs.detach(), response_mask)
@@ -151,7 +141,7 @@ def ppo_value_loss(
     Raises:
         ValueError: shapes differ; (B,) against (B, 1) would broadcast to (B, B).
     """
-    _check_shapes(response_mask, values=values, old_values=old_values, returns=returns)
+    check_shapes(response_mask, values=values, old_values=old_values, returns=returns)
     values = zero_masked(values, response_mask)
     old_values = zero_masked(old_values.detach(), response_mask)
     returns = zero_masked(returns.detach(), response_mask)
@@ -191,7 +181,7 @@ def reward_model_loss(
     """
     every = torch.ones_like(chosen_scores, dtype=torch.bool)
     margin = torch.zeros_like(chosen_scores) if margin is None else margin
-    _check_shapes(every, rejected_scores=rejected_scores, margin=margin)
+    check_shapes(every, rejected_scores=rejected_scores, margin=margin)
     chosen, rejected = zero_masked(chosen_scores, every), zero_masked(rejected_scores, every)
     gap = chosen - rejected
 
@@ -239,7 +229,7 @@ def ranking_loss(
     """
     if kind not in get_args(RankingKind):
         raise ValueError(f"kind: got {kind!r}, expected one of {get_args(RankingKind)}; choose one of them")
-    _check_shapes(mask, scores=scores, ranks=ranks)
+    check_shapes(mask, scores=scores, ranks=ranks)
     scores = zero_masked(scores, mask)
     better = (ranks.unsqueeze(2) < ranks.unsqueeze(1)) & mask.unsqueeze(2) & mask.unsqueeze(1)
     rows, pairs = mask.shape[0], better.flatten(1)
@@ -294,7 +284,7 @@ def judgement_loss(
         raise ValueError(f"kind: got {kind!r}, expected one of {get_args(JudgementKind)}; choose one of them")
     every = torch.ones_like(scores, dtype=torch.bool)
     weights = torch.ones_like(targets) if weights is None else weights
-    _check_shapes(every, targets=targets, weights=weights)
+    check_shapes(every, targets=targets, weights=weights)
     scores, count = zero_masked(scores, every), weights.sum() if denominator is None else denominator
 
     def mean(x: Tensor) -> Tensor:
@@ -312,9 +302,3 @@ def judgement_loss(
             "score": mean(scores),
         }
     return loss, metrics
-
-
-def _check_shapes(mask: Tensor, **tensors: Tensor) -> None:
-    wrong = {name: tuple(tensor.shape) for name, tensor in tensors.items() if tensor.shape != mask.shape}
-    if wrong:
-        raise ValueError(f"shapes: got {wrong}, expected {tuple(mask.shape)}; squeeze or expand them to one shape")

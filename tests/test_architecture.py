@@ -25,7 +25,8 @@ LAYERS = {
     **dict.fromkeys(["alignment.interfaces", "alignment.config_io", "alignment.logprobs", "alignment.kl"], 1),
     "alignment.rollout_correction": 1,
     **dict.fromkeys(["alignment.advantages", "alignment.losses", "alignment.batching", "alignment.adapters"], 1),
-    "alignment.sharding": 1,
+    **dict.fromkeys(["alignment.aggregation", "alignment.preference_losses", "alignment.feedback_losses"], 1),
+    **dict.fromkeys(["alignment.sharding", "alignment.preference_objectives"], 1),
     **dict.fromkeys(["alignment.schedules", "alignment.bootstrap", "alignment.scores", "alignment.data"], 1),
     **dict.fromkeys(["alignment.memory", "alignment.fingerprint", "alignment.quantization"], 1),
     **dict.fromkeys(["alignment.model_card", "alignment.reward_objectives", "alignment.calibration"], 1),
@@ -33,6 +34,7 @@ LAYERS = {
     **dict.fromkeys(
         [
             "alignment.packed",
+            "alignment.shared_prompts",
             "alignment.experience",
             "alignment.models",
             "alignment.forward",

@@ -61,6 +61,8 @@ class PreferenceDataConfig(Config):
     """As in the run that will use the reward model."""
     max_tokens: Positive = 256
     """Longer sequences are cut from the end of the answer."""
+    cut_prompts: bool = False
+    """Cut a prompt from its beginning, down to 16 tokens, before an answer loses anything; cut prompts are counted."""
     held_out: NonNegative = 32
     """Pairs kept for the accuracy report; split by prompt."""
 

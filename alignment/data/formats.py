@@ -146,12 +146,15 @@ def _system(values: Values) -> list[dict[str, str]]:
     return [{"role": "system", "content": text}] if text.strip() else []
 
 
-def _alpaca(values: Values) -> Lesson:
+def alpaca_prompt(values: Values) -> list[dict[str, str]]:
+    """The conversation before the answer, out of `instruction`, and `input`, `system` and `history` if there."""
     given = _text_of(values, "input", may_be_empty=True).strip()
     question = _text_of(values, "instruction").strip() + (f"\n\n{given}" if given else "")
-    messages = [*_system(values), *_earlier(values.get("history"))]
-    answer = _text_of(values, "output")
-    return _conversation([*messages, {"role": "user", "content": question}, {"role": "assistant", "content": answer}])
+    return [*_system(values), *_earlier(values.get("history")), {"role": "user", "content": question}]
+
+
+def _alpaca(values: Values) -> Lesson:
+    return _conversation([*alpaca_prompt(values), {"role": "assistant", "content": _text_of(values, "output")}])
 
 
 def _earlier(history: Any) -> Iterator[dict[str, str]]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 from alignment.config.data import SourceConfig
 from alignment.config.reward_model import RewardDataConfig
 from alignment.data.chat import decode
+from alignment.data.dialects import canonical
 from alignment.data.preferences import PAIR_COUNTS, read_pair
 from alignment.data.prompts import prompt_id
 from alignment.data.reading import Encoder, Messages, Reading, TooLong, collect, filled, number, text_of
@@ -30,14 +31,8 @@ COLUMNS: dict[str, tuple[str, ...]] = {
 }
 """What tells a kind, beside an answer in one of `ANSWER_COLUMNS` for ratings and labels."""
 LABELS: dict[object, float] = {
-    True: 1.0,
-    False: 0.0,
-    "1": 1.0,
-    "0": 0.0,
-    "true": 1.0,
-    "false": 0.0,
-    "yes": 1.0,
-    "no": 0.0,
+    **dict.fromkeys([True, 1, "1", "+1", "true", "yes", "up", "thumbs_up", "\N{THUMBS UP SIGN}"], 1.0),
+    **dict.fromkeys([False, 0, -1, "0", "-1", "false", "no", "down", "thumbs_down", "\N{THUMBS DOWN SIGN}"], 0.0),
 }
 
 
@@ -78,6 +73,7 @@ def load_judgements(
         max_tokens=config.max_tokens,
         system_prompt=config.system_prompt,
         end_cut=config.end_cut_answers,
+        cut_prompts=config.cut_prompts,
     )
     rows = list(_named(config.source))
     more = [named for source in config.also for named in _named(source)]
@@ -102,8 +98,8 @@ def load_judgements(
 
 
 def _named(source: SourceConfig) -> Iterator[tuple[Row, str]]:
-    """Every row with the name of its source."""
-    yield from ((row, source_name(source)) for row in read_rows(source))
+    """Every row, in our columns, with the name of its source."""
+    yield from ((canonical(row), source_name(source)) for row in read_rows(source))
 
 
 def source_name(source: SourceConfig) -> str:
@@ -157,7 +153,7 @@ def _read_ranking(row: Row, encoder: Encoder, config: RewardDataConfig, source: 
     ranks = _ranks(row.values.get("ranks"), len(texts))
     order = sorted(range(len(texts)), key=lambda i: ranks[i])
     texts, ranks = [texts[i] for i in order], [ranks[i] for i in order]
-    prompt_ids, found, truncated = encoder.answers(messages, texts)
+    prompt_ids, found, told = encoder.answers(messages, texts)
     if len({tuple(ids) for ids in found}) < len(found):
         raise TooLong(
             f"got two answers that are the same within data.max_tokens={config.max_tokens}, expected different ones; "
@@ -171,7 +167,7 @@ def _read_ranking(row: Row, encoder: Encoder, config: RewardDataConfig, source: 
         source=source,
     )
     ties = len(set(ranks)) < len(ranks)
-    return Reading(record=record, group=_group(row, messages), told=("truncated",) * truncated + ("ties",) * ties)
+    return Reading(record=record, group=_group(row, messages), told=told + ("ties",) * ties)
 
 
 def _ranks(value: Any, count: int) -> list[int]:
@@ -198,7 +194,7 @@ def _read_rating(row: Row, encoder: Encoder, config: RewardDataConfig, source: s
         number(rating, "ratings", low=0.0, high=1.0) for rating in (given if isinstance(given, list) else [given])
     ]
     spread = statistics.pstdev(ratings)
-    prompt_ids, (answer_ids,), truncated = encoder.answers(messages, [answer])
+    prompt_ids, (answer_ids,), told = encoder.answers(messages, [answer])
     record = RatedAnswer(
         id=digest("\0".join([prompt_id(messages), answer])),
         prompt_ids=tuple(prompt_ids),
@@ -207,19 +203,19 @@ def _read_rating(row: Row, encoder: Encoder, config: RewardDataConfig, source: s
         agreement=1 - spread,
         source=source,
     )
-    told = ("truncated",) * truncated + ("split_raters",) * (spread > 0)
+    told += ("split_raters",) * (spread > 0)
     return Reading(record=record, group=_group(row, messages), told=told)
 
 
 def _read_label(row: Row, encoder: Encoder, config: RewardDataConfig, source: str) -> Reading[Judgement]:
     messages, answer = encoder.messages(row), _answer(row)
     target = label_of(column(row, "label"), "label")
-    prompt_ids, (answer_ids,), truncated = encoder.answers(messages, [answer])
+    prompt_ids, (answer_ids,), told = encoder.answers(messages, [answer])
     name, other = (digest("\0".join([prompt_id(messages), answer, f"{t:g}"])) for t in (target, 1 - target))
     record = LabelledAnswer(
         id=name, prompt_ids=tuple(prompt_ids), answer_ids=tuple(answer_ids), target=target, source=source
     )
-    told = ("truncated",) * truncated + ("positive",) * (target == 1)
+    told += ("positive",) * (target == 1)
     return Reading(record=record, group=_group(row, messages), opposite=other, told=told)
 
 
@@ -232,7 +228,9 @@ def label_of(value: Any, name: str) -> float:
     key = value.strip().lower() if isinstance(value, str) else value
     if isinstance(key, (bool, int, float, str)) and key in LABELS:
         return LABELS[key]
-    raise ValueError(f"{name!r}: got {value!r}, expected true or false, 1 or 0, yes or no; correct the row")
+    raise ValueError(
+        f"{name!r}: got {value!r}, expected true or false, 1 or 0, yes or no, up or down; correct the row"
+    )
 
 
 def _read_steps(row: Row, encoder: Encoder, config: RewardDataConfig, source: str) -> Reading[Judgement]:
@@ -245,14 +243,14 @@ def _read_steps(row: Row, encoder: Encoder, config: RewardDataConfig, source: st
     texts = [text_of(step, "steps").strip() for step in steps]
     targets = [number(label, "step_labels", low=0.0, high=1.0) for label in labels]
     answer = config.step_separator.join(texts)
-    prompt_ids, (answer_ids,), truncated = encoder.answers(messages, [answer])
+    prompt_ids, (answer_ids,), told = encoder.answers(messages, [answer])
     ends = step_ends(encoder.tokenizer, answer_ids, texts, config.step_separator)
     if not ends:
         raise TooLong(
             f"got a first step that does not fit into data.max_tokens={config.max_tokens}, expected one at least; "
             "raise it or remove the row"
         )
-    if not truncated:
+    if "truncated" not in told:
         ends[-1] = len(answer_ids) - 1
     record = SteppedAnswer(
         id=digest("\0".join([prompt_id(messages), answer])),
@@ -262,7 +260,7 @@ def _read_steps(row: Row, encoder: Encoder, config: RewardDataConfig, source: st
         targets=tuple(targets[: len(ends)]),
         source=source,
     )
-    return Reading(record=record, group=_group(row, messages), told=("truncated",) * truncated)
+    return Reading(record=record, group=_group(row, messages), told=told)
 
 
 def step_ends(

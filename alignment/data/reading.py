@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 J = TypeVar("J", bound=Judgement)
 Messages = list[dict[str, str]]
+LEAST_PROMPT = 16
+"""Tokens that a prompt keeps: the end of the question, and what the template puts before an answer."""
 
 
 class TooLong(ValueError):
@@ -99,6 +101,8 @@ class Encoder:
     system_prompt: str | None
     end_cut: bool = False
     """Whether an answer that is cut ends with the end token all the same, which counts within max_tokens."""
+    cut_prompts: bool = False
+    """Whether a prompt loses its beginning before an answer loses its end."""
 
     def messages(self, row: Row, name: str = "prompt") -> Messages:
         """The conversation before the answer, with the system prompt."""
@@ -112,8 +116,9 @@ class Encoder:
             return [{"role": "system", "content": self.system_prompt}, *messages]
         return messages
 
-    def answers(self, messages: Messages, texts: Sequence[str]) -> tuple[list[int], list[list[int]], bool]:
-        """Ids of the prompt and of each answer, cut to max_tokens together, and whether one was cut.
+    def answers(self, messages: Messages, texts: Sequence[str]) -> tuple[list[int], list[list[int]], tuple[str, ...]]:
+        """Ids of the prompt, the same for all, and of each answer, cut to max_tokens together; and what is counted:
+        "prompt_cut", "truncated" (an answer was).
 
         Without `end_cut` a cut answer has no end token: none is invented.
         """
@@ -122,6 +127,13 @@ class Encoder:
         for text in texts:
             prompt_ids, ids = encode_answer(self.tokenizer, messages, text, eos_ids=self.eos_ids)
             found.append(ids)
+        longest = max(map(len, found))
+        told: tuple[str, ...] = ()
+        if self.cut_prompts:
+            least = max(1, min(LEAST_PROMPT, self.max_tokens // 4))
+            kept_prompt = prompt_ids[-max(self.max_tokens - longest, least) :]
+            told = ("prompt_cut",) * (len(kept_prompt) < len(prompt_ids))
+            prompt_ids = kept_prompt
         room = self.max_tokens - len(prompt_ids)
         if room < 1:
             raise TooLong(
@@ -131,7 +143,7 @@ class Encoder:
         kept = [ids[:room] for ids in found]
         if self.end_cut:
             kept = [ids if len(ids) <= room else [*ids[: room - 1], ids[-1]] for ids in found]
-        return prompt_ids, kept, max(map(len, found)) > room
+        return prompt_ids, kept, told + ("truncated",) * (longest > room)
 
 
 def number(value: Any, name: str, *, low: float, high: float) -> float:

@@ -1,0 +1,216 @@
+"""Answers that someone found good or bad teach a policy directly: KTO, BCO."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from alignment.adapters import TrainingMethod
+from alignment.aggregation import Metrics
+from alignment.engines.base import Engine
+from alignment.feedback_losses import RewardShift, bco_loss, kto_loss, mismatched_kl
+from alignment.judgements import LabelledAnswer
+from alignment.learners.answers import Answer, answer_lengths, answer_logprobs, answer_logps
+from alignment.learners.base import (
+    Tally,
+    begin_update,
+    finish_update,
+    load_method,
+    method_metrics,
+    method_state,
+    own_micro_batches,
+)
+from alignment.logprobs import sequence_logps
+from alignment.models import CausalModel
+from alignment.packing import MicroBatchLimit
+
+FeedbackLoss = Callable[..., tuple[Tensor, Metrics]]
+
+
+def mismatched(records: Sequence[LabelledAnswer]) -> list[LabelledAnswer]:
+    """Each prompt of a global batch with the next record's answer, the last with the first one's.
+
+    Of two records or more none meets its own answer. Where two of a batch have the same answer, or neighbours the same
+    prompt, the answer is one that was given for it: shuffled data makes that rare.
+
+    Raises:
+        ValueError: fewer than two.
+    """
+    if len(records) < 2:
+        raise ValueError(
+            f"batch_size: got {len(records)} labelled answers, expected two at least, so that an answer meets another "
+            "prompt; raise it"
+        )
+    return [
+        dataclasses.replace(record, id=f"{record.id}/mismatched", answer_ids=other.answer_ids)
+        for record, other in zip(records, [*records[1:], records[0]], strict=True)
+    ]
+
+
+class FeedbackLearner:
+    """What KTO and BCO share: one optimiser step per batch of labelled answers."""
+
+    def __init__(
+        self,
+        model: CausalModel,
+        engine: Engine,
+        *,
+        micro_batch_limit: MicroBatchLimit,
+        beta: float = 0.1,
+        desirable_weight: float = 1.0,
+        undesirable_weight: float = 1.0,
+        method: TrainingMethod | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        """
+        Args:
+            micro_batch_limit: its rows are answers.
+            method: what is told of every update.
+        """
+        self.model, self.engine, self.method, self.device = model, engine, method, device
+        self.micro_batch_limit, self.beta = micro_batch_limit, beta
+        self.desirable_weight, self.undesirable_weight = desirable_weight, undesirable_weight
+
+    def logps(self, records: Sequence[LabelledAnswer]) -> list[float]:
+        """Log-probability of each answer."""
+        return answer_logps(
+            self.model,
+            _answers(records),
+            limit=self.micro_batch_limit,
+            device=self.device,
+            lockstep=self.engine.lockstep,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"engine": self.engine.state_dict(), **method_state(self.method)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.engine.load_state_dict(state["engine"])
+        load_method(self.method, state)
+
+    def _begin(self) -> Tally:
+        tally = Tally(self.engine.ranks)
+        tally.begin_minibatch()
+        begin_update(self.engine, self.method)
+        return tally
+
+    def _learn(
+        self, tally: Tally, records: Sequence[LabelledAnswer], ref_logps: Sequence[float], loss_of: FeedbackLoss
+    ) -> None:
+        """Gradients and metrics of the whole batch. `loss_of`: `kto_loss` or its like, with its baseline."""
+        reference = _reference(records, ref_logps)
+        labels = torch.tensor([record.target == 1 for record in records])
+        for index in self._micro_batches(records):
+            loss, metrics = loss_of(
+                self._logps([records[i] for i in index.tolist()]),
+                reference[index].to(self.device),
+                labels[index].to(self.device),
+                beta=self.beta,
+                desirable_weight=self.desirable_weight,
+                undesirable_weight=self.undesirable_weight,
+                denominator=len(records),
+                num_desirable=int(labels.sum()),
+            )
+            self.engine.backward(loss)
+            tally.add({"loss": loss.detach(), **metrics})
+        tally.end_minibatch()
+
+    def _finish(self, tally: Tally, prefix: str) -> dict[str, float]:
+        tally.add(finish_update(self.engine, self.method))
+        return {**tally.result(prefix), **method_metrics(self.method)}
+
+    def _micro_batches(self, records: Sequence[LabelledAnswer], *, backward: bool = True) -> list[Tensor]:
+        rows, lengths = torch.arange(len(records)), answer_lengths(_answers(records))
+        limit = self.micro_batch_limit
+        return own_micro_batches(self.model, self.engine, rows, lengths, limit, backward=backward, device=self.device)
+
+    def _logps(self, records: Sequence[LabelledAnswer]) -> Tensor:
+        return sequence_logps(*answer_logprobs(self.model, _answers(records), self.device))
+
+
+class KtoLearner(FeedbackLearner):
+    """Kahneman-Tversky optimisation."""
+
+    def update(
+        self,
+        records: Sequence[LabelledAnswer],
+        ref_logps: Sequence[float],
+        mismatched_ref_logps: Sequence[float],
+        *,
+        step: int,
+    ) -> dict[str, float]:
+        """One step; neither loss nor baseline depends on how the batch is cut into micro-batches and ranks.
+
+        Args:
+            records: the global batch, two at least.
+            ref_logps, mismatched_ref_logps: what the frozen reference gives `records` and `mismatched(records)`.
+
+        Returns:
+            `kto/loss`, `kto/kl` (the baseline, not below 0), `kto/logps`, of each class that is there
+            `kto/rewards/desirable`, `kto/rewards/undesirable`, the optimiser's, the method's.
+
+        Raises:
+            ValueError: fewer than two records, or a reference of another number of them.
+        """
+        others = mismatched(records)
+        tally = self._begin()
+        baseline = self._kl(others, mismatched_ref_logps)
+        self._learn(tally, records, ref_logps, partial(kto_loss, kl_baseline=baseline))
+        return self._finish(tally, "kto")
+
+    @torch.no_grad()
+    def _kl(self, others: Sequence[LabelledAnswer], ref_logps: Sequence[float]) -> float:
+        """Over the whole batch, the same number on all ranks."""
+        reference = _reference(others, ref_logps)
+        share = 0.0
+        for index in self._micro_batches(others, backward=False):
+            logps = self._logps([others[i] for i in index.tolist()])
+            share += float(mismatched_kl(logps, reference[index].to(self.device), denominator=len(others)))
+        return sum(self.engine.ranks.gather(share))
+
+
+class BcoLearner(FeedbackLearner):
+    """Binary classifier optimisation. Rewards are shifted by what the steps before this one had."""
+
+    def __init__(self, *args: Any, shift_decay: float = 0.9, **kwargs: Any) -> None:
+        """
+        Args:
+            shift_decay: see `RewardShift`; the others as for `FeedbackLearner`.
+        """
+        super().__init__(*args, **kwargs)
+        self.shift = RewardShift(decay=shift_decay)
+
+    def update(self, records: Sequence[LabelledAnswer], ref_logps: Sequence[float], *, step: int) -> dict[str, float]:
+        """As `KtoLearner.update`, without a baseline; `bco/reward_shift` is the one that was used."""
+        tally = self._begin()
+        self._learn(tally, records, ref_logps, partial(bco_loss, reward_shift=self.shift.value))
+        metrics = self._finish(tally, "bco")
+        self.shift.update(
+            desirable=metrics.get("bco/rewards/desirable"), undesirable=metrics.get("bco/rewards/undesirable")
+        )
+        return metrics
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "reward_shift": self.shift.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.shift.load_state_dict(state["reward_shift"])
+
+
+def _answers(records: Sequence[LabelledAnswer]) -> list[Answer]:
+    return [(record.prompt_ids, record.answer_ids) for record in records]
+
+
+def _reference(records: Sequence[LabelledAnswer], ref_logps: Sequence[float]) -> Tensor:
+    """(N,)."""
+    if len(ref_logps) != len(records):
+        raise ValueError(
+            f"ref_logps: got {len(ref_logps)} for {len(records)} answers, expected one number for each; compute them"
+        )
+    return torch.tensor(ref_logps)
