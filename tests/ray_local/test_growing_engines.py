@@ -56,6 +56,7 @@ def shrink(started: Started, rollout: RolloutHandle) -> None:
         policy.send_weights(rollout, version=version).result()
 
 
+@pytest.mark.slow
 def test_a_run_that_grows_ends_as_one_with_one_engine_and_shrinks_when_idle(started, tmp_path, capfd):
     fixed = Training(started, tmp_path / "fixed", num_steps=STEPS).end()
     training = Training(started, tmp_path / "growing", num_steps=STEPS, engine_limits=(1, 3))

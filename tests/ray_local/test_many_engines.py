@@ -75,6 +75,7 @@ def test_fewer_prompts_than_engines_and_settings_that_reach_them(started):
     assert handle.generate([], step=2).result() == []
 
 
+@pytest.mark.slow
 def test_only_the_share_that_was_sampled_is_sampled_again(started, capfd):
     """Two generations at once, six shares each; an engine gives one share back and dies of its second."""
     handle, calls = started.handle(2), started.faults / "calls"
@@ -90,6 +91,7 @@ def test_only_the_share_that_was_sampled_is_sampled_again(started, capfd):
     started.engines.workers[:2] = handle.group.workers
 
 
+@pytest.mark.slow
 def test_a_run_whose_engines_are_killed_ends_as_the_undisturbed_one(started, undisturbed, tmp_path):
     """While one samples from the first weights, while one samples from later ones, in a sync, and between steps."""
     training = Training(started, tmp_path)

@@ -153,10 +153,10 @@ def test_two_runs_that_hold_what_the_other_needs_do_not_wait_for_ever(three_node
     monkeypatch.setattr(sys, "stderr", said)
 
     def other_run() -> None:
-        came_to.append(said.seen.wait(30))
+        came_to.append(said.seen.wait(60))
         others.append(placement_group([{"gold": 4}]))
         came_to.append(others[1].wait(1))
-        came_to.append(others[1].wait(30))
+        came_to.append(others[1].wait(60))
         for group in others:
             remove_placement_group(group)
 
@@ -166,7 +166,7 @@ def test_two_runs_that_hold_what_the_other_needs_do_not_wait_for_ever(three_node
     )
     thread = threading.Thread(target=other_run)
     thread.start()
-    with reserved(plans, timeout=60) as places:
+    with reserved(plans, timeout=240) as places:
         thread.join()
         assert came_to == [True, False, True], "it is held, and let go of"
         assert [len(own) for own in places] == [1, 1]

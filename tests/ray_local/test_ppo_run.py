@@ -90,6 +90,7 @@ def test_ray_and_in_process_runs_end_with_the_same_bits(ppo, uninterrupted, tmp_
     assert (on_ray / "rollouts.jsonl").stat().st_mode & 0o077 == 0
 
 
+@pytest.mark.slow
 def test_killed_after_three_steps_and_resumed_is_bitwise_the_uninterrupted_run(ppo, uninterrupted, tmp_path):
     output = tmp_path / "killed"
     driver = subprocess.Popen(

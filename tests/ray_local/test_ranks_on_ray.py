@@ -67,9 +67,10 @@ def largest_difference(ours: dict, theirs: dict) -> float:
     return max(float((ours[name] - theirs[name]).abs().max()) for name in ours)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("one_pass", "adapter"),
-    [("false", "{}"), pytest.param("true", "{r: 4}", marks=pytest.mark.slow)],
+    [("false", "{}"), ("true", "{r: 4}")],
     ids=["two epochs, full", "one pass, LoRA"],
 )
 def test_ppo_with_several_workers_of_every_role(folder, tmp_path, one_pass, adapter):
