@@ -65,6 +65,53 @@ def _add_up(current: dict[str, float], metrics: Mapping[str, float | Tensor]) ->
             current[name] = current.get(name, 0.0) + number
 
 
+class Learner:
+    """A model and the optimiser that steps on it: what learners with one loss and one step per batch share."""
+
+    def __init__(
+        self,
+        model: CausalModel,
+        engine: Engine,
+        *,
+        micro_batch_limit: MicroBatchLimit,
+        method: TrainingMethod | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        """
+        Args:
+            micro_batch_limit: its rows are those that the kind of learner is given.
+            method: what is told of every update.
+        """
+        self.model, self.engine, self.method, self.device = model, engine, method, device
+        self.micro_batch_limit = micro_batch_limit
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps beside the weights."""
+        return {"engine": self.engine.state_dict(), **method_state(self.method)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Put back what `state_dict` gave."""
+        self.engine.load_state_dict(state["engine"])
+        load_method(self.method, state)
+
+    def _begin(self) -> Tally:
+        """Before the first forward of an update."""
+        tally = Tally(self.engine.ranks)
+        tally.begin_minibatch()
+        begin_update(self.engine, self.method)
+        return tally
+
+    def _micro_batches(self, lengths: Tensor, *, backward: bool = True) -> list[Tensor]:
+        """This rank's rows of a batch, cut; `lengths` as for `own_micro_batches`."""
+        rows, limit = torch.arange(len(lengths)), self.micro_batch_limit
+        return own_micro_batches(self.model, self.engine, rows, lengths, limit, backward=backward, device=self.device)
+
+    def _finish(self, tally: Tally, prefix: str) -> dict[str, float]:
+        """The optimiser's step, and what there is to tell of the update."""
+        tally.add(finish_update(self.engine, self.method))
+        return {**tally.result(prefix), **method_metrics(self.method)}
+
+
 def own_micro_batches(
     model: CausalModel,
     engine: Engine,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,16 +14,7 @@ from alignment.distributed import Ranks
 from alignment.engines.base import Engine
 from alignment.forward import response_logprobs
 from alignment.learners.answers import Answer, answer_logprobs
-from alignment.learners.base import (
-    Tally,
-    begin_update,
-    finish_update,
-    load_method,
-    method_metrics,
-    method_state,
-    missing_passes,
-    own_micro_batches,
-)
+from alignment.learners.base import Learner, missing_passes
 from alignment.logprobs import sequence_logps
 from alignment.models import CausalModel, HfModel
 from alignment.packing import MicroBatchLimit
@@ -37,7 +27,7 @@ RefLogps = Sequence[Sequence[float]]
 """Of each pair the reference's log-probabilities of the chosen and of the rejected answer."""
 
 
-class DpoLearner:
+class DpoLearner(Learner):
     """One optimiser step per batch of pairs; both answers of a pair share a forward."""
 
     def __init__(
@@ -60,8 +50,8 @@ class DpoLearner:
         Raises:
             ValueError: share_prompts with a model whose answers would then differ.
         """
-        self.model, self.engine, self.method, self.device = model, engine, method, device
-        self.micro_batch_limit, self.objective = micro_batch_limit, objective or PreferenceObjective()
+        super().__init__(model, engine, micro_batch_limit=micro_batch_limit, method=method, device=device)
+        self.objective = objective or PreferenceObjective()
         self.share_prompts = share_prompts
         if share_prompts and not (isinstance(model, HfModel) and shares_prompts(model)):
             raise ValueError(
@@ -84,13 +74,10 @@ class DpoLearner:
             ValueError: the reference is missing, or is that of another number of pairs.
         """
         reference = _reference(pairs, ref_logps, needed=self.objective.uses_reference)
-        tally = Tally(self.engine.ranks)
-        tally.begin_minibatch()
-        begin_update(self.engine, self.method)
+        tally = self._begin()
         num_tokens = float(sum(len(pair.chosen_ids) for pair in pairs))
-        rows, limit, alpha = torch.arange(len(pairs)), self.micro_batch_limit, self.objective.length_alpha
-        for index in own_micro_batches(self.model, self.engine, rows, _lengths(pairs), limit, device=self.device):
-            chosen = [pairs[i] for i in index.tolist()]
+        for index in self._micro_batches(_lengths(pairs)):
+            chosen, alpha = [pairs[i] for i in index.tolist()], self.objective.length_alpha
             logps = _pair_logps(self.model, chosen, alpha, self.device, self.share_prompts)
             if reference is not None:
                 ref_chosen, ref_rejected = reference[index].to(self.device).unbind(1)
@@ -99,8 +86,7 @@ class DpoLearner:
             self.engine.backward(loss)
             tally.add(metrics)
         tally.end_minibatch()
-        tally.add(finish_update(self.engine, self.method))
-        return {**tally.result("dpo"), **method_metrics(self.method)}
+        return self._finish(tally, "dpo")
 
     def logps(self, pairs: Sequence[PreferencePair]) -> list[tuple[float, float]]:
         """`pair_logps` of this model."""
@@ -113,13 +99,6 @@ class DpoLearner:
             lockstep=self.engine.lockstep,
             share_prompts=self.share_prompts,
         )
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"engine": self.engine.state_dict(), **method_state(self.method)}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.engine.load_state_dict(state["engine"])
-        load_method(self.method, state)
 
 
 @torch.no_grad()

@@ -16,15 +16,7 @@ from alignment.engines.base import Engine
 from alignment.feedback_losses import RewardShift, bco_loss, kto_loss, mismatched_kl
 from alignment.judgements import LabelledAnswer
 from alignment.learners.answers import Answer, answer_lengths, answer_logprobs, answer_logps
-from alignment.learners.base import (
-    Tally,
-    begin_update,
-    finish_update,
-    load_method,
-    method_metrics,
-    method_state,
-    own_micro_batches,
-)
+from alignment.learners.base import Learner, Tally
 from alignment.logprobs import sequence_logps
 from alignment.models import CausalModel
 from alignment.packing import MicroBatchLimit
@@ -52,7 +44,7 @@ def mismatched(records: Sequence[LabelledAnswer]) -> list[LabelledAnswer]:
     ]
 
 
-class FeedbackLearner:
+class FeedbackLearner(Learner):
     """What KTO and BCO share: one optimiser step per batch of labelled answers."""
 
     def __init__(
@@ -72,8 +64,8 @@ class FeedbackLearner:
             micro_batch_limit: its rows are answers.
             method: what is told of every update.
         """
-        self.model, self.engine, self.method, self.device = model, engine, method, device
-        self.micro_batch_limit, self.beta = micro_batch_limit, beta
+        super().__init__(model, engine, micro_batch_limit=micro_batch_limit, method=method, device=device)
+        self.beta = beta
         self.desirable_weight, self.undesirable_weight = desirable_weight, undesirable_weight
 
     def logps(self, records: Sequence[LabelledAnswer]) -> list[float]:
@@ -86,26 +78,13 @@ class FeedbackLearner:
             lockstep=self.engine.lockstep,
         )
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"engine": self.engine.state_dict(), **method_state(self.method)}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.engine.load_state_dict(state["engine"])
-        load_method(self.method, state)
-
-    def _begin(self) -> Tally:
-        tally = Tally(self.engine.ranks)
-        tally.begin_minibatch()
-        begin_update(self.engine, self.method)
-        return tally
-
     def _learn(
         self, tally: Tally, records: Sequence[LabelledAnswer], ref_logps: Sequence[float], loss_of: FeedbackLoss
     ) -> None:
         """Gradients and metrics of the whole batch. `loss_of`: `kto_loss` or its like, with its baseline."""
         reference = _reference(records, ref_logps)
         labels = torch.tensor([record.target == 1 for record in records])
-        for index in self._micro_batches(records):
+        for index in self._micro_batches(answer_lengths(_answers(records))):
             loss, metrics = loss_of(
                 self._logps([records[i] for i in index.tolist()]),
                 reference[index].to(self.device),
@@ -119,15 +98,6 @@ class FeedbackLearner:
             self.engine.backward(loss)
             tally.add({"loss": loss.detach(), **metrics})
         tally.end_minibatch()
-
-    def _finish(self, tally: Tally, prefix: str) -> dict[str, float]:
-        tally.add(finish_update(self.engine, self.method))
-        return {**tally.result(prefix), **method_metrics(self.method)}
-
-    def _micro_batches(self, records: Sequence[LabelledAnswer], *, backward: bool = True) -> list[Tensor]:
-        rows, lengths = torch.arange(len(records)), answer_lengths(_answers(records))
-        limit = self.micro_batch_limit
-        return own_micro_batches(self.model, self.engine, rows, lengths, limit, backward=backward, device=self.device)
 
     def _logps(self, records: Sequence[LabelledAnswer]) -> Tensor:
         return sequence_logps(*answer_logprobs(self.model, _answers(records), self.device))
@@ -168,7 +138,7 @@ class KtoLearner(FeedbackLearner):
         """Over the whole batch, the same number on all ranks."""
         reference = _reference(others, ref_logps)
         share = 0.0
-        for index in self._micro_batches(others, backward=False):
+        for index in self._micro_batches(answer_lengths(_answers(others)), backward=False):
             logps = self._logps([others[i] for i in index.tolist()])
             share += float(mismatched_kl(logps, reference[index].to(self.device), denominator=len(others)))
         return sum(self.engine.ranks.gather(share))

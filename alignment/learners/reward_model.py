@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
@@ -14,22 +13,13 @@ from alignment.distributed import Ranks
 from alignment.engines.base import Engine
 from alignment.forward import idle_output, marked_scores
 from alignment.judgements import Judgement, last_tokens
-from alignment.learners.base import (
-    Tally,
-    begin_update,
-    finish_update,
-    load_method,
-    method_metrics,
-    method_state,
-    missing_passes,
-    own_micro_batches,
-)
+from alignment.learners.base import Learner, missing_passes
 from alignment.models import CausalModel
 from alignment.packing import MicroBatchLimit
 from alignment.reward_objectives import Objectives
 
 
-class RewardModelLearner:
+class RewardModelLearner(Learner):
     """One update per batch of records of one kind; all answers of a record share a forward."""
 
     def __init__(
@@ -47,17 +37,14 @@ class RewardModelLearner:
             micro_batch_limit: its rows are records.
             method: what is told of every update.
         """
-        self.model, self.engine, self.method, self.device = model, engine, method, device
-        self.micro_batch_limit, self.objectives = micro_batch_limit, objectives or Objectives()
+        super().__init__(model, engine, micro_batch_limit=micro_batch_limit, method=method, device=device)
+        self.objectives = objectives or Objectives()
 
     def update(self, records: Sequence[Judgement], *, step: int) -> dict[str, float]:
         """One optimiser step; the loss is the mean over all of the batch whatever the micro-batches."""
-        tally = Tally(self.engine.ranks)
-        tally.begin_minibatch()
-        begin_update(self.engine, self.method)
+        tally = self._begin()
         denominator = self.objectives.denominator(records)
-        rows, limit = torch.arange(len(records)), self.micro_batch_limit
-        for index in own_micro_batches(self.model, self.engine, rows, _lengths(records), limit, device=self.device):
+        for index in self._micro_batches(_lengths(records)):
             chosen = [records[i] for i in index.tolist()]
             sequences = [ids for record in chosen for ids in record.sequences]
             reads = [positions for record in chosen for positions in record.reads]
@@ -66,8 +53,7 @@ class RewardModelLearner:
             self.engine.backward(loss)
             tally.add({"loss": loss.detach(), **metrics})
         tally.end_minibatch()
-        tally.add(finish_update(self.engine, self.method))
-        return {**tally.result("reward_model"), **method_metrics(self.method)}
+        return self._finish(tally, "reward_model")
 
     @torch.no_grad()
     def scores(self, records: Sequence[Judgement]) -> list[tuple[float, ...]]:
@@ -85,13 +71,6 @@ class RewardModelLearner:
             )
         )
         return [tuple(score for _ in record.sequences for score in next(found)) for record in records]
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"engine": self.engine.state_dict(), **method_state(self.method)}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.engine.load_state_dict(state["engine"])
-        load_method(self.method, state)
 
 
 def _lengths(records: Sequence[Judgement]) -> torch.Tensor:

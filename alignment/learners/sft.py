@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,23 +14,14 @@ from alignment.batching import micro_batches, sft_batch
 from alignment.distributed import Ranks
 from alignment.engines.base import Engine
 from alignment.forward import response_logprobs
-from alignment.learners.base import (
-    Tally,
-    begin_update,
-    finish_update,
-    load_method,
-    method_metrics,
-    method_state,
-    missing_passes,
-    own_micro_batches,
-)
+from alignment.learners.base import Learner, missing_passes
 from alignment.losses import sft_loss
 from alignment.models import CausalModel, HfModel
 from alignment.packing import MicroBatchLimit
 from alignment.types import SftExample
 
 
-class SftLearner:
+class SftLearner(Learner):
     """One optimiser step per batch; the loss is the mean over all its trained tokens, whatever the micro-batches."""
 
     def __init__(
@@ -49,18 +39,15 @@ class SftLearner:
         Args:
             neftune_alpha: size of the noise on embeddings, see `embedding_noise`; 0 adds none.
         """
-        self.model, self.engine, self.method, self.device = model, engine, method, device
-        self.micro_batch_limit, self.neftune_alpha, self.seed = micro_batch_limit, neftune_alpha, seed
+        super().__init__(model, engine, micro_batch_limit=micro_batch_limit, method=method, device=device)
+        self.neftune_alpha, self.seed = neftune_alpha, seed
 
     def update(self, examples: Sequence[SftExample], *, step: int) -> dict[str, float]:
         """Metrics: `sft/loss` in nats per token, `sft/tokens`, `sft/trained_tokens`, the optimiser's, the method's."""
-        tally = Tally(self.engine.ranks)
-        tally.begin_minibatch()
-        begin_update(self.engine, self.method)
+        tally = self._begin()
         num_trained = sum(example.num_trained for example in examples)
         lengths = torch.tensor([len(example.input_ids) for example in examples])
-        rows, limit = torch.arange(len(examples)), self.micro_batch_limit
-        for index in own_micro_batches(self.model, self.engine, rows, lengths, limit, device=self.device):
+        for index in self._micro_batches(lengths):
             chosen = [examples[i] for i in index.tolist()]
             ids, mask, response = sft_batch(chosen, self.device)
             logprobs, _ = response_logprobs(
@@ -71,8 +58,7 @@ class SftLearner:
             tally.add(metrics)
         tally.end_minibatch()
         tally.add({"tokens": float(lengths.sum()), "trained_tokens": float(num_trained)})
-        tally.add(finish_update(self.engine, self.method))
-        return {**tally.result("sft"), **method_metrics(self.method)}
+        return self._finish(tally, "sft")
 
     def _noise(self, examples: Sequence[SftExample], step: int) -> Tensor | None:
         if not self.neftune_alpha:
@@ -87,13 +73,6 @@ class SftLearner:
         return sum_nll(
             self.model, examples, limit=self.micro_batch_limit, device=self.device, lockstep=self.engine.lockstep
         )
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"engine": self.engine.state_dict(), **method_state(self.method)}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.engine.load_state_dict(state["engine"])
-        load_method(self.method, state)
 
 
 @torch.no_grad()
