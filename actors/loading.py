@@ -28,6 +28,8 @@ from alignment.engines.make import make_engine
 from alignment.quantization import Quantization
 
 LEARNER_FILE = "learner.pt"
+Trained = PolicyConfig | CriticConfig | RewardModelTrainingConfig | SftTrainingConfig
+"""The settings of whatever learns: its adapter, its optimiser, its micro-batches."""
 
 
 class Learner(Protocol):
@@ -90,7 +92,7 @@ def scalar_model(
 def make_trainable(
     model: models.HfModel,
     settings: ModelConfig,
-    trained: PolicyConfig | CriticConfig | RewardModelTrainingConfig | SftTrainingConfig,
+    trained: Trained,
     *,
     total_updates: int,
     seed: int,

@@ -2,78 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from typing import Any
 
-from actors.loading import (
-    causal_model,
-    load_trained,
-    make_trainable,
-    original_weights,
-    save_trained,
-    tokenizer_of_text,
-)
-from actors.worker import WHOLE, Actor, UpdateOnce
+from actors.fine_tuned import FineTunedActor
+from actors.loading import original_weights
 from alignment import adapters
-from alignment.config import ModelConfig, SftTrainingConfig
-from alignment.config.cluster import RoleConfig
-from alignment.data.chat import decode, eos_ids_of_model, load_tokenizer
+from alignment.adapters import TrainingMethod
+from alignment.config import SftTrainingConfig
+from alignment.engines.base import Engine
 from alignment.forward import run_singly
-from alignment.generation import generate
 from alignment.learners.sft import SftLearner
-from alignment.quantization import num_weights, stored_bytes
-from alignment.types import Prompt, SftExample
+from alignment.types import SftExample
 
 
-class SftActor(Actor):
+class SftActor(FineTunedActor):
     """Fine-tunes a language model on examples, full or by an adapter."""
 
-    role = "policy"
-    learns = True
+    learner: SftLearner
+    training: SftTrainingConfig
 
-    def __init__(
-        self,
-        *,
-        model_path: str,
-        model: ModelConfig,
-        training: SftTrainingConfig,
-        total_updates: int,
-        seed: int,
-        device: str = "cpu",
-        machines: RoleConfig = WHOLE,
-        calibration: Sequence[SftExample] = (),
-    ) -> None:
-        """`calibration`: what starts the factors over a four-bit base; see `alignment.adapters.rounding`."""
+    def __init__(self, *, calibration: Sequence[SftExample] = (), **settings: Any) -> None:
+        """
+        Args:
+            calibration: what starts the factors over a four-bit base; see `alignment.adapters.rounding`.
+            settings: of `FineTunedActor`.
+        """
+        super().__init__(**settings)
         self.calibration = calibration
-        self.model_path, self.model_config, self.config = model_path, model, training
-        self.total_updates, self.seed, self.device = total_updates, seed, device
-        self.machines = machines
-        self._once = UpdateOnce()
 
-    def setup(self, peers: Mapping[str, Actor]) -> None:
-        quantization = self.config.adapter.quantization
-        self.model = causal_model(self.model_path, self.model_config, self.device, quantization=quantization)
-        engine, method = make_trainable(
-            self.model,
-            self.model_config,
-            self.config,
-            total_updates=self.total_updates,
-            seed=self.seed,
-            ranks=self.ranks,
-            machines=self.machines,
-            device=self.device,
-            tokenizer=tokenizer_of_text(self.config.adapter, self.model_path, self.model_config.revision),
-            calibrate=self._absorb_rounding if self.calibration else None,
-        )
-        self.learner = SftLearner(
+    def make_learner(self, engine: Engine, method: TrainingMethod | None) -> SftLearner:
+        return SftLearner(
             self.model,
             engine,
-            micro_batch_limit=self.config.micro_batch_limit(self.model.layout),
-            neftune_alpha=self.config.neftune_alpha,
+            micro_batch_limit=self.training.micro_batch_limit(self.model.layout),
+            neftune_alpha=self.training.neftune_alpha,
             method=method,
             seed=self.seed,
             device=self.device,
         )
+
+    def calibrate(self) -> Callable[[], None] | None:
+        return self._absorb_rounding if self.calibration else None
 
     def _absorb_rounding(self) -> None:
         adapters.absorb_rounding(
@@ -89,51 +59,3 @@ class SftActor(Actor):
     def nll(self, examples: Sequence[SftExample]) -> list[float]:
         """Summed over the trained tokens of each example."""
         return self.learner.nll(examples)
-
-    def answer(self, prompts: Sequence[Prompt], *, max_new_tokens: int) -> list[str]:
-        """The most likely answer, token by token, to each prompt. The whole model must be here."""
-        tokenizer = load_tokenizer(self.model_path, self.model_config.revision)
-        samples = generate(
-            self.model,
-            [prompt.prompt_ids for prompt in prompts],
-            [0] * len(prompts),
-            max_new_tokens=max_new_tokens,
-            temperature=1.0,
-            stop_ids=eos_ids_of_model(tokenizer, self.model_path, self.model_config.revision),
-            greedy=True,
-        )
-        return [decode(tokenizer, sample.response_ids) for sample in samples]
-
-    def num_parameters(self) -> dict[str, int]:
-        """How many numbers the model has and how many of them are trained, and the bytes that this process holds of
-        both."""
-        parameters = list(self.model.parameters())
-        trained = [parameter for parameter in parameters if parameter.requires_grad]
-        return {
-            "trained": sum(map(num_weights, trained)),
-            "all": sum(map(num_weights, parameters)),
-            "trained_bytes": sum(map(stored_bytes, trained)),
-            "bytes": sum(map(stored_bytes, parameters)),
-        }
-
-    def save(self, folder: Path) -> None:
-        """Weights in Hugging Face format (an adapter in peft's) and the optimiser."""
-        tokenizer = load_tokenizer(self.model_path, self.model_config.revision)
-        save_trained(self.model, self.learner, folder, self.model_path, tokenizer)
-
-    def load(self, folder: Path) -> None:
-        load_trained(self.model, self.learner, folder)
-
-    def export(self, folder: Path) -> None:
-        """The finished model: a plain Hugging Face folder, the adapter beside it when there is one. An adapter that
-        cannot be merged is all there is of it."""
-        write = self.ranks.rank == 0
-        tokenizer = load_tokenizer(self.model_path, self.model_config.revision)
-        if not adapters.mergeable(self.config.adapter.type):
-            adapters.export_adapter(
-                self.model.model, folder / "adapter", base=self.model_path, tokenizer=tokenizer, write=write
-            )
-            return
-        adapters.export_merged(self.model.model, folder, tokenizer, write=write)
-        if adapters.has_adapter(self.model.model):
-            adapters.save_adapter(self.model.model, folder / "adapter", base=self.model_path, write=write)

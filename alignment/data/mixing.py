@@ -34,6 +34,36 @@ def next_source(taken: Sequence[int], weights: Sequence[float]) -> int:
     return min(range(len(weights)), key=lambda source: (taken[source] + 0.5) / weights[source])
 
 
+class Mixture:
+    """Which items of which part the steps of a run take, as a pure function of the step.
+
+    Every epoch of a part is a permutation of it, and a batch may hold the end of one and the beginning of the next.
+    Parts are mixed by `apportion`.
+    """
+
+    def __init__(self, sizes: Sequence[int], weights: Sequence[float], *, seed: int) -> None:
+        self._sizes, self._weights, self._seed = sizes, weights, seed
+        self._orders: dict[int, tuple[int, np.ndarray]] = {}  # of each part the latest epoch and its order
+
+    def batch(self, step: int, batch_size: int) -> list[tuple[int, int]]:
+        """`(part, index in it)` of each item of a step, from 0."""
+        taken = apportion(step * batch_size, self._weights)
+        items = []
+        for _ in range(batch_size):
+            part = next_source(taken, self._weights)
+            items.append((part, self._index(part, taken[part])))
+            taken[part] += 1
+        return items
+
+    def _index(self, part: int, place: int) -> int:
+        epoch, at = divmod(place, self._sizes[part])
+        held = self._orders.get(part)
+        if held is None or held[0] != epoch:
+            order = epoch_order(self._sizes[part], f"{self._seed}:{part}:{epoch}")
+            held = self._orders[part] = (epoch, order)
+        return int(held[1][at])
+
+
 def epoch_order(count: int, name: str) -> np.ndarray:
     """A permutation of 0 .. count - 1 that depends on `count` and `name` alone, in every version of every library.
 

@@ -15,7 +15,7 @@ from alignment.config import SftDataConfig, SftSourceConfig
 from alignment.data.chat import encode_conversation, encode_text
 from alignment.data.files import Row
 from alignment.data.formats import Lesson, detect_format, lesson_of
-from alignment.data.mixing import apportion, epoch_order, next_source
+from alignment.data.mixing import Mixture
 from alignment.data.prompts import prompt_id
 from alignment.data.sources import read_rows
 from alignment.data.split import digest, held_out_groups
@@ -45,9 +45,8 @@ class SftData:
         fingerprint: str,
     ) -> None:
         self.held_out = held_out
-        self._parts, self._weights = parts, weights
-        self._seed, self._told, self._fingerprint = seed, told, fingerprint
-        self._orders: dict[int, tuple[int, np.ndarray]] = {}  # of each part the latest epoch and its order
+        self._parts, self._mixture = parts, Mixture([len(part) for part in parts], weights, seed=seed)
+        self._told, self._fingerprint = told, fingerprint
 
     @property
     def num_examples(self) -> int:
@@ -55,18 +54,8 @@ class SftData:
         return sum(map(len, self._parts))
 
     def batch(self, step: int, batch_size: int) -> list[SftExample]:
-        """The examples of one step, from 0.
-
-        Every epoch of a part is a permutation of it, and a batch may hold the end of one and the beginning of the
-        next. With weights the parts are the sources, mixed by `apportion`; without there is one part.
-        """
-        taken = apportion(step * batch_size, self._weights)
-        examples = []
-        for _ in range(batch_size):
-            part = next_source(taken, self._weights)
-            examples.append(self._example(part, taken[part]))
-            taken[part] += 1
-        return examples
+        """The examples of one step, from 0. With weights the parts are the sources; without there is one part."""
+        return [self._parts[part][index] for part, index in self._mixture.batch(step, batch_size)]
 
     def summary(self) -> str:
         """One line without any text of the data."""
@@ -75,14 +64,6 @@ class SftData:
     def fingerprint(self) -> str:
         """sha256 over what every row teaches and its group, in order, of all sources; not over the tokens."""
         return self._fingerprint
-
-    def _example(self, part: int, place: int) -> SftExample:
-        epoch, index = divmod(place, len(self._parts[part]))
-        held = self._orders.get(part)
-        if held is None or held[0] != epoch:
-            order = epoch_order(len(self._parts[part]), f"{self._seed}:{part}:{epoch}")
-            held = self._orders[part] = (epoch, order)
-        return self._parts[part][int(held[1][index])]
 
 
 def load_sft_data(

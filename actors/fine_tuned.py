@@ -1,0 +1,124 @@
+"""A language model that is trained on data: what the actors of all such stages share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from actors.loading import (
+    Learner,
+    Trained,
+    causal_model,
+    load_trained,
+    make_trainable,
+    save_trained,
+    tokenizer_of_text,
+)
+from actors.worker import WHOLE, Actor, UpdateOnce
+from alignment import adapters
+from alignment.adapters import TrainingMethod
+from alignment.config import ModelConfig
+from alignment.config.cluster import RoleConfig
+from alignment.data.chat import decode, eos_ids_of_model, load_tokenizer
+from alignment.engines.base import Engine
+from alignment.generation import generate
+from alignment.quantization import num_weights, stored_bytes
+from alignment.types import Prompt
+
+
+class FineTunedActor(Actor):
+    """The policy, in full or by an adapter. A kind of it says in `make_learner` what it learns from."""
+
+    role = "policy"
+    learns = True
+    learner: Learner
+    training: Trained
+
+    def __init__(
+        self,
+        *,
+        model_path: str,
+        model: ModelConfig,
+        training: Trained,
+        total_updates: int,
+        seed: int,
+        device: str = "cpu",
+        machines: RoleConfig = WHOLE,
+    ) -> None:
+        self.model_path, self.model_config, self.training = model_path, model, training
+        self.total_updates, self.seed, self.device = total_updates, seed, device
+        self.machines = machines
+        self._once = UpdateOnce()
+
+    def setup(self, peers: Mapping[str, Actor]) -> None:
+        adapter = self.training.adapter
+        self.model = causal_model(self.model_path, self.model_config, self.device, quantization=adapter.quantization)
+        engine, method = make_trainable(
+            self.model,
+            self.model_config,
+            self.training,
+            total_updates=self.total_updates,
+            seed=self.seed,
+            ranks=self.ranks,
+            machines=self.machines,
+            device=self.device,
+            tokenizer=tokenizer_of_text(adapter, self.model_path, self.model_config.revision),
+            calibrate=self.calibrate(),
+        )
+        self.learner = self.make_learner(engine, method)
+
+    def make_learner(self, engine: Engine, method: TrainingMethod | None) -> Learner:
+        """What learns, of the model that is loaded by then."""
+        raise NotImplementedError
+
+    def calibrate(self) -> Callable[[], None] | None:
+        """What moves the adapter to where it begins, if anything does."""
+        return None
+
+    def answer(self, prompts: Sequence[Prompt], *, max_new_tokens: int) -> list[str]:
+        """The most likely answer, token by token, to each prompt. The whole model must be here."""
+        tokenizer = load_tokenizer(self.model_path, self.model_config.revision)
+        samples = generate(
+            self.model,
+            [prompt.prompt_ids for prompt in prompts],
+            [0] * len(prompts),
+            max_new_tokens=max_new_tokens,
+            temperature=1.0,
+            stop_ids=eos_ids_of_model(tokenizer, self.model_path, self.model_config.revision),
+            greedy=True,
+        )
+        return [decode(tokenizer, sample.response_ids) for sample in samples]
+
+    def num_parameters(self) -> dict[str, int]:
+        """How many numbers the model has and how many of them are trained, and the bytes that this process holds of
+        both."""
+        parameters = list(self.model.parameters())
+        trained = [parameter for parameter in parameters if parameter.requires_grad]
+        return {
+            "trained": sum(map(num_weights, trained)),
+            "all": sum(map(num_weights, parameters)),
+            "trained_bytes": sum(map(stored_bytes, trained)),
+            "bytes": sum(map(stored_bytes, parameters)),
+        }
+
+    def save(self, folder: Path) -> None:
+        """Weights in Hugging Face format (an adapter in peft's) and the optimiser."""
+        tokenizer = load_tokenizer(self.model_path, self.model_config.revision)
+        save_trained(self.model, self.learner, folder, self.model_path, tokenizer)
+
+    def load(self, folder: Path) -> None:
+        load_trained(self.model, self.learner, folder)
+
+    def export(self, folder: Path) -> None:
+        """The finished model: a plain Hugging Face folder, the adapter beside it when there is one. An adapter that
+        cannot be merged is all there is of it."""
+        write = self.ranks.rank == 0
+        tokenizer = load_tokenizer(self.model_path, self.model_config.revision)
+        if not adapters.mergeable(self.training.adapter.type):
+            adapters.export_adapter(
+                self.model.model, folder / "adapter", base=self.model_path, tokenizer=tokenizer, write=write
+            )
+            return
+        adapters.export_merged(self.model.model, folder, tokenizer, write=write)
+        if adapters.has_adapter(self.model.model):
+            adapters.save_adapter(self.model.model, folder / "adapter", base=self.model_path, write=write)
