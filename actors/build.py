@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from actors.critic import CriticActor
 from actors.engines import choose_engine
@@ -11,6 +12,7 @@ from actors.handles import (
     CriticHandle,
     Group,
     PolicyHandle,
+    PreferenceHandle,
     ReferenceHandle,
     RewardHandle,
     RewardTrainingHandle,
@@ -18,6 +20,7 @@ from actors.handles import (
     SftHandle,
 )
 from actors.policy import PolicyActor
+from actors.preference_training import DpoActor, KtoActor
 from actors.reference import ReferenceActor
 from actors.reward import RewardModelActor
 from actors.reward_training import RewardTrainingActor
@@ -25,7 +28,14 @@ from actors.rollout import RolloutActor
 from actors.sft import SftActor
 from actors.weight_links import RouteChoice
 from actors.worker import Actor, choose_device
-from alignment.config import ClusterConfig, PpoRunConfig, RewardModelRunConfig, SftRunConfig
+from alignment.config import (
+    ClusterConfig,
+    DpoRunConfig,
+    KtoRunConfig,
+    PpoRunConfig,
+    RewardModelRunConfig,
+    SftRunConfig,
+)
 from alignment.types import SftExample
 
 
@@ -133,6 +143,29 @@ def sft_actors(
     }
 
 
+def dpo_actors(config: DpoRunConfig, cluster: ClusterConfig, *, model_path: str) -> dict[str, Actor]:
+    """The one actor of a run on pairs, not yet set up."""
+    return {"policy": DpoActor(dpo=config.dpo, **_preference_settings(config, cluster, model_path))}
+
+
+def kto_actors(config: KtoRunConfig, cluster: ClusterConfig, *, model_path: str) -> dict[str, Actor]:
+    """The one actor of a run on labels, not yet set up."""
+    return {"policy": KtoActor(kto=config.kto, **_preference_settings(config, cluster, model_path))}
+
+
+def _preference_settings(config: DpoRunConfig | KtoRunConfig, cluster: ClusterConfig, path: str) -> dict[str, Any]:
+    return {
+        "reference": config.reference,
+        "model_path": path,
+        "model": config.model,
+        "training": config.training,
+        "total_updates": config.run.num_steps,
+        "seed": config.run.seed,
+        "device": choose_device(cluster.policy.gpus_per_worker),
+        "machines": cluster.policy,
+    }
+
+
 def ppo_roles(
     groups: Mapping[str, Group],
     *,
@@ -150,6 +183,10 @@ def ppo_roles(
 
 def sft_role(groups: Mapping[str, Group]) -> SftHandle:
     return SftHandle(groups["policy"])
+
+
+def preference_role(groups: Mapping[str, Group]) -> PreferenceHandle:
+    return PreferenceHandle(groups["policy"])
 
 
 def reward_training_role(groups: Mapping[str, Group]) -> RewardTrainingHandle:

@@ -203,17 +203,10 @@ class RewardHandle(Handle):
         return self.group.scatter(self.role, "score", rollouts, lengths=_lengths(rollouts))
 
 
-class SftHandle(Handle):
-    """The policy while it learns from examples."""
+class FineTunedHandle(Handle):
+    """The policy while it learns from data that is there."""
 
     role = "policy"
-
-    def update(self, examples: Sequence[SftExample], *, step: int) -> Pending[dict[str, float]]:
-        return self.group.call(self.role, "update", examples, step=step)
-
-    def nll(self, examples: Sequence[SftExample]) -> Pending[list[float]]:
-        lengths = [len(example.input_ids) for example in examples]
-        return self.group.scatter(self.role, "nll", examples, lengths=lengths)
 
     def num_parameters(self) -> Pending[dict[str, int]]:
         return self.group.first(self.role, "num_parameters")
@@ -224,6 +217,40 @@ class SftHandle(Handle):
 
     def export(self, folder: Path) -> Pending[Any]:
         return self.group.call(self.role, "export", folder)
+
+
+class SftHandle(FineTunedHandle):
+    """The policy while it learns from examples."""
+
+    def update(self, examples: Sequence[SftExample], *, step: int) -> Pending[dict[str, float]]:
+        return self.group.call(self.role, "update", examples, step=step)
+
+    def nll(self, examples: Sequence[SftExample]) -> Pending[list[float]]:
+        lengths = [len(example.input_ids) for example in examples]
+        return self.group.scatter(self.role, "nll", examples, lengths=lengths)
+
+
+class PreferenceHandle(FineTunedHandle):
+    """The policy while it learns from pairs or labels, and the reference beside it."""
+
+    def update(self, records: Sequence[Judgement], *reference: Sequence[Any], step: int) -> Pending[dict[str, float]]:
+        return self.group.call(self.role, "update", records, *reference, step=step)
+
+    def logps(self, records: Sequence[Judgement]) -> Pending[list[Any]]:
+        return self._scatter("logps", records)
+
+    def ref_logps(self, records: Sequence[Judgement]) -> Pending[list[Any]]:
+        return self._scatter("ref_logps", records)
+
+    def follow(self, *, step: int) -> Pending[Any]:
+        return self.group.call(self.role, "follow", step=step)
+
+    def release_reference(self) -> Pending[Any]:
+        return self.group.call(self.role, "release_reference")
+
+    def _scatter(self, method: str, records: Sequence[Judgement]) -> Pending[list[Any]]:
+        lengths = [sum(map(len, record.sequences)) for record in records]
+        return self.group.scatter(self.role, method, records, lengths=lengths)
 
 
 class RewardTrainingHandle(Handle):

@@ -15,6 +15,7 @@ from alignment.config import (
     CriticConfig,
     ModelConfig,
     PolicyConfig,
+    PreferenceTrainingConfig,
     RewardModelTrainingConfig,
     SftTrainingConfig,
 )
@@ -28,7 +29,7 @@ from alignment.engines.make import make_engine
 from alignment.quantization import Quantization
 
 LEARNER_FILE = "learner.pt"
-Trained = PolicyConfig | CriticConfig | RewardModelTrainingConfig | SftTrainingConfig
+Trained = PolicyConfig | CriticConfig | RewardModelTrainingConfig | SftTrainingConfig | PreferenceTrainingConfig
 """The settings of whatever learns: its adapter, its optimiser, its micro-batches."""
 
 

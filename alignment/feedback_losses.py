@@ -152,6 +152,25 @@ def imbalance(
     )
 
 
+def balanced_weights(
+    num_desirable: float, num_undesirable: float, *, desirable_weight: float = 1.0, undesirable_weight: float = 1.0
+) -> tuple[float, float]:
+    """Weights `(desirable, undesirable)` with which classes are in balance: the one that counts too little is raised
+    to the nearer end of `BALANCED`.
+
+    Raises:
+        ValueError: a class is missing.
+    """
+    if not num_desirable or not num_undesirable:
+        raise ValueError(
+            f"kto.balance: got auto with {num_desirable:g} desirable answers and {num_undesirable:g} undesirable "
+            "ones, expected both; add rows of the other class"
+        )
+    low, high = BALANCED
+    ratio = desirable_weight * num_desirable / (undesirable_weight * num_undesirable)
+    return desirable_weight * max(1.0, low / ratio), undesirable_weight * max(1.0, ratio / high)
+
+
 def _log_ratio(logps: Tensor, ref_logps: Tensor, desirable: Tensor) -> Tensor:
     check_shapes(logps, ref_logps=ref_logps, desirable=desirable)
     return as_float(logps) - as_float(ref_logps.detach())

@@ -22,6 +22,7 @@ LAYERS = {
     **dict.fromkeys(["alignment.types", "alignment.config", "alignment.masked", "alignment.distributed"], 0),
     **dict.fromkeys(["alignment.run_directory", "alignment.metrics", "alignment.kl_controller", "rewards"], 0),
     **dict.fromkeys(["alignment.packing", "alignment.judgements", "alignment.ensembles"], 0),
+    "alignment.preference_terms": 0,
     **dict.fromkeys(["alignment.interfaces", "alignment.config_io", "alignment.logprobs", "alignment.kl"], 1),
     "alignment.rollout_correction": 1,
     **dict.fromkeys(["alignment.advantages", "alignment.losses", "alignment.batching", "alignment.adapters"], 1),
@@ -30,13 +31,14 @@ LAYERS = {
     **dict.fromkeys(["alignment.schedules", "alignment.bootstrap", "alignment.scores", "alignment.data"], 1),
     **dict.fromkeys(["alignment.memory", "alignment.fingerprint", "alignment.quantization"], 1),
     **dict.fromkeys(["alignment.model_card", "alignment.reward_objectives", "alignment.calibration"], 1),
-    "alignment.hacking": 1,
+    **dict.fromkeys(["alignment.hacking", "alignment.auc", "alignment.reference_cache"], 1),
     **dict.fromkeys(
         [
             "alignment.packed",
             "alignment.shared_prompts",
             "alignment.experience",
             "alignment.models",
+            "alignment.reference",
             "alignment.forward",
             "alignment.engines",
             "alignment.checkpoint",

@@ -12,6 +12,13 @@ from alignment.config.data import PreferenceDataConfig, PromptDataConfig, SftDat
 from alignment.config.hacking import HackingConfig
 from alignment.config.model import AdapterConfig, MicroBatchConfig, ModelConfig, OptimizerConfig
 from alignment.config.ppo import CriticConfig, KlConfig, PolicyConfig, PpoConfig, PpoRunConfig
+from alignment.config.preference import (
+    DpoConfig,
+    DpoRunConfig,
+    KtoConfig,
+    KtoRunConfig,
+    PreferenceTrainingConfig,
+)
 from alignment.config.reward import GoldFunctionConfig, RewardConfig, RewardExecutionConfig, RewardFunctionConfig
 from alignment.config.reward_model import RewardDataConfig, RewardModelRunConfig, RewardModelTrainingConfig
 from alignment.config.rollout import CorrectionConfig, RolloutConfig, VllmConfig
@@ -25,10 +32,14 @@ __all__ = [
     "Config",
     "CorrectionConfig",
     "CriticConfig",
+    "DpoConfig",
+    "DpoRunConfig",
     "EvaluationConfig",
     "GoldFunctionConfig",
     "HackingConfig",
     "KlConfig",
+    "KtoConfig",
+    "KtoRunConfig",
     "MicroBatchConfig",
     "ModelConfig",
     "OptimizerConfig",
@@ -36,6 +47,7 @@ __all__ = [
     "PpoConfig",
     "PpoRunConfig",
     "PreferenceDataConfig",
+    "PreferenceTrainingConfig",
     "PromptDataConfig",
     "RewardConfig",
     "RewardDataConfig",

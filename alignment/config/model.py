@@ -276,6 +276,15 @@ def refuse_float16_training(model: ModelConfig) -> None:
         )
 
 
+def refuse_idle_patience(patience: int | None, validate_every: int) -> None:
+    """Patience counts validations."""
+    if patience is not None and not validate_every:
+        raise ValueError(
+            f"training.patience: got {patience} with training.validate_every=0, expected validations to count; set "
+            "training.validate_every, or remove patience"
+        )
+
+
 def refuse_adaptive_rate(optimizer: OptimizerConfig, key: str) -> None:
     """Only a policy has the KL that this rate follows."""
     if optimizer.adaptive_kl_target is not None:

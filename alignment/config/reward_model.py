@@ -15,6 +15,7 @@ from alignment.config.model import (
     OptimizerConfig,
     refuse_adaptive_rate,
     refuse_float16_training,
+    refuse_idle_patience,
     refuse_small_budget,
     refuse_unmergeable,
 )
@@ -86,11 +87,7 @@ class RewardModelTrainingConfig(MicroBatchConfig):
 
     @model_validator(mode="after")
     def _patience_has_validations(self) -> RewardModelTrainingConfig:
-        if self.patience is not None and not self.validate_every:
-            raise ValueError(
-                f"training.patience: got {self.patience} with training.validate_every=0, expected validations to "
-                "count; set training.validate_every, or remove patience"
-            )
+        refuse_idle_patience(self.patience, self.validate_every)
         return self
 
 

@@ -108,7 +108,7 @@ def source_name(source: SourceConfig) -> str:
 
 
 def _kind(row: Row) -> str:
-    fitting = [kind for kind in COLUMNS if _fits(row, kind)]
+    fitting = [kind for kind in COLUMNS if fits(row, kind)]
     if len(fitting) == 1:
         return fitting[0]
     known = "; ".join(f"{kind}: {'+'.join(names)}" for kind, names in COLUMNS.items())
@@ -119,14 +119,15 @@ def _kind(row: Row) -> str:
     )
 
 
-def _fits(row: Row, kind: str) -> bool:
+def fits(row: Row, kind: str) -> bool:
+    """Whether a row has the columns of a kind."""
     return all(row.values.get(name) is not None for name in COLUMNS[kind])
 
 
 def _refuse_other_kind(row: Row, kind: str) -> None:
-    if _fits(row, kind) or kind == "pairs":  # a pair says itself what it lacks
+    if fits(row, kind) or kind == "pairs":  # a pair says itself what it lacks
         return
-    others = [other for other in COLUMNS if _fits(row, other)]
+    others = [other for other in COLUMNS if fits(row, other)]
     if others:
         raise ValueError(
             f"got a row of {' or '.join(others)}, expected {kind}, as data.kind says or the first row is; keep one "
@@ -208,6 +209,11 @@ def _read_rating(row: Row, encoder: Encoder, config: RewardDataConfig, source: s
 
 
 def _read_label(row: Row, encoder: Encoder, config: RewardDataConfig, source: str) -> Reading[Judgement]:
+    return cast(Reading[Judgement], read_label(row, encoder, source=source))
+
+
+def read_label(row: Row, encoder: Encoder, *, source: str = "") -> Reading[LabelledAnswer]:
+    """One row as a labelled answer. Raises as `load_judgements`, without the place."""
     messages, answer = encoder.messages(row), _answer(row)
     target = label_of(column(row, "label"), "label")
     prompt_ids, (answer_ids,), told = encoder.answers(messages, [answer])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -12,7 +12,7 @@ from alignment.bootstrap import paired_bootstrap
 from alignment.config import RewardModelRunConfig, SftRunConfig
 from alignment.interfaces import Metrics, Pending, Saves
 from alignment.judgements import Judgement
-from alignment.loops.run import Run
+from alignment.loops.run import Run, StepLog
 from alignment.reward_objectives import Objectives, held_out_loss
 from alignment.types import SftExample
 
@@ -55,7 +55,7 @@ class Batches(Protocol):
 
 @dataclass(kw_only=True)
 class SftState:
-    """Where a run stands, supervised or of a reward model: what its checkpoints remember of the loop."""
+    """Where an offline run stands: what its checkpoints remember of the loop."""
 
     step: int = 0
     """Completed steps."""
@@ -85,19 +85,26 @@ def train_sft(
         with log.phase("update"):
             log.metrics.update(policy.update(batch, step=state.step).result())
         state.step += 1
-        if training.validate_every and (state.step % training.validate_every == 0 or state.step == num_steps):
+        if validation_is_due(training.validate_every, state.step, num_steps):
             with log.phase("validate"):
                 log.metrics.update(validation(policy.nll(examples.held_out).result(), examples.held_out))
             state.judge(log.metrics["validation/loss"])
-        run.finish_step(log)
-        last = state.step == num_steps or state.worse_in_a_row >= patience
-        run.checkpoint(
-            state.step,
-            {"policy": policy},
-            asdict(state),
-            due=last or state.best_step == state.step,
-            pinned=state.best_step,
-        )
+        end_step(run, log, state, {"policy": policy}, num_steps=num_steps, patience=patience)
+
+
+def validation_is_due(validate_every: int, step: int, num_steps: int) -> bool:
+    """After `step` steps: the last one is validated whatever the interval. 0 validates none."""
+    return validate_every > 0 and (step % validate_every == 0 or step == num_steps)
+
+
+def end_step(
+    run: Run, log: StepLog, state: SftState, parts: Mapping[str, Saves], *, num_steps: int, patience: float
+) -> None:
+    """Write down a step, and commit what is due: the last one and the best one always are."""
+    run.finish_step(log)
+    last = state.step == num_steps or state.worse_in_a_row >= patience
+    due = last or state.best_step == state.step
+    run.checkpoint(state.step, parts, asdict(state), due=due, pinned=state.best_step)
 
 
 def take_best(learner: Saves, run: Run, state: SftState, *, part: str = "policy") -> int:
@@ -166,19 +173,11 @@ def train_reward_model(
         with log.phase("update"):
             log.metrics.update(reward_model.update(batch, step=state.step).result())
         state.step += 1
-        if training.validate_every and (state.step % training.validate_every == 0 or state.step == num_steps):
+        if validation_is_due(training.validate_every, state.step, num_steps):
             with log.phase("validate"):
                 log.metrics.update(held_out_loss(objectives, held_out, reward_model.scores(held_out).result()))
             state.judge(log.metrics["validation/loss"])
-        run.finish_step(log)
-        last = state.step == num_steps or state.worse_in_a_row >= patience
-        run.checkpoint(
-            state.step,
-            {"reward_model": reward_model},
-            asdict(state),
-            due=last or state.best_step == state.step,
-            pinned=state.best_step,
-        )
+        end_step(run, log, state, {"reward_model": reward_model}, num_steps=num_steps, patience=patience)
 
 
 def accuracy_report(correct: Sequence[float]) -> dict[str, Any]:
