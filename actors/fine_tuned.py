@@ -23,7 +23,7 @@ from alignment.data.chat import decode, eos_ids_of_model, load_tokenizer
 from alignment.engines.base import Engine
 from alignment.generation import generate
 from alignment.quantization import num_weights, stored_bytes
-from alignment.types import Prompt
+from alignment.types import Prompt, Rollout
 
 
 class FineTunedActor(Actor):
@@ -75,7 +75,7 @@ class FineTunedActor(Actor):
         """What moves the adapter to where it begins, if anything does."""
         return None
 
-    def answer(self, prompts: Sequence[Prompt], *, max_new_tokens: int) -> list[str]:
+    def respond(self, prompts: Sequence[Prompt], *, max_new_tokens: int) -> list[Rollout]:
         """The most likely answer, token by token, to each prompt. The whole model must be here."""
         tokenizer = load_tokenizer(self.model_path, self.model_config.revision)
         samples = generate(
@@ -87,7 +87,18 @@ class FineTunedActor(Actor):
             stop_ids=eos_ids_of_model(tokenizer, self.model_path, self.model_config.revision),
             greedy=True,
         )
-        return [decode(tokenizer, sample.response_ids) for sample in samples]
+        return [
+            Rollout(
+                prompt=prompt,
+                sample_index=0,
+                response_ids=sample.response_ids,
+                rollout_logprobs=sample.rollout_logprobs,
+                finish_reason=sample.finish_reason,
+                response=decode(tokenizer, sample.response_ids),
+                weight_version=0,
+            )
+            for prompt, sample in zip(prompts, samples, strict=True)
+        ]
 
     def num_parameters(self) -> dict[str, int]:
         """How many numbers the model has and how many of them are trained, and the bytes that this process holds of

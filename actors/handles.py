@@ -211,9 +211,9 @@ class FineTunedHandle(Handle):
     def num_parameters(self) -> Pending[dict[str, int]]:
         return self.group.first(self.role, "num_parameters")
 
-    def answer(self, prompts: Sequence[Prompt], *, max_new_tokens: int) -> Pending[list[str]]:
+    def respond(self, prompts: Sequence[Prompt], *, max_new_tokens: int) -> Pending[list[Rollout]]:
         lengths = [len(prompt.prompt_ids) for prompt in prompts]
-        return self.group.scatter(self.role, "answer", prompts, lengths=lengths, max_new_tokens=max_new_tokens)
+        return self.group.scatter(self.role, "respond", prompts, lengths=lengths, max_new_tokens=max_new_tokens)
 
     def export(self, folder: Path) -> Pending[Any]:
         return self.group.call(self.role, "export", folder)

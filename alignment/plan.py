@@ -16,13 +16,21 @@ from pathlib import Path
 
 import yaml
 
-from alignment.config import ClusterConfig, PpoRunConfig, RewardModelRunConfig, SftRunConfig
+from alignment.config import (
+    ClusterConfig,
+    DpoRunConfig,
+    KtoRunConfig,
+    PpoRunConfig,
+    RewardModelRunConfig,
+    SftRunConfig,
+)
 from alignment.config_io import load_config
 from alignment.planning.placement import Machines, place, placement_table
 from alignment.planning.processes import (
     ProcessMemory,
     memory_table,
     ppo_processes,
+    preference_processes,
     reward_model_processes,
     reward_shape_names,
     sft_processes,
@@ -113,6 +121,8 @@ def processes_of(scenario: Scenario, shapes: Mapping[str, ModelShape]) -> list[P
     config, cluster = scenario.config, scenario.cluster
     if isinstance(config, RewardModelRunConfig):
         return reward_model_processes(config, cluster, shapes["policy"])
+    if isinstance(config, DpoRunConfig | KtoRunConfig):
+        return preference_processes(config, cluster, shapes["policy"])
     if isinstance(config, SftRunConfig):
         return sft_processes(config, cluster, shapes["policy"])
     return ppo_processes(
@@ -131,13 +141,18 @@ def sampling_engine(config: PpoRunConfig, cluster: ClusterConfig) -> str:
 
 
 def load_run(file: Path, overrides: list[str]) -> RunAnyConfig:
-    """A recipe's config: that of a learner alone has a section `training`, a supervised one's several sources."""
+    """A recipe's config: that of a learner alone has a section `training`, and `dpo` or `kto` beside it, or several
+    sources where it is a supervised one's."""
     if not file.is_file():
         raise ValueError(f"--config: got {file}, which is no file, expected a recipe's YAML file; correct the path")
     try:
         sections = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
     except yaml.YAMLError as error:
         raise ValueError(f"--config: got {file}, which is no YAML ({error}), expected one; mend it") from error
+    if "dpo" in sections:
+        return load_config(DpoRunConfig, file=file, overrides=overrides)
+    if "kto" in sections:
+        return load_config(KtoRunConfig, file=file, overrides=overrides)
     if "training" in sections:
         if "sources" in (sections.get("data") or {}):
             return load_config(SftRunConfig, file=file, overrides=overrides)

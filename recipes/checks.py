@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 from alignment.config import (
     AdapterConfig,
     ClusterConfig,
+    DpoRunConfig,
+    KtoRunConfig,
     ModelConfig,
     PpoRunConfig,
     RewardConfig,
@@ -83,7 +85,11 @@ class Trainee:
     num_parameters: int
 
 
-def check_trainee(job: Job[SftRunConfig] | Job[RewardModelRunConfig], role: str, **settings: Any) -> Trainee:
+def check_trainee(
+    job: Job[SftRunConfig] | Job[RewardModelRunConfig] | Job[DpoRunConfig] | Job[KtoRunConfig],
+    role: str,
+    **settings: Any,
+) -> Trainee:
     """Refuse machines, trackers or a model that a run on examples cannot be had with.
 
     Args:
@@ -113,6 +119,15 @@ def check_trainee(job: Job[SftRunConfig] | Job[RewardModelRunConfig], role: str,
     )
     ends = eos_ids_of_model(tokenizer, path, revision)
     return Trainee(path=path, tokenizer=tokenizer, eos_ids=ends, num_parameters=num_parameters)
+
+
+def check_answering(job: Job[Any]) -> None:
+    """Refuse machines on which no worker of the policy can answer a prompt."""
+    if not job.local and job.cluster.policy.zero_stage == 3:
+        raise ValueError(
+            "policy.zero_stage: got 3 in a run that asks the model questions, expected 0, 1 or 2: a worker that "
+            "answers holds the whole model; set zero_stage: 2"
+        )
 
 
 def check_models(config: PpoRunConfig, tokenizer: PreTrainedTokenizerBase) -> int:

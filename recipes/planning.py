@@ -102,6 +102,24 @@ def sft_plan(job: Job[Any], num_parameters: int, data: str) -> str:
     )
 
 
+def preference_plan(job: Job[Any], num_parameters: int, data: str, *, row: str, sequences: int) -> str:
+    """What `--dry-run` prints. `row`: what a row is called, of so many sequences."""
+    from actors.plan import describe_plan, plan_processes
+
+    training, workers = job.config.training, job.cluster.policy.num_workers
+    longest = sequences * job.config.data.max_tokens
+    in_words = _micro_batches_in_words(training, training.batch_size, workers, longest, row)
+    return "\n".join(
+        [
+            f"{data}; {num_parameters / 1e6:.1f} M parameters",
+            f"{training.batch_size} {row}s a step = {in_words}",
+            describe_plan(plan_processes(job.cluster, ("policy",))),
+            memory_plan(job),
+            "dry run: no actor was started",
+        ]
+    )
+
+
 def reward_model_plan(job: Job[Any], num_parameters: int, data: str) -> str:
     """What `--dry-run` prints."""
     from actors.plan import describe_plan, plan_processes

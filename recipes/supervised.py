@@ -58,11 +58,8 @@ def check(job: common.Job[SftRunConfig], ask: Ask | None = None) -> Start:
             f"{data.num_examples} training examples; lower it"
         )
     quiz = Quiz() if ask is None else ask(model.tokenizer, config.data.system_prompt)
-    if quiz.questions and not job.local and job.cluster.policy.zero_stage == 3:
-        raise ValueError(
-            "policy.zero_stage: got 3 in a recipe that asks the model questions, expected 0, 1 or 2: a worker that "
-            "answers holds the whole model; set zero_stage: 2"
-        )
+    if quiz.questions:
+        checks.check_answering(job)
     return Start(model_path=model.path, data=data, quiz=quiz, num_parameters=model.num_parameters)
 
 
@@ -113,8 +110,8 @@ def run_sft(job: common.Job[SftRunConfig], ask: Ask | None = None) -> None:
 def _held_out(start: Start, policy: SftHandle) -> HeldOut:
     sums = policy.nll(start.data.held_out).result() if start.data.held_out else []
     quiz = start.quiz
-    answers = policy.answer(quiz.prompts, max_new_tokens=quiz.max_new_tokens).result() if quiz.questions else []
-    return HeldOut(sums=sums, answers=answers)
+    said = policy.respond(quiz.prompts, max_new_tokens=quiz.max_new_tokens).result() if quiz.questions else []
+    return HeldOut(sums=sums, answers=[rollout.response for rollout in said])
 
 
 def compare(before: HeldOut, after: HeldOut, start: Start, *, seed: int) -> dict[str, Any]:

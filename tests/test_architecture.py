@@ -10,7 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from alignment.config import ClusterConfig, Config, PpoRunConfig, RewardModelRunConfig, SftRunConfig
+from alignment.config import (
+    ClusterConfig,
+    Config,
+    DpoRunConfig,
+    KtoRunConfig,
+    PpoRunConfig,
+    RewardModelRunConfig,
+    SftRunConfig,
+)
 from alignment.config.zoo import PeftZooConfig
 from alignment.config_io import load_config
 
@@ -300,6 +308,8 @@ def config_class(path: Path) -> type[Config]:
         "ppo_": PpoRunConfig,
         "reward_model_": RewardModelRunConfig,
         "peft_zoo": PeftZooConfig,
+        "dpo_": DpoRunConfig,
+        "kto_": KtoRunConfig,
         **dict.fromkeys(["sft_", "lora_sft_", "qlora_"], SftRunConfig),
     }
     return next(kind for prefix, kind in kinds.items() if path.name.startswith(prefix))

@@ -6,6 +6,7 @@ import csv
 import io
 import re
 from collections.abc import Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from alignment.data.split import digest
 
 OFF_TOPIC_CHARS = 200
 """Answers shorter than this may suit more than one question."""
+HELD_OUT_FROM = 240
+"""Rows of dpo-zh-demo from here on are for the table alone."""
 REVIEW_PROMPT = "请写一条评价。"
 """What every review answers: the source has reviews alone."""
 
@@ -131,6 +134,16 @@ def nq_ranking_rows() -> Iterator[Row]:
             question = row.values["question"]
             values = {"prompt": question, "answers": list(ranked), "ranks": list(ranked.values()), "group": question}
             yield Row(values, row.where)
+
+
+def chinese_pair_rows() -> Iterator[Row]:
+    """The pairs of dpo-zh-demo that may be trained on."""
+    yield from islice(read_file(fetch_asset("dpo-zh-demo")), HELD_OUT_FROM)
+
+
+def held_out_chinese_pair_rows() -> Iterator[Row]:
+    """Those that never are: from row 240 on."""
+    yield from islice(read_file(fetch_asset("dpo-zh-demo")), HELD_OUT_FROM, None)
 
 
 def _tables(asset: str) -> Iterator[tuple[Path, int, dict[str, str]]]:

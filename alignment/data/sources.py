@@ -17,7 +17,9 @@ from alignment.data.diseases import disease_rows
 from alignment.data.files import SUFFIXES, Row, read_file
 from alignment.data.hub import remedy, why_offline
 from alignment.data.judged_assets import (
+    chinese_pair_rows,
     harm_rows,
+    held_out_chinese_pair_rows,
     nq_pair_rows,
     nq_ranking_rows,
     off_topic_rows,
@@ -44,6 +46,8 @@ DERIVED: dict[str, Callable[[], Iterable[Row]]] = {
     "nq-pairs": nq_pair_rows,
     "off-topic": off_topic_rows,
     "nq-rankings": nq_ranking_rows,
+    "pairs-zh": chinese_pair_rows,
+    "pairs-zh-held-out": held_out_chinese_pair_rows,
 }
 """Assets whose rows are built from an archive's files, not read as they stand."""
 

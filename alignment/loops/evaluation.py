@@ -14,7 +14,7 @@ from alignment.config.reward import GOLD
 from alignment.interfaces import Generator, LogprobWorker, Scorer
 from alignment.rollout_correction import require_current
 from alignment.scores import kind_of, refuse_unscorable
-from alignment.types import Prompt
+from alignment.types import Prompt, Rollout, Score
 
 HELD_OUT_STEP = -1
 """Stands for the step in sampling seeds, so that before and after draw the same random numbers."""
@@ -89,7 +89,11 @@ def evaluate(
         except RuntimeError as error:
             error.add_note("of the held-out prompts, before training: nothing was trained")
             raise
-    answers = [
+    return HeldOut(answers=scored_answers(rollouts, scores), kl=kl)
+
+
+def scored_answers(rollouts: Sequence[Rollout], scores: Sequence[Score]) -> list[Answer]:
+    return [
         Answer(
             prompt_id=rollout.prompt.id,
             prompt=rollout.prompt.messages[-1]["content"],
@@ -104,7 +108,6 @@ def evaluate(
         )
         for rollout, score in zip(rollouts, scores, strict=True)
     ]
-    return HeldOut(answers=answers, kl=kl)
 
 
 def compare(before: HeldOut, after: HeldOut, *, seed: int) -> dict[str, dict[str, Any]]:

@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from alignment.config import ROLES, ClusterConfig, PpoRunConfig, RewardModelRunConfig, SftRunConfig
+from alignment.config import (
+    ROLES,
+    ClusterConfig,
+    DpoRunConfig,
+    KtoRunConfig,
+    PpoRunConfig,
+    RewardModelRunConfig,
+    SftRunConfig,
+)
 from alignment.config.cluster import RoleConfig, RolloutRoleConfig
 from alignment.config.model import RANK_TYPES, AdapterConfig
 from alignment.config.splitting import refuse_splitting
@@ -267,8 +275,35 @@ def sft_processes(config: SftRunConfig, cluster: ClusterConfig, shape: ModelShap
     return _offline_processes(config, cluster, shape, role="policy", sequences=1, scalar_head=False)
 
 
+def preference_processes(
+    config: DpoRunConfig | KtoRunConfig, cluster: ClusterConfig, shape: ModelShape
+) -> list[ProcessMemory]:
+    """The learners of a run on pairs or labels, with a frozen copy beside a policy that is trained in full: for the
+    whole run where it is live, while the cache is filled where it is not. Raises as `_offline_processes`."""
+    sequences = 2 if isinstance(config, DpoRunConfig) else 1
+    (learners,) = _offline_processes(config, cluster, shape, role="policy", sequences=sequences, scalar_head=False)
+    if config.training.adapter.enabled or config.reference.mode == "none":
+        return [learners]
+    machines, longest = cluster.policy, config.data.max_tokens
+    micro = largest_micro_batch(
+        config.training.micro_batch_limit(),
+        available=config.training.batch_size,
+        longest=longest,
+        answer=longest,
+        sequences=sequences,
+    )
+    frozen = scorer_memory(
+        shape,
+        micro,
+        dtype=config.model.dtype,
+        scalar_head=False,
+        parts=machines.num_workers if machines.zero_stage == 3 else 1,
+    )
+    return [replace(learners, roles={**learners.roles, "reference": frozen})]
+
+
 def _offline_processes(
-    config: RewardModelRunConfig | SftRunConfig,
+    config: RewardModelRunConfig | SftRunConfig | DpoRunConfig | KtoRunConfig,
     cluster: ClusterConfig,
     shape: ModelShape,
     *,

@@ -7,13 +7,22 @@ from dataclasses import dataclass, field, replace
 from itertools import combinations
 from typing import Any, TypeVar
 
-from alignment.config import ROLES, ClusterConfig, Config, PpoRunConfig, RewardModelRunConfig, SftRunConfig
+from alignment.config import (
+    ROLES,
+    ClusterConfig,
+    Config,
+    DpoRunConfig,
+    KtoRunConfig,
+    PpoRunConfig,
+    RewardModelRunConfig,
+    SftRunConfig,
+)
 from alignment.config.cluster import RoleConfig
 from alignment.planning.placement import Machines, Placed, place
 from alignment.planning.processes import ProcessMemory
 
 ConfigT = TypeVar("ConfigT", bound=Config)
-RunAnyConfig = PpoRunConfig | RewardModelRunConfig | SftRunConfig
+RunAnyConfig = PpoRunConfig | RewardModelRunConfig | SftRunConfig | DpoRunConfig | KtoRunConfig
 LORA_RANK = 16
 
 
@@ -30,7 +39,7 @@ class Scenario:
         """The roles that learn, and where a config keeps the adapter and the micro-batch of each."""
         if isinstance(self.config, PpoRunConfig):
             return {"policy": "policy", "critic": "critic"}
-        return {"policy" if isinstance(self.config, SftRunConfig) else "reward_model": "training"}
+        return {"reward_model" if isinstance(self.config, RewardModelRunConfig) else "policy": "training"}
 
     @property
     def frozen(self) -> tuple[str, ...]:
@@ -49,7 +58,7 @@ class Scenario:
         """Tokens without which a budget of `key` would not hold one row."""
         if isinstance(self.config, PpoRunConfig):
             return self.config.data.max_prompt_tokens + self.config.rollout.max_new_tokens
-        return self.config.data.max_tokens * (1 if isinstance(self.config, SftRunConfig) else 2)
+        return self.config.data.max_tokens * (1 if isinstance(self.config, SftRunConfig | KtoRunConfig) else 2)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,0 +1,24 @@
+"""DPO on pairs of Chinese answers: `python recipes/dpo_chinese.py`.
+
+240 pairs to train on, 60 others for the table. The longer answer is the chosen one in most of them: read the line on
+length first.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from alignment.config import DpoRunConfig
+from recipes import common
+from recipes.preference_tuning import run_dpo
+
+
+def main(argv: list[str] | None = None) -> int:
+    return common.run_recipe("dpo_chinese", DpoRunConfig, run_dpo, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,282 @@
+"""What the recipes on pairs and labels share: from a checked config to `final/`, with the held-out table."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from actors.build import dpo_actors, kto_actors, preference_role
+from actors.handles import PreferenceHandle
+from actors.plan import learner_checkpoint_bytes
+from actors.preference_training import objective_of
+from alignment.config import DpoRunConfig, KtoRunConfig
+from alignment.config_io import dump_config
+from alignment.data.cache import cache_dir
+from alignment.data.hygiene import label_hygiene, pair_hygiene
+from alignment.data.tasks import Tasks, load_label_tasks, load_pair_tasks
+from alignment.feedback_losses import balanced_weights, imbalance
+from alignment.fingerprint import model_fingerprint, records_fingerprint
+from alignment.loops.evaluation import HeldOut
+from alignment.loops.offline import SftState, take_best
+from alignment.loops.preference_stages import Judged, LabelStage, PairStage, Stage
+from alignment.loops.preferences import AskReference, logps_of, train_preferences
+from alignment.loops.run import Run
+from alignment.model_card import write_model_card
+from alignment.reference_cache import cached_numbers
+from recipes import checks, common, planning
+from recipes.rule_evaluation import RuleEvaluation
+
+Job = common.Job[Any]
+Config = DpoRunConfig | KtoRunConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HeldOutNumbers(common.PlainRecord):
+    """What policy and reference say of the held-out rows, by part; see `Judged`."""
+
+    logps: list[Any]
+    reference: list[Any]
+
+    def judged(self) -> Judged:
+        return Judged(logps=self.logps, reference=self.reference)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Start:
+    """What the run begins with, all of it checked."""
+
+    job: Job
+    """With the weights of both classes that are used."""
+    model_path: str
+    num_parameters: int
+    tasks: Tasks[Any]
+    stage: Stage[Any]
+    hygiene: str
+    """What is odd about the data, without any text of it."""
+    evaluation: RuleEvaluation
+
+    @property
+    def row(self) -> str:
+        """What a record is called."""
+        return "pair" if isinstance(self.job.config, DpoRunConfig) else "answer"
+
+
+def run_dpo(job: common.Job[DpoRunConfig]) -> None:
+    """The body of a recipe on pairs."""
+    model, evaluation = _check(job)
+    config = job.config
+    stage = PairStage(objective_of(config.dpo))
+    kept_out = {prompt.prompt_ids for prompt in evaluation.prompts}
+    tasks = load_pair_tasks(
+        config.data, model.tokenizer, eos_ids=model.eos_ids, seed=config.run.seed, kept_out=kept_out
+    )
+    hygiene = [f"{name}: {pair_hygiene(split.train).text()}" for name, split in tasks.splits.items()]
+    _run(
+        Start(
+            job=job,
+            model_path=model.path,
+            num_parameters=model.num_parameters,
+            tasks=tasks,
+            stage=stage,
+            hygiene="\n".join(hygiene),
+            evaluation=evaluation,
+        )
+    )
+
+
+def run_kto(job: common.Job[KtoRunConfig]) -> None:
+    """The body of a recipe on labels."""
+    model, evaluation = _check(job)
+    config = job.config
+    kept_out = {prompt.prompt_ids for prompt in evaluation.prompts}
+    tasks = load_label_tasks(
+        config.data, model.tokenizer, eos_ids=model.eos_ids, seed=config.run.seed, kept_out=kept_out
+    )
+    if tasks.held_out and len({record.target for record in tasks.held_out}) < 2:
+        raise ValueError(
+            f"data.held_out: got {len(tasks.held_out)} answers of one class alone, expected both, to tell them apart; "
+            "raise data.held_out, or set it to 0"
+        )
+    balanced, warning = balance(config, tasks)
+    kto = balanced.kto
+    hygiene = [
+        f"{name}: {dataclasses.replace(label_hygiene(split.train), advice=None).text()}"
+        for name, split in tasks.splits.items()
+    ]
+    hygiene.append(f"weights: desirable {kto.desirable_weight:.4g}, undesirable {kto.undesirable_weight:.4g}")
+    _run(
+        Start(
+            job=dataclasses.replace(job, config=balanced),
+            model_path=model.path,
+            num_parameters=model.num_parameters,
+            tasks=tasks,
+            stage=LabelStage(
+                loss=kto.loss,
+                beta=kto.beta,
+                desirable_weight=kto.desirable_weight,
+                undesirable_weight=kto.undesirable_weight,
+            ),
+            hygiene="\n".join([*hygiene, *([f"warning: {warning}"] if warning else [])]),
+            evaluation=evaluation,
+        )
+    )
+
+
+def balance(config: KtoRunConfig, tasks: Tasks[Any]) -> tuple[KtoRunConfig, str | None]:
+    """The config with the weights that `kto.balance` asks for, and what is still out of balance. Classes are counted
+    as the mixture of tasks brings them."""
+    kto, count = config.kto, len(tasks.train)
+    good = round(count * tasks.expected_share(lambda record: record.target == 1))
+    weights = kto.desirable_weight, kto.undesirable_weight
+    if kto.balance == "auto":
+        weights = balanced_weights(good, count - good, desirable_weight=weights[0], undesirable_weight=weights[1])
+        kto = kto.model_copy(update={"desirable_weight": weights[0], "undesirable_weight": weights[1]})
+    warning = imbalance(good, count - good, desirable_weight=weights[0], undesirable_weight=weights[1])
+    return config.model_copy(update={"kto": kto}), warning
+
+
+def _check(job: Job) -> tuple[checks.Trainee, RuleEvaluation]:
+    """Refuse whatever would fail later; nothing on disk is changed, no actor is started."""
+    config, policy = job.config, job.cluster.policy
+    model = checks.check_trainee(job, "policy")
+    split = not job.local and policy.engine == "deepspeed" and policy.zero_stage == 3
+    if config.reference.sync_every and config.training.adapter.enabled and split:
+        raise ValueError(
+            "reference.sync_every: got it with an adapter whose parts policy.engine: deepspeed holds at zero_stage 3, "
+            "expected whole ones; set zero_stage: 2, or engine: torch"
+        )
+    evaluation = RuleEvaluation(config.evaluation, model.tokenizer, system_prompt=config.data.system_prompt)
+    if evaluation.prompts:
+        checks.check_answering(job)
+    return model, evaluation
+
+
+def _run(start: Start) -> None:
+    job, tasks = start.job, start.tasks
+    config: Config = job.config
+    if job.dry_run:
+        checks.check_start(job)
+        sequences = 2 if start.row == "pair" else 1
+        data = f"{tasks.summary()}\n{start.hygiene}"
+        print(planning.preference_plan(job, start.num_parameters, data, row=start.row, sequences=sequences))
+        return
+    print(f"{tasks.summary()}\n{start.hygiene}", flush=True)
+    directory, resume_from = common.open_run_directory(job, num_bytes=disk_bytes(config, start.num_parameters))
+    directory.write_text_atomic(directory.path / "hygiene.txt", start.hygiene + "\n")
+    inputs = {
+        "model": model_fingerprint(start.model_path),
+        f"{start.row}s": records_fingerprint([*tasks.train, *tasks.held_out]),
+    }
+    directory.keep_inputs(inputs)
+
+    with job.groups(actors_of(job, start.model_path)) as groups:
+        policy = preference_role(groups)
+        run = common.make_run(directory, config.run, model_path=start.model_path)
+        state = SftState()
+        if resume_from:
+            state = SftState(**common.restore(job, run, resume_from, {"policy": policy}))
+        figures, step = improve(start, policy, run, state, model=inputs["model"])
+        policy.export(directory.final).result()
+        write_model_card(
+            directory.final,
+            recipe=job.name,
+            base=config.model.path,
+            config=dump_config(config),
+            data=tasks.summary(),
+            inputs=inputs,
+            figures=figures,
+            step=step,
+            chosen=config.training.validate_every > 0,
+        )
+        common.write_summary(job, directory, figures, parameters=policy.num_parameters().result())
+        run.close()
+
+
+def improve(
+    start: Start, policy: PreferenceHandle, run: Run, state: SftState, *, model: str
+) -> tuple[dict[str, Any], int]:
+    """Judge the held-out rows, train, judge them again. Returns the rows of the held-out table, and which step's
+    weights the policy has.
+
+    `model`: the fingerprint of the model that the run begins with.
+    """
+    config, held_out, folder = start.job.config, start.tasks.held_out, run.directory.path
+    reference = ask_reference(start, policy, run, model)
+    before = common.once(folder / "held_out_before.json", HeldOutNumbers, lambda: judge(start, policy, reference))
+    said_before = common.once(folder / "answers_before.json", HeldOut, lambda: start.evaluation.answers(policy))
+    train_preferences(
+        config,
+        start.tasks,
+        held_out,
+        stage=start.stage,
+        policy=policy,
+        reference=reference,
+        held_out_reference=before.reference,
+        run=run,
+        state=state,
+        patience=config.training.patience or math.inf,
+    )
+    step = take_best(policy, run, state)
+    after = dataclasses.replace(judge(start, policy, None), reference=before.reference)
+    after.save(folder / "held_out_after.json")
+    said_after = start.evaluation.answers(policy)
+    said_after.save(folder / "answers_after.json")
+    seed = config.run.seed
+    told = start.stage.table(held_out, before.judged(), after.judged(), seed=seed) if held_out else {}
+    return told | start.evaluation.table(said_before, said_after, seed=seed), step
+
+
+def judge(start: Start, policy: PreferenceHandle, reference: AskReference | None) -> HeldOutNumbers:
+    """What is said of the held-out rows now."""
+    held_out = start.tasks.held_out
+    if not held_out:
+        return HeldOutNumbers(logps=[], reference=[])
+    numbers = [list(reference(part)) for part in start.stage.parts(held_out)] if reference else []
+    return HeldOutNumbers(logps=logps_of(policy, start.stage, held_out), reference=numbers)
+
+
+def actors_of(job: Job, model_path: str) -> Mapping[str, Any]:
+    if isinstance(job.config, DpoRunConfig):
+        return dpo_actors(job.config, job.cluster, model_path=model_path)
+    return kto_actors(job.config, job.cluster, model_path=model_path)
+
+
+def ask_reference(start: Start, policy: PreferenceHandle, run: Run, model: str) -> AskReference | None:
+    """Who knows the reference's numbers: its actor at every step, or the cache, filled now; None where nobody asks.
+
+    `model`: the fingerprint of what the reference is.
+    """
+    config = start.job.config
+
+    def live(records: Sequence[Any]) -> list[Any]:
+        return policy.ref_logps(records).result()
+
+    if config.reference.mode != "cached":
+        return live if config.reference.mode == "live" else None
+    steps = range(config.run.num_steps)
+    batches = (start.tasks.batch(step, config.training.batch_size) for step in steps)
+    asked = [start.tasks.held_out, *batches] if start.tasks.held_out else batches
+    records = [record for batch in asked for part in start.stage.parts(batch) for record in part]
+    made_of = {
+        "model": model,
+        "kind": start.row,
+        **{key: str(getattr(config.model, key)) for key in ("dtype", "attention", "batch_layout")},
+        "quantization": config.training.adapter.quantization,
+    }
+    if isinstance(config, DpoRunConfig):
+        made_of["length_alpha"], made_of["share_prompts"] = str(config.dpo.length_alpha), str(config.dpo.share_prompts)
+    numbers, told = cached_numbers(cache_dir() / "reference", made_of, records, live)
+    run.progress.message(told)
+    policy.release_reference().result()
+    return numbers
+
+
+def disk_bytes(config: Config, num_parameters: int) -> int:
+    """What the run takes on disk; a reference that moves lies in every checkpoint of a policy trained in full."""
+    space = learner_checkpoint_bytes(config.model, config.training.adapter, config.run, num_parameters)
+    if config.reference.sync_every is None or config.training.adapter.enabled:
+        return space
+    return space + (config.run.keep_checkpoints + 2) * num_parameters * (4 if config.model.dtype == "float32" else 2)
