@@ -31,6 +31,8 @@ class PreferenceRun(TinyRun):
     """A run of `train_preferences`; sections beside `run` and `model` are given by name."""
 
     part = "policy"
+    first: list[Any] | None = None
+    """What the reference said of the held-out parts before the first step."""
 
     def __init__(
         self,
@@ -64,13 +66,11 @@ class PreferenceRun(TinyRun):
         patience: float = float("inf"),
         num_steps: int | None = None,
         reference: Callable[[Sequence[Any]], Any] | None = None,
-        start: list[Any] | None = None,
     ) -> None:
-        """`start`: what the reference said of the held-out parts at first; None asks now."""
+        """`reference`: who is asked in place of the live one."""
         asks = None if self.config.reference.mode == "none" else reference or self.ask
-        parts = self.stage.parts(self.data.held_out)
-        if not hasattr(self, "first"):
-            self.first = [asks(part) for part in parts] if asks else []
+        if self.first is None:
+            self.first = self._ask_first(asks)
         train_preferences(
             self.cut_to(num_steps),
             self.data,
@@ -78,13 +78,16 @@ class PreferenceRun(TinyRun):
             stage=self.stage,
             policy=self.role,
             reference=asks,
-            held_out_reference=self.first if start is None else start,
+            held_out_reference=self.first,
             run=self.run,
             state=self.state,
             patience=patience,
         )
 
     def resume(self) -> None:
-        """The first numbers are those of before the first step, as a recipe keeps them."""
-        self.first = [self.ask(part) for part in self.stage.parts(self.data.held_out)]
+        """The first numbers are those of before the first step, which a recipe keeps."""
+        self.first = self._ask_first(None if self.config.reference.mode == "none" else self.ask)
         super().resume()
+
+    def _ask_first(self, asks: Callable[[Sequence[Any]], Any] | None) -> list[Any]:
+        return [asks(part) for part in self.stage.parts(self.data.held_out)] if asks else []

@@ -65,8 +65,8 @@ class PairStage:
             )
             assert logps is not None
             own = held_out_metrics(self.objective, [records[i] for i in rows], logps, reference)
-            kept = own if not task else {name: own[f"validation/{name}"] for name in ("loss", "accuracy", "margin")}
-            found.update({_within(name, task): value for name, value in kept.items()})
+            told = own if not task else [f"validation/{name}" for name in ("loss", "accuracy", "margin")]
+            found.update({_within(name, task): own[name] for name in told})
         return found
 
     def table(

@@ -14,6 +14,7 @@ from alignment.reference_cache import cached_numbers
 
 LORA = {"adapter": {"r": 4}, "optimizer": {"lr": 1e-2}}
 FULL = {"optimizer": {"lr": 1e-3}}
+RARELY = {"num_steps": 4, "checkpoint_every": 4}
 
 
 @pytest.fixture(autouse=True)
@@ -25,39 +26,48 @@ def _same_umask_afterwards():
 
 CASES = {
     "DPO, LoRA": (pair_tasks, {"training": LORA}),
-    "DPO, LoRA, reference follows": (pair_tasks, {"training": LORA, "reference": {"sync_every": 2}}),
+    "DPO, LoRA, reference follows": (pair_tasks, {"training": LORA, "reference": {"sync_every": 3}}),
     "DPO, full, reference follows a third": (
         pair_tasks,
-        {"training": FULL, "reference": {"sync_every": 2, "sync_share": 0.3}},
+        {"training": FULL, "reference": {"sync_every": 3, "sync_share": 0.3}},
     ),
-    "SimPO": (pair_tasks, {"training": FULL, "reference": {"mode": "none"}, "dpo": {"terms": [{"kind": "simpo"}]}}),
+    "SimPO": (
+        pair_tasks,
+        {"training": FULL, "reference": {"mode": "none"}, "dpo": {"terms": [{"kind": "simpo"}], "beta": 2.0}},
+    ),
     "KTO, full": (label_tasks, {"training": FULL}),
     "BCO, LoRA": (label_tasks, {"training": LORA, "kto": {"loss": "bco"}}),
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+QUICK = ("DPO, LoRA, reference follows", "KTO, full")
+
+
+@pytest.mark.parametrize("case", [c if c in QUICK else pytest.param(c, marks=pytest.mark.slow) for c in CASES])
 def test_a_run_that_was_cut_goes_on_to_the_same_end(tiny, tmp_path, case):
     """Bit for bit: weights, metrics, and the reference that the cut run had."""
     tasks, sections = CASES[case]
     training = {**sections["training"], "validate_every": 2}
-    settings = {**sections, "run": {"num_steps": 6}, "training": training}
-    if case == "SimPO":
-        settings["dpo"] = {"terms": [{"kind": "simpo"}], "beta": 2.0}
+    settings = {**sections, "run": {"num_steps": 6, "checkpoint_every": 2}, "training": training}
     runs = [
         PreferenceRun(tiny / "policy", tmp_path / folder, tasks(), **settings) for folder in ("whole", "cut", "cut")
     ]
-    if case == "SimPO":
-        runs[2].ask = lambda records: []
-    rows = cut_and_resumed(*runs, at=3)
-    assert rows[-1]["validation/loss"] < rows[1]["validation/loss"] or "follows" in case
+    rows = cut_and_resumed(*runs, at=4)
+    assert rows[5]["validation/loss"] < rows[1]["validation/loss"]
 
 
-@pytest.mark.parametrize("tasks", [pair_tasks, label_tasks])
-@pytest.mark.parametrize("training", [LORA, FULL], ids=["LoRA", "full"])
+@pytest.mark.parametrize(
+    ("tasks", "training"),
+    [
+        pytest.param(pair_tasks, LORA, id="pairs, LoRA"),
+        pytest.param(pair_tasks, FULL, marks=pytest.mark.slow, id="pairs, full"),
+        pytest.param(label_tasks, LORA, marks=pytest.mark.slow, id="labels, LoRA"),
+        pytest.param(label_tasks, FULL, id="labels, full"),
+    ],
+)
 def test_numbers_computed_before_the_run_train_as_live_ones(tiny, tmp_path, tasks, training):
-    live = PreferenceRun(tiny / "policy", tmp_path / "live", tasks(), run={"num_steps": 4}, training=training)
-    cached = PreferenceRun(tiny / "policy", tmp_path / "cached", tasks(), run={"num_steps": 4}, training=training)
+    live = PreferenceRun(tiny / "policy", tmp_path / "live", tasks(), run=RARELY, training=training)
+    cached = PreferenceRun(tiny / "policy", tmp_path / "cached", tasks(), run=RARELY, training=training)
     with live.stack, cached.stack:
         live.train()
         data, stage = cached.data, cached.stage
@@ -70,6 +80,9 @@ def test_numbers_computed_before_the_run_train_as_live_ones(tiny, tmp_path, task
             ours, theirs = (torch.tensor(ask([record])) for ask in (numbers, live.ask))
             torch.testing.assert_close(ours, theirs, atol=0, rtol=1e-6)
         for ours, theirs in zip(untimed(cached), untimed(live), strict=True):
+            if ours["step"] == 0:  # every gap is 0, and rounding decides on which side of it
+                ours.pop("dpo/accuracy", None)
+                theirs.pop("dpo/accuracy", None)
             assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-5)
 
 
@@ -78,7 +91,7 @@ def test_the_first_loss_is_ln_2_again_after_the_reference_has_followed(tiny, tmp
         tiny / "policy",
         tmp_path / "run",
         pair_tasks(),
-        run={"num_steps": 5},
+        run={"num_steps": 5, "checkpoint_every": 5},
         training={**LORA, "validate_every": 1},
         reference={"sync_every": 3},
     )
