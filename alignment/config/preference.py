@@ -77,7 +77,9 @@ class PairsDataConfig(JudgedDataConfig):
 class LabelsDataConfig(JudgedDataConfig):
     """Labelled answers; docs/preferences.md has the columns."""
 
-    sources: tuple[LabelledTaskConfig, ...] = Field(default=(LabelledTaskConfig(asset="refusals"),), min_length=1)
+    sources: tuple[LabelledTaskConfig, ...] = Field(
+        default=(LabelledTaskConfig(asset="treatment-plans"),), min_length=1
+    )
     """One task or more."""
 
     @model_validator(mode="after")
