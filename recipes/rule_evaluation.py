@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from actors.handles import FineTunedHandle
 from actors.reward import RewardModelActor
 from alignment.config import ModelConfig, PromptDataConfig, RewardConfig
 from alignment.config.preference import AnsweredPromptsConfig
 from alignment.data.prompts import load_prompts
+from alignment.data.split import digest, held_out_groups
 from alignment.loops.evaluation import HeldOut, compare, scored_answers
 from alignment.types import Prompt
 from recipes import checks
@@ -37,9 +40,18 @@ class RuleEvaluation:
             prompt_key=config.prompt_key,
             system_prompt=system_prompt,
             max_prompt_tokens=config.max_prompt_tokens,
-            held_out=config.num_prompts,
+            held_out=0,
         )
-        self.prompts = load_prompts(asked, tokenizer).held_out
+        every = load_prompts(asked, tokenizer).train
+        if config.num_prompts > len(every):
+            raise ValueError(
+                f"evaluation.num_prompts: got {config.num_prompts}, expected at most the {len(every)} of "
+                "evaluation.source; lower it"
+            )
+        out = held_out_groups(
+            np.array([int(digest(prompt.id), 16) for prompt in every], np.uint64), config.num_prompts
+        )
+        self.prompts = [prompt for prompt, is_out in zip(every, out, strict=True) if is_out]
         self.reward = RewardConfig(functions=config.functions, execution=config.execution)
         checks.check_reward_functions(self.reward, self.prompts)
 

@@ -93,6 +93,9 @@ def test_the_plan_has_a_frozen_copy_beside_a_policy_trained_in_full(tmp_path, dp
     assert "(policy + reference)" in capsys.readouterr().out
 
 
+ASKED = ["--evaluation.source.path", "ROWS"]
+
+
 @pytest.mark.parametrize(
     ("flags", "reason"),
     [
@@ -101,8 +104,12 @@ def test_the_plan_has_a_frozen_copy_beside_a_policy_trained_in_full(tmp_path, dp
         (["--data.held_out", "24"], "leaves none to train on"),
         (["--model.path", "runs/nowhere/final"], "runs/nowhere/final"),
         (
-            ["--evaluation.source.path", "ROWS", "--evaluation.functions", '[{name: "numbers:final_number"}]'],
+            [*ASKED, "--evaluation.num_prompts", "9", "--evaluation.functions", '[{name: "numbers:final_number"}]'],
             "expected column",
+        ),
+        (
+            [*ASKED, "--evaluation.num_prompts", "25", "--evaluation.functions", '[{name: "text:finished_sentence"}]'],
+            "evaluation.num_prompts: got 25, expected at most the 24",
         ),
     ],
 )
@@ -121,6 +128,8 @@ def test_held_out_answers_of_one_class_are_refused(tmp_path, kto, capsys):
 
 
 def test_prompts_that_are_answered_for_the_table_are_not_trained_on(tmp_path, dpo, capsys):
+    """The same hash chooses both: of five prompts two are held out already."""
     more = ["--evaluation.num_prompts", "5", "--evaluation.functions", '[{name: "text:finished_sentence"}]']
-    assert dpo_medical.main([*dpo, "--dry-run", "--evaluation.source.path", f"{tmp_path}/rows.jsonl", *more]) == 0
-    assert "held out too" in capsys.readouterr().out
+    more += ["--data.held_out", "2", "--evaluation.source.path", f"{tmp_path}/rows.jsonl"]
+    assert dpo_medical.main([*dpo, "--dry-run", *more]) == 0
+    assert "own: 19 train, 2 held out (rows 24, chosen longer 24, held out too 3)" in capsys.readouterr().out

@@ -34,7 +34,10 @@ evaluation:
 """
 RUNS = {
     "dpo": """
-data: {{sources: [{{path: {folder}/pairs.jsonl, weight: 2}}, {{path: {folder}/more.jsonl, weight: 1}}], held_out: 4, max_tokens: 96}}
+data:
+  sources: [{{path: {folder}/pairs.jsonl, weight: 2}}, {{path: {folder}/more.jsonl, weight: 1}}]
+  held_out: 4
+  max_tokens: 96
 dpo: {{terms: [{{kind: sigmoid}}, {{kind: sft, weight: 0.2}}], beta: 0.2}}
 reference: {{sync_every: 2}}
 """,
