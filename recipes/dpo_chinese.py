@@ -1,7 +1,7 @@
 """DPO on pairs of Chinese answers: `python recipes/dpo_chinese.py`.
 
-Rows 240 to 299 of the data set are for the table alone. Those whose prompt leaves no room are left out, and long answers
-are cut: the lines at the start say how many.
+Rows 240 to 299 of the data set are for the table alone. Those whose prompt leaves no room are left out, and long
+answers are cut: the lines at the start say how many.
 """
 
 from __future__ import annotations
