@@ -122,26 +122,30 @@ def held_out(output: Path) -> dict[str, dict]:
     return json.loads((output / "summary.json").read_text())["held_out"]
 
 
-SLOW = pytest.mark.slow
+CASES = [("dpo", 4), ("dpo", 0), ("kto", 4), ("kto", 0), ("bco", 4)]
 
 
-@pytest.fixture(
-    scope="module",
-    params=[
-        ("dpo", 4),
-        ("kto", 0),
-        pytest.param(("dpo", 0), marks=SLOW),
-        pytest.param(("kto", 4), marks=SLOW),
-        pytest.param(("bco", 4), marks=SLOW),
-    ],
-    ids=lambda case: f"{case[0]}, {'LoRA' if case[1] else 'full'}",
-)
+def cases(*quick: tuple[str, int]) -> pytest.MarkDecorator:
+    """All of them as `alone`, the others than these in the slow set."""
+    params = [
+        pytest.param(
+            case,
+            marks=() if case in quick else pytest.mark.slow,
+            id=f"{case[0]}, {'LoRA' if case[1] else 'full'}",
+        )
+        for case in CASES
+    ]
+    return pytest.mark.parametrize("alone", params, indirect=True)
+
+
+@pytest.fixture(scope="module")
 def alone(request, folder):
     """A run in one process."""
     kind, rank = request.param
     return kind, rank, run(folder, folder / f"alone {kind}{rank}", kind, rank, "--local")
 
 
+@cases(("dpo", 4))
 def test_through_ray_the_bits_are_those_of_one_process(folder, alone):
     kind, rank, local = alone
     on_ray = run(folder, folder / f"ray {kind}{rank}", kind, rank)
@@ -158,7 +162,10 @@ def test_through_ray_the_bits_are_those_of_one_process(folder, alone):
     assert (local / "hygiene.txt").read_text().count("\n") > 5
 
 
-@pytest.mark.parametrize("cluster", ["two ranks", *(pytest.param(c, marks=SLOW) for c in list(CLUSTERS)[1:])])
+@cases(("kto", 0))
+@pytest.mark.parametrize(
+    "cluster", ["two ranks", *(pytest.param(c, marks=pytest.mark.slow) for c in list(CLUSTERS)[1:])]
+)
 def test_two_ranks_by_the_yaml_alone_give_the_numbers_of_one(folder, alone, cluster):
     """KTO's baseline and its classes' rewards among them."""
     if "ZeRO" in cluster:
@@ -172,6 +179,7 @@ def test_two_ranks_by_the_yaml_alone_give_the_numbers_of_one(folder, alone, clus
         assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-5)
 
 
+@cases()
 def test_killed_and_started_again_it_ends_with_the_same_bits(folder, alone, tmp_path):
     kind, rank, local = alone
     output = tmp_path / "run"
