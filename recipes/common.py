@@ -187,10 +187,12 @@ def parse(name: str, config_class: type[ConfigT], argv: list[str] | None) -> Job
     parser.add_argument("--local", action="store_true", help="one process, no Ray")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan, start no actor")
     known, overrides = parser.parse_known_args(argv)
+    config = load_config(config_class, file=known.config, overrides=overrides)
+    cluster = load_config(ClusterConfig, file=known.cluster, overrides=[])
     return Job(
         name=name,
-        config=load_config(config_class, file=known.config, overrides=overrides),
-        cluster=load_config(ClusterConfig, file=known.cluster, overrides=[]),
+        config=checks.settle_dtype(config, cluster),
+        cluster=cluster,
         cluster_file=known.cluster,
         output_dir=known.output_dir,
         resume=known.resume,
