@@ -14,7 +14,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Protocol, Self, TypeVar
@@ -333,11 +333,13 @@ def write_summary(job: Job[Any], directory: RunDirectory, held_out: Mapping[str,
     print(f"wrote {directory.path}/summary.json, model in {directory.final}", flush=True)
 
 
-def compare_items(before: Mapping[str, Any], after: Mapping[str, Any], seed: int) -> dict[str, Any]:
-    """One row of `held_out` from two reports with a 0 / 1 per item."""
+def compare_items(
+    before: Mapping[str, Any], after: Mapping[str, Any], seed: int, *, groups: Sequence[Hashable] | None = None
+) -> dict[str, Any]:
+    """One row of `held_out` from two reports with a 0 / 1 per item. `groups`: as for `paired_bootstrap`."""
     from alignment.bootstrap import paired_bootstrap
 
-    _, low, high = paired_bootstrap(before["correct"], after["correct"], seed=seed)
+    _, low, high = paired_bootstrap(before["correct"], after["correct"], groups=groups, seed=seed)
     return {
         "before": before["accuracy"],
         "after": after["accuracy"],
