@@ -15,6 +15,7 @@ from alignment.config import AdapterConfig, RankRunConfig, RewardConfig
 from alignment.config_io import dump_config
 from alignment.data.chat import load_tokenizer
 from alignment.data.prompts import PromptSet, load_prompts
+from alignment.feedback_losses import imbalance
 from alignment.fingerprint import model_fingerprint, records_fingerprint
 from alignment.loops.ranking import AnsweredBatch, AnswerLog, answer_prompts, num_batches
 from alignment.loops.run import Run
@@ -170,6 +171,10 @@ def write_rows(
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in own)
         directory.write_text_atomic(directory.final / f"{name}.jsonl", text)
     print(table(figures))
+    if advice := imbalance(figures["desirable"], figures["undesirable"]):
+        print(f"labels: {advice}")
+    if not made.pairs:
+        print("pairs: got none; raise ranking.num_samples_per_prompt or rollout.temperature, or lower ranking.min_gap")
     common.write_summary(job, directory, {}, what="rows", ranking=figures)
     write_data_card(
         directory.final,

@@ -19,8 +19,9 @@ from alignment.data.chat import load_tokenizer
 from alignment.data.judgements import load_judgements
 from alignment.data.preferences import load_preference_pairs
 from alignment.data.prompts import load_prompts
+from alignment.fingerprint import model_fingerprint
 from alignment.loops.ranking import AnswerLog
-from recipes import checks, rank_answers
+from recipes import checks, rank_answers, sft_calculators
 from recipes.common import parse
 
 FILES = ("answers.jsonl", "pairs.jsonl", "labels.jsonl", "README.md")
@@ -114,6 +115,7 @@ def test_its_rows_are_what_the_next_stages_read(tiny, whole):
 KILLED = """
 import os, signal, sys
 sys.path.insert(0, os.getcwd())
+from alignment.fingerprint import model_fingerprint
 from alignment.loops.ranking import AnswerLog
 from recipes import rank_answers
 append = AnswerLog.append
@@ -128,9 +130,7 @@ rank_answers.main(sys.argv[1:])
 """
 
 
-@pytest.mark.parametrize(
-    ("last", "num_bytes", "kept"), [pytest.param(2, 0, 3, marks=pytest.mark.slow), (3, 40, 3)]
-)
+@pytest.mark.parametrize(("last", "num_bytes", "kept"), [pytest.param(2, 0, 3, marks=pytest.mark.slow), (3, 40, 3)])
 def test_killed_at_a_batch_or_within_its_line_it_ends_with_the_same_bytes(
     config, whole, tmp_path, last, num_bytes, kept
 ):
@@ -241,6 +241,24 @@ def test_a_dry_run_counts_and_starts_nothing(config, tmp_path, capsys):
     assert "20 prompts x 4 samples = 80 answers in 7 batches of 3 prompts" in said
     assert "dry run: no actor was started" in said
     assert not (tmp_path / "run").exists()
+
+
+def test_the_policy_that_answers_is_trained_first(tiny, config, tmp_path, monkeypatch, capsys):
+    """What runs it has a config whose data is here; the stand-in for its model is the tiny one."""
+    lessons = tmp_path / "lessons.jsonl"
+    rows = [{"prompt": f"What is {i}?", "completion": "It is."} for i in range(9)]
+    lessons.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = ["--model.path", str(tiny / "policy"), "--data.sources", f"[{{path: {lessons}}}]", "--data.held_out", "2"]
+    train = sft_calculators.main
+    monkeypatch.setattr(sft_calculators, "main", lambda own: train([*own, *given, "--run.num_steps", "1"]))
+    monkeypatch.setattr(checks, "_base_of", lambda recipe: str(tiny / "policy"))
+    final = tmp_path / "sft_calculators" / "final"
+    more = ["--model.path", str(final), "--data.source.limit", "6", "--data.held_out", "2"]
+    assert rank_answers.main(flags(config, tmp_path / "run", *more, "--dry-run")) == 0
+    assert f"{final} is not there yet: it would be trained first" in capsys.readouterr().out
+    assert rank_answers.main(flags(config, tmp_path / "run", *more)) == 0
+    inputs = json.loads((tmp_path / "run" / "inputs.json").read_text())
+    assert inputs["model"] == model_fingerprint(str(final))
 
 
 @pytest.mark.parametrize("name", ["pairs.jsonl", "labels.jsonl", ""])
