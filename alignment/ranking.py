@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import statistics
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import combinations
 from typing import Any
 
 from alignment.bootstrap import paired_bootstrap
-from alignment.config.ranking import OnCut
+from alignment.config.ranking import OnCut, UnsureBy
 from alignment.types import Prompt
 
 Row = dict[str, Any]
@@ -178,6 +180,42 @@ def label_row(answer: ScoredAnswer, desirable: bool) -> Row:
         "score": answer.score,
         "group": answer.prompt_id,
     }
+
+
+def rows_to_label(answers: Iterable[ScoredAnswer], *, most: int, unsure_by: UnsureBy, on_cut: OnCut) -> list[Row]:
+    """Pairs of which the scores are least sure, for a person: one of a prompt at most, the least sure first.
+
+    A row is a ranking whose answers tie, which `alignment.data.judgements.load_judgements` refuses until the person
+    has set `ranks` to [1, 2] or [2, 1], 1 the better. Neither it nor the order says anything of the scores.
+
+    Args:
+        most: rows.
+        unsure_by: "gap", the smallest one between two scores; "disagreement", the largest sum over both answers, of
+            which those without one are left out.
+        on_cut: with "keep" a cut answer may be shown.
+    """
+
+    def doubt(pair: tuple[ScoredAnswer, ScoredAnswer]) -> float:
+        a, b = pair
+        return -abs(a.score - b.score) if unsure_by == "gap" else (a.disagreement or 0.0) + (b.disagreement or 0.0)
+
+    found = []
+    for own in by_prompt(answers).values():
+        shown = [a for a in distinct(own) if a.finished or on_cut == "keep"]
+        if unsure_by == "disagreement":
+            shown = [a for a in shown if a.disagreement is not None]
+        if len(shown) > 1:
+            found.append(max(combinations(shown, 2), key=doubt))
+    chosen = sorted(found, key=doubt, reverse=True)[:most]
+    return [
+        {
+            "prompt": pair[0].prompt,
+            "answers": sorted((a.response for a in pair), key=lambda text: hashlib.sha256(text.encode()).digest()),
+            "ranks": [1, 1],
+            "group": pair[0].prompt_id,
+        }
+        for pair in chosen
+    ]
 
 
 def score_figures(prompts: Sequence[Sequence[ScoredAnswer]], *, seed: int) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from alignment.loops.ranking import AnsweredBatch, AnswerLog, answer_prompts, nu
 from alignment.loops.run import Run
 from alignment.model_card import write_data_card
 from alignment.model_checks import check_model
-from alignment.ranking import preference_data, table
+from alignment.ranking import preference_data, rows_to_label, table
 from alignment.run_directory import RunDirectory
 from alignment.types import Prompt
 from recipes import checks, common, planning
@@ -167,6 +167,10 @@ def write_rows(
     figures = {**made.figures, **{f"unscored_{kind}": count for kind, count in sorted(unscored.items())}}
     directory.final.mkdir(exist_ok=True)
     rows = {"answers": [answer.row() for answer in answers], "pairs": made.pairs, "labels": made.labels}
+    if ranking.num_to_label:
+        rows["to_label"] = rows_to_label(
+            answers, most=ranking.num_to_label, unsure_by=ranking.unsure_by, on_cut=ranking.on_cut
+        )
     for name, own in rows.items():
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in own)
         directory.write_text_atomic(directory.final / f"{name}.jsonl", text)

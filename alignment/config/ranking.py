@@ -6,13 +6,14 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from alignment.config.base import Config, FiniteFloat, NonNegativeFloat, Positive
+from alignment.config.base import Config, FiniteFloat, NonNegative, NonNegativeFloat, Positive
 from alignment.config.data import PromptDataConfig
 from alignment.config.model import ModelConfig
 from alignment.config.reward import RewardConfig
 from alignment.config.rollout import RolloutConfig
 
 OnCut = Literal["reject", "skip", "keep"]
+UnsureBy = Literal["gap", "disagreement"]
 
 
 class RankRunSectionConfig(Config):
@@ -38,6 +39,10 @@ class RankingConfig(Config):
     on_cut: OnCut = "reject"
     """Answers that the limit cut off: `reject` never takes them for chosen or desirable, `skip` takes them for
     nothing, `keep` takes them as any other. They are scored in any case."""
+    num_to_label: NonNegative = 0
+    """Pairs for a person to judge, of which the scores are least sure: one of a prompt at most, in to_label.jsonl."""
+    unsure_by: UnsureBy = "gap"
+    """What tells them: the smallest `gap` between two scores, or the largest `disagreement` of an ensemble on both."""
 
 
 class RankRunConfig(Config):
@@ -74,6 +79,15 @@ class RankRunConfig(Config):
             raise ValueError(
                 f"ranking.pairs_per_prompt: got {self.ranking.pairs_per_prompt}, expected at most the {most} pairs of "
                 f"{self.ranking.num_samples_per_prompt} answers; lower it, or raise ranking.num_samples_per_prompt"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _somebody_disagrees(self) -> RankRunConfig:
+        if self.ranking.unsure_by == "disagreement" and not self.reward.ensemble.models:
+            raise ValueError(
+                "ranking.unsure_by: got disagreement with one reward model at most, expected several; name more in "
+                "reward.ensemble.models, or set it to gap"
             )
         return self
 

@@ -24,7 +24,7 @@ from alignment.loops.ranking import AnswerLog
 from recipes import checks, rank_answers, sft_calculators
 from recipes.common import parse
 
-FILES = ("answers.jsonl", "pairs.jsonl", "labels.jsonl", "README.md")
+FILES = ("answers.jsonl", "pairs.jsonl", "labels.jsonl", "to_label.jsonl", "README.md")
 CONFIG = """
 data: {{source: {{path: {tiny}/prompts.jsonl}}, held_out: 4}}
 model: {{path: {tiny}/policy}}
@@ -32,7 +32,7 @@ reward:
   functions: [{{name: "text:length_between", settings: {{min_words: 6, max_words: 9}}}}]
   gold: [{{name: "text:no_repetition"}}]
 rollout: {{engine: transformers, max_new_tokens: 24, stop: [a, e, i, o, "1", "2", "3", "4"]}}
-ranking: {{num_samples_per_prompt: 4, batch_size: 3, pairs_per_prompt: 2}}
+ranking: {{num_samples_per_prompt: 4, batch_size: 3, pairs_per_prompt: 2, num_to_label: 3}}
 """
 
 
@@ -87,6 +87,7 @@ def test_what_a_run_leaves(tiny, config, whole):
     assert all((row["group"], row["chosen"]) in finished for row in pairs)
     assert all((row["group"], row["completion"]) in finished for row in labels if row["label"])
     assert all(row["chosen_score"] > row["rejected_score"] for row in pairs)
+    assert 0 < len(rows(whole / "final" / "to_label.jsonl")) <= 3
     everything = "".join((whole / "final" / name).read_text() for name in FILES) + (whole / "batches.txt").read_text()
     for prompt in prompts.held_out:
         assert not re.search(rf"{re.escape(prompt.messages[-1]['content'])}", everything)

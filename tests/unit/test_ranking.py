@@ -4,15 +4,27 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 from tiny import byte_tokenizer
 
 from alignment.config import PreferenceDataConfig, RankRunConfig, RewardDataConfig, SourceConfig
+from alignment.data.chat import decode
+from alignment.data.conversions import pairs_of_rankings
 from alignment.data.judgements import load_judgements
 from alignment.data.preferences import load_preference_pairs
 from alignment.data.prompts import make_prompt, prompt_id
-from alignment.ranking import ScoredAnswer, best_pairs, distinct, labels_of, preference_data, prompt_as_asked, table
+from alignment.ranking import (
+    ScoredAnswer,
+    best_pairs,
+    distinct,
+    labels_of,
+    preference_data,
+    prompt_as_asked,
+    rows_to_label,
+    table,
+)
 
 RULES = {"pairs_per_prompt": 2, "min_gap": 0.0, "label_threshold": 0.5, "on_cut": "reject"}
 
@@ -188,6 +200,42 @@ def test_both_loaders_read_the_rows_and_hold_out_whole_prompts(tmp_path):
     assert {label.prompt_ids for label in labels.train}.isdisjoint(label.prompt_ids for label in labels.held_out)
 
 
+def doubted(text: str, score: float, disagreement: float | None, *, prompt: str) -> ScoredAnswer:
+    return replace(answer(text, score, prompt=prompt), disagreement=disagreement)
+
+
+UNSURE = [
+    *(doubted("a", 1.0, 0.1, prompt="p"), doubted("b", 0.8, 0.2, prompt="p"), doubted("c", 0.0, 0.9, prompt="p")),
+    *(doubted("d", 0.5, 0.3, prompt="q"), doubted("e", 0.45, 0.1, prompt="q"), doubted("f", 0.4, None, prompt="q")),
+    *(doubted("g", 0.0, 2.0, prompt="alone"), doubted("g", 0.0, 2.0, prompt="alone")),
+]
+
+
+@pytest.mark.parametrize(
+    ("unsure_by", "expected"),
+    [("gap", [("q", {"d", "e"}), ("p", {"a", "b"})]), ("disagreement", [("p", {"b", "c"}), ("q", {"d", "e"})])],
+)
+def test_a_person_is_asked_where_the_scores_are_least_sure(unsure_by, expected):
+    found = rows_to_label(UNSURE, most=5, unsure_by=unsure_by, on_cut="reject")
+    assert [(row["prompt"], set(row["answers"])) for row in found] == expected
+    assert rows_to_label(UNSURE, most=1, unsure_by=unsure_by, on_cut="reject") == found[:1]
+    assert all(set(row) == {"prompt", "answers", "ranks", "group"} for row in found), "nothing of the scores"
+
+
+def test_what_a_person_has_ranked_is_read_and_what_waits_is_refused(tmp_path):
+    tokenizer, file = byte_tokenizer(), tmp_path / "to_label.jsonl"
+    found = rows_to_label(UNSURE, most=2, unsure_by="gap", on_cut="reject")
+    config = RewardDataConfig(source=SourceConfig(path=str(file)), held_out=0)
+    file.write_text("".join(json.dumps(row) + "\n" for row in found))
+    with pytest.raises(ValueError, match=r"to_label.jsonl:1: 'ranks': got the same for all answers, expected"):
+        load_judgements(config, tokenizer)
+    file.write_text("".join(json.dumps({**row, "ranks": [2, 1]}) + "\n" for row in found))
+    ranked = load_judgements(config, tokenizer)
+    assert ranked.kind == "rankings"
+    pairs = pairs_of_rankings(ranked.train)
+    assert [decode(tokenizer, pair.chosen_ids) for pair in pairs] == [row["answers"][1] for row in found]
+
+
 def config_of(**sections) -> RankRunConfig:
     return RankRunConfig.model_validate({"reward": {"functions": [{"name": "text:no_repetition"}]}, **sections})
 
@@ -208,6 +256,7 @@ def config_of(**sections) -> RankRunConfig:
             {"reward": {"model": "m", "overlong_buffer": 9}, "rollout": {"max_new_tokens": 8}},
             r"reward\.overlong_buffer: got 9, expected at most the 8",
         ),
+        ({"ranking": {"unsure_by": "disagreement"}}, r"ranking\.unsure_by: got disagreement with one reward model"),
         ({"ranking": {"num_samples_per_prompt": 1}}, "greater than or equal to 2"),
     ],
 )
