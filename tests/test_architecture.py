@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from alignment.config import ClusterConfig, Config, PpoRunConfig, RewardModelRunConfig, SftRunConfig
+from alignment.config import ClusterConfig, Config, PpoRunConfig, RankRunConfig, RewardModelRunConfig, SftRunConfig
 from alignment.config.zoo import PeftZooConfig
 from alignment.config_io import load_config
 
@@ -30,7 +30,7 @@ LAYERS = {
     **dict.fromkeys(["alignment.schedules", "alignment.bootstrap", "alignment.scores", "alignment.data"], 1),
     **dict.fromkeys(["alignment.memory", "alignment.fingerprint", "alignment.quantization"], 1),
     **dict.fromkeys(["alignment.model_card", "alignment.reward_objectives", "alignment.calibration"], 1),
-    "alignment.hacking": 1,
+    **dict.fromkeys(["alignment.hacking", "alignment.ranking"], 1),
     **dict.fromkeys(
         [
             "alignment.packed",
@@ -296,6 +296,7 @@ def config_class(path: Path) -> type[Config]:
         return ClusterConfig
     kinds: dict[str, type[Config]] = {
         "ppo_": PpoRunConfig,
+        "rank_": RankRunConfig,
         "reward_model_": RewardModelRunConfig,
         "peft_zoo": PeftZooConfig,
         **dict.fromkeys(["sft_", "lora_sft_", "qlora_"], SftRunConfig),

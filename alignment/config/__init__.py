@@ -12,6 +12,7 @@ from alignment.config.data import PreferenceDataConfig, PromptDataConfig, SftDat
 from alignment.config.hacking import HackingConfig
 from alignment.config.model import AdapterConfig, MicroBatchConfig, ModelConfig, OptimizerConfig
 from alignment.config.ppo import CriticConfig, KlConfig, PolicyConfig, PpoConfig, PpoRunConfig
+from alignment.config.ranking import RankingConfig, RankRunConfig
 from alignment.config.reward import GoldFunctionConfig, RewardConfig, RewardExecutionConfig, RewardFunctionConfig
 from alignment.config.reward_model import RewardDataConfig, RewardModelRunConfig, RewardModelTrainingConfig
 from alignment.config.rollout import CorrectionConfig, RolloutConfig, VllmConfig
@@ -37,6 +38,8 @@ __all__ = [
     "PpoRunConfig",
     "PreferenceDataConfig",
     "PromptDataConfig",
+    "RankRunConfig",
+    "RankingConfig",
     "RewardConfig",
     "RewardDataConfig",
     "RewardExecutionConfig",
