@@ -29,14 +29,24 @@ from actors.sft import SftActor
 from actors.weight_links import RouteChoice
 from actors.worker import Actor, choose_device
 from alignment.config import (
+    AdapterConfig,
     ClusterConfig,
     DpoRunConfig,
     KtoRunConfig,
     PpoRunConfig,
+    RankRunConfig,
     RewardModelRunConfig,
     SftRunConfig,
 )
 from alignment.types import SftExample
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RankRoles:
+    """What `answer_prompts` is handed."""
+
+    reward: RewardHandle
+    rollout: RolloutHandle
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,6 +99,20 @@ def ppo_actors(config: PpoRunConfig, cluster: ClusterConfig, *, model_path: str,
             device=choose_device(cluster.reference.gpus_per_worker),
             machines=cluster.reference,
         ),
+        **_answering_actors(config, cluster, model_path=model_path, adapter=config.policy.adapter),
+    }
+
+
+def rank_actors(config: RankRunConfig, cluster: ClusterConfig, *, model_path: str) -> dict[str, Actor]:
+    """The two actors of a ranking run, not yet set up: a sampler without a policy that could send it weights."""
+    return _answering_actors(config, cluster, model_path=model_path, adapter=None)
+
+
+def _answering_actors(
+    config: PpoRunConfig | RankRunConfig, cluster: ClusterConfig, *, model_path: str, adapter: AdapterConfig | None
+) -> dict[str, Actor]:
+    """What answers and what scores. `adapter`: the policy's, whose weights the sampler is sent."""
+    return {
         "reward_model": RewardModelActor(
             model=config.model,
             reward=config.reward,
@@ -100,7 +124,7 @@ def ppo_actors(config: PpoRunConfig, cluster: ClusterConfig, *, model_path: str,
             rollout=config.rollout,
             engine=choose_engine(config.rollout.engine, cluster.rollout.engine),
             tensor_parallel_size=cluster.rollout.tensor_parallel_size,
-            adapter=config.policy.adapter,
+            adapter=adapter,
             longest=config.data.max_prompt_tokens + config.rollout.max_new_tokens,
             device=choose_device(cluster.rollout.gpus_per_worker),
             model=config.model,
@@ -178,6 +202,12 @@ def ppo_roles(
         reference=ReferenceHandle(groups["reference"]),
         reward=RewardHandle(groups["reward_model"]),
         rollout=RolloutHandle(groups["rollout"], engine_limits),
+    )
+
+
+def rank_roles(groups: Mapping[str, Group], *, engine_limits: tuple[int, int] | None = None) -> RankRoles:
+    return RankRoles(
+        reward=RewardHandle(groups["reward_model"]), rollout=RolloutHandle(groups["rollout"], engine_limits)
     )
 
 

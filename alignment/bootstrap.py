@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import torch
 
@@ -11,7 +11,13 @@ CHUNK = 1 << 22
 
 
 def paired_bootstrap(
-    before: Sequence[float], after: Sequence[float], *, num_resamples: int = 10_000, seed: int = 0, level: float = 0.95
+    before: Sequence[float],
+    after: Sequence[float],
+    *,
+    groups: Sequence[Hashable] | None = None,
+    num_resamples: int = 10_000,
+    seed: int = 0,
+    level: float = 0.95,
 ) -> tuple[float, float, float]:
     """Mean of `after - before` over items, with the percentile interval of resampled items (Efron 1979).
 
@@ -19,6 +25,8 @@ def paired_bootstrap(
 
     Args:
         before, after: one finite number per item.
+        groups: of each item what it shares with others, e.g. a prompt. Whole groups are then resampled (the cluster
+            bootstrap, Davison and Hinkley 1997, section 3.8): items of a group tell less than as many apart would.
         num_resamples: bootstrap samples.
         seed: of the resampling.
         level: coverage of the interval, between 0 and 1.
@@ -35,13 +43,27 @@ def paired_bootstrap(
         raise ValueError("got an item that is NaN or infinite, expected finite numbers; leave that item out of both")
     if not 0 < level < 1 or num_resamples < 1:
         raise ValueError(f"got level={level}, num_resamples={num_resamples}, expected 0 < level < 1 and at least 1")
+    if groups is not None and len(groups) != len(after):
+        raise ValueError(f"got {len(groups)} groups for {len(after)} items, expected one for each; pair them")
     gains = torch.tensor(after, dtype=torch.float64) - torch.tensor(before, dtype=torch.float64)
+    sums, counts = _by_group(gains, groups)
     generator = torch.Generator().manual_seed(seed)
-    rows = max(1, CHUNK // len(gains))
+    rows = max(1, CHUNK // len(sums))
     means = []
     for start in range(0, num_resamples, rows):
-        shape = (min(rows, num_resamples - start), len(gains))
-        means.append(gains[torch.randint(len(gains), shape, generator=generator)].mean(1))
+        shape = (min(rows, num_resamples - start), len(sums))
+        drawn = torch.randint(len(sums), shape, generator=generator)
+        means.append(sums[drawn].sum(1) / counts[drawn].sum(1))
     tails = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
     low, high = torch.quantile(torch.cat(means), tails).tolist()
     return float(gains.mean()), low, high
+
+
+def _by_group(values: torch.Tensor, groups: Sequence[Hashable] | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sum and number of the values of each group; without groups each value is one."""
+    if groups is None:
+        return values, torch.ones_like(values)
+    numbers = {group: k for k, group in enumerate(dict.fromkeys(groups))}
+    index = torch.tensor([numbers[group] for group in groups])
+    nothing = torch.zeros(len(numbers), dtype=values.dtype)
+    return nothing.index_add(0, index, values), nothing.index_add(0, index, torch.ones_like(values))

@@ -1,4 +1,4 @@
-"""The card of a finished model: what it came from, what it read, and what it reached."""
+"""The card of a finished model, or of data that a model made: what it came from, what it read, what it reached."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from alignment.run_directory import write_text_atomic
 
 
 def write_model_card(
@@ -70,3 +72,42 @@ Fine-tuned from `{base}` by Raylign's `recipes/{recipe}.py`; weights of optimise
 ```
 """
     (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def write_data_card(
+    folder: Path, *, recipe: str, model: str, config: str, prompts: str, inputs: Mapping[str, str], figures: str
+) -> None:
+    """Write `README.md` beside the rows that a ranking run leaves.
+
+    Args:
+        model: whose answers they are, as the config names it.
+        config: the resolved config, YAML.
+        prompts: one line of counts, no text of the data.
+        inputs: sha256 of what was read, by name.
+        figures: lines of a table.
+    """
+    read = "\n".join(f"- {name}: `{digest}`" for name, digest in inputs.items())
+    text = f"""# {recipe}
+
+Answers of `{model}` to prompts, scored by Raylign's `recipes/{recipe}.py`. `answers.jsonl` has every answer with a
+score, `pairs.jsonl` and `labels.jsonl` the preferences that the scores give. Held-out prompts stand in none of them.
+
+## Figures
+
+```
+{figures}
+```
+
+## Inputs
+
+Prompts: {prompts}.
+
+{read}
+
+## Config
+
+```yaml
+{config.strip()}
+```
+"""
+    write_text_atomic(folder / "README.md", text)

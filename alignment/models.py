@@ -29,6 +29,12 @@ HeadStart = Literal["require", "zeros", "random"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+def multiplies_bfloat16() -> bool:
+    """Whether this machine's processor has instructions for products in bfloat16; without, they are slower than in
+    float32."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
 class CausalModel(Protocol):
     """A language model in two halves: (B, T) ids -> (B, T, d) hidden states -> (..., V) logits."""
 

@@ -21,6 +21,7 @@ from alignment.config import (
     DpoRunConfig,
     KtoRunConfig,
     PpoRunConfig,
+    RankRunConfig,
     RewardModelRunConfig,
     SftRunConfig,
 )
@@ -31,6 +32,7 @@ from alignment.planning.processes import (
     memory_table,
     ppo_processes,
     preference_processes,
+    ranking_processes,
     reward_model_processes,
     reward_shape_names,
     sft_processes,
@@ -125,16 +127,13 @@ def processes_of(scenario: Scenario, shapes: Mapping[str, ModelShape]) -> list[P
         return preference_processes(config, cluster, shapes["policy"])
     if isinstance(config, SftRunConfig):
         return sft_processes(config, cluster, shapes["policy"])
-    return ppo_processes(
-        config,
-        cluster,
-        shapes,
-        engine=sampling_engine(config, cluster),
-        gpu_bytes=scenario.machines.gpu_memory_gb * GB,
-    )
+    engine, gpu_bytes = sampling_engine(config, cluster), scenario.machines.gpu_memory_gb * GB
+    if isinstance(config, RankRunConfig):
+        return ranking_processes(config, cluster, shapes, engine=engine, gpu_bytes=gpu_bytes)
+    return ppo_processes(config, cluster, shapes, engine=engine, gpu_bytes=gpu_bytes)
 
 
-def sampling_engine(config: PpoRunConfig, cluster: ClusterConfig) -> str:
+def sampling_engine(config: PpoRunConfig | RankRunConfig, cluster: ClusterConfig) -> str:
     """What the recipe names, else the cluster, else vLLM where it is importable here."""
     named = config.rollout.engine if config.rollout.engine != "auto" else cluster.rollout.engine
     return named if named != "auto" else "vllm" if importlib.util.find_spec("vllm") else "transformers"
@@ -142,7 +141,7 @@ def sampling_engine(config: PpoRunConfig, cluster: ClusterConfig) -> str:
 
 def load_run(file: Path, overrides: list[str]) -> RunAnyConfig:
     """A recipe's config: that of a learner alone has a section `training`, and `dpo` or `kto` beside it, or several
-    sources where it is a supervised one's."""
+    sources where it is a supervised one's; that of a ranking has a section `ranking`."""
     if not file.is_file():
         raise ValueError(f"--config: got {file}, which is no file, expected a recipe's YAML file; correct the path")
     try:
@@ -157,6 +156,8 @@ def load_run(file: Path, overrides: list[str]) -> RunAnyConfig:
         if "sources" in (sections.get("data") or {}):
             return load_config(SftRunConfig, file=file, overrides=overrides)
         return load_config(RewardModelRunConfig, file=file, overrides=overrides)
+    if "ranking" in sections:
+        return load_config(RankRunConfig, file=file, overrides=overrides)
     return load_config(PpoRunConfig, file=file, overrides=overrides)
 
 
@@ -170,9 +171,9 @@ def config_shapes(config: RunAnyConfig) -> dict[str, ModelShape]:
 
     policy = read_shape(resolve_model(config.model.path, config.model.revision), config.model.revision)
     shapes = dict.fromkeys(("policy", "critic", "reward_model"), policy)
-    if not isinstance(config, PpoRunConfig):
+    if not isinstance(config, PpoRunConfig | RankRunConfig):
         return shapes
-    if config.critic.path is not None:
+    if isinstance(config, PpoRunConfig) and config.critic.path is not None:
         shapes["critic"] = read_shape(
             resolve_model(config.critic.path, config.critic.revision), config.critic.revision
         )

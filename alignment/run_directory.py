@@ -17,8 +17,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
+BATCHES = "batches.txt"
+"""What a ranking run has answered so far."""
 INNER = (
-    *("config.yaml", "inputs.json", "metrics.jsonl", "rollouts.jsonl", "summary.json", ".lock"),
+    *("config.yaml", "inputs.json", "metrics.jsonl", "rollouts.jsonl", BATCHES, "summary.json", ".lock"),
     *("report.json", "report.md", "hacking.md", "hacking.svg", "tensorboard", "checkpoints", "final"),
 )
 
@@ -54,6 +56,10 @@ class RunDirectory:
     @property
     def rollouts(self) -> Path:
         return self.path / "rollouts.jsonl"
+
+    @property
+    def batches(self) -> Path:
+        return self.path / BATCHES
 
     @property
     def tensorboard(self) -> Path:
@@ -131,7 +137,7 @@ class RunDirectory:
 
     def forget_start(self) -> None:
         """Remove what a start that trained nothing has written: it may have been refused for its config."""
-        for name in ("config.yaml", "inputs.json", "held_out_before.json"):
+        for name in ("config.yaml", "inputs.json", "held_out_before.json", BATCHES):
             (self.path / name).unlink(missing_ok=True)
 
     def append_rollouts(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:

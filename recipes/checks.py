@@ -11,14 +11,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alignment.config import (
+    ROLES,
     AdapterConfig,
     ClusterConfig,
     DpoRunConfig,
     KtoRunConfig,
     ModelConfig,
     PpoRunConfig,
+    RankRunConfig,
     RewardConfig,
     RewardModelRunConfig,
+    RolloutConfig,
     SftRunConfig,
 )
 from alignment.config.splitting import refuse_splitting
@@ -32,7 +35,11 @@ if TYPE_CHECKING:
     from recipes.common import ConfigT, Job
 
 
-UPSTREAM = {"reward_model_medical": "score_statistics.json", "sft_calculators": "README.md"}
+UPSTREAM = {
+    "reward_model_medical": "score_statistics.json",
+    "sft_calculators": "README.md",
+    "rank_answers": "README.md",
+}
 """Recipes that other runs begin with, and the last file that each writes in its `final`."""
 
 
@@ -55,23 +62,51 @@ def resolve_paths(config: PpoRunConfig) -> PpoRunConfig:
     """
     from alignment.data.model_assets import resolve_model
 
-    model, critic, reward = config.model, config.critic, config.reward
-    first = upstream_of(model.path)
-    path = resolve_model(model.path if first is None else _base_of(first), model.revision)
+    model, critic = config.model, config.critic
     if critic.path is not None:
         own = model.at(critic.path, critic.revision)
         critic = critic.model_copy(update={"path": resolve_model(own.path, own.revision), "revision": own.revision})
     elif critic.revision is not None:
         resolve_model(model.path, critic.revision)
-    if reward.model is not None:
-        own = model.at(str(Path(reward.model).expanduser()), reward.revision)
-        where = own.path if upstream_of(own.path) else resolve_model(own.path, own.revision)
-        more = tuple(resolve_model(path, model.at(path, None).revision) for path in reward.ensemble.models)
-        ensemble = reward.ensemble.model_copy(update={"models": more})
-        reward = reward.model_copy(update={"model": where, "revision": own.revision, "ensemble": ensemble})
-    return config.model_copy(
-        update={"model": model.model_copy(update={"path": path}), "critic": critic, "reward": reward}
-    )
+    reward = resolve_reward(config.reward, model)
+    return config.model_copy(update={"model": resolve_policy(model), "critic": critic, "reward": reward})
+
+
+def resolve_policy(model: ModelConfig) -> ModelConfig:
+    """See `resolve_paths`."""
+    from alignment.data.model_assets import resolve_model
+
+    first = upstream_of(model.path)
+    path = resolve_model(model.path if first is None else _base_of(first), model.revision)
+    return model.model_copy(update={"path": path})
+
+
+def resolve_reward(reward: RewardConfig, model: ModelConfig) -> RewardConfig:
+    """See `resolve_paths`. `model`: the policy, as configured."""
+    from alignment.data.model_assets import resolve_model
+
+    if reward.model is None:
+        return reward
+    own = model.at(str(Path(reward.model).expanduser()), reward.revision)
+    where = own.path if upstream_of(own.path) else resolve_model(own.path, own.revision)
+    more = tuple(resolve_model(path, model.at(path, None).revision) for path in reward.ensemble.models)
+    ensemble = reward.ensemble.model_copy(update={"models": more})
+    return reward.model_copy(update={"model": where, "revision": own.revision, "ensemble": ensemble})
+
+
+def settle_dtype(config: ConfigT, cluster: ClusterConfig) -> ConfigT:
+    """`model.dtype: auto` as what it stands for on these machines, so that config.yaml and a resumed run say which.
+
+    Without GPUs the processor that runs the recipe speaks for those of all workers.
+    """
+    model = getattr(config, "model", None)
+    if not isinstance(model, ModelConfig) or model.dtype != "auto":
+        return config
+    from alignment.models import multiplies_bfloat16
+
+    on_gpu = any(getattr(cluster, role).gpus_per_worker > 0 for role in ROLES)
+    dtype = "bfloat16" if on_gpu or multiplies_bfloat16() else "float32"
+    return config.model_copy(update={"model": model.model_copy(update={"dtype": dtype})})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -132,11 +167,9 @@ def check_answering(job: Job[Any]) -> None:
 
 def check_models(config: PpoRunConfig, tokenizer: PreTrainedTokenizerBase) -> int:
     """Policy, critic and reward model of resolved paths, on no memory. Returns the policy's number of parameters."""
-    from alignment.data.chat import single_token
     from alignment.model_checks import check_model
 
-    for stop in config.rollout.stop:
-        single_token(tokenizer, stop)
+    check_stops(config.rollout, tokenizer)
     lengths = answer_lengths(config)
     num_parameters = check_model("policy", config.model, tokenizer, config.policy.adapter, lengths=lengths)
     critic = config.model.at(config.critic.path or config.model.path, config.critic.revision)
@@ -145,7 +178,15 @@ def check_models(config: PpoRunConfig, tokenizer: PreTrainedTokenizerBase) -> in
     return num_parameters
 
 
-def check_reward_models(config: PpoRunConfig) -> None:
+def check_stops(rollout: RolloutConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a stop that is no single token."""
+    from alignment.data.chat import single_token
+
+    for stop in rollout.stop:
+        single_token(tokenizer, stop)
+
+
+def check_reward_models(config: PpoRunConfig | RankRunConfig) -> None:
     """What scores and is there already: weights, head, template, and the scale of the scores."""
     from actors.hosted_model import scales_of
     from alignment.data.chat import encode_conversation, eos_ids_of_model, load_tokenizer
@@ -164,8 +205,8 @@ def check_reward_models(config: PpoRunConfig) -> None:
     scales_of(there, standardize=config.reward.standardize_model)
 
 
-def answer_lengths(config: PpoRunConfig) -> dict[str, int]:
-    """What the longest sequence of a PPO run is made of, in tokens."""
+def answer_lengths(config: PpoRunConfig | RankRunConfig) -> dict[str, int]:
+    """What the longest prompt and answer are made of, in tokens."""
     return {
         "data.max_prompt_tokens": config.data.max_prompt_tokens,
         "rollout.max_new_tokens": config.rollout.max_new_tokens,
@@ -188,8 +229,15 @@ def check_machines(cluster: ClusterConfig, roles: tuple[str, ...], *, local: boo
         check_cpus(plans, os.cpu_count() or 1)
 
 
-def check_rollout(config: PpoRunConfig, cluster: ClusterConfig, *, local: bool) -> None:
-    """Refuse what the rollout engine would refuse once all models are loaded. `config`: of resolved paths."""
+def check_rollout(
+    config: PpoRunConfig | RankRunConfig, cluster: ClusterConfig, adapter: AdapterConfig, *, local: bool
+) -> None:
+    """Refuse what the rollout engine would refuse once all models are loaded.
+
+    Args:
+        config: of resolved paths.
+        adapter: the policy's.
+    """
     from transformers import AutoConfig
 
     from actors.engines import choose_engine
@@ -205,7 +253,7 @@ def check_rollout(config: PpoRunConfig, cluster: ClusterConfig, *, local: bool) 
             AutoConfig.from_pretrained(config.model.path, revision=config.model.revision),
             dtype=config.model.dtype,
             device=device,
-            adapter_rank=rank_of_sync(config.rollout, config.policy.adapter, device),
+            adapter_rank=rank_of_sync(config.rollout, adapter, device),
             lengths=answer_lengths(config),
             endpoint=config.rollout.endpoint_port is not None,
         )
@@ -255,18 +303,28 @@ def check_reward_functions(reward: RewardConfig, prompts: Iterable[Prompt]) -> N
 
 
 def upstream_of(path: str) -> str | None:
-    """The recipe whose `final` a path names, until its last file is there."""
-    folder = Path(path)
+    """The recipe in whose `final` a path points, at all of it (a model) or at a file of rows, until its last file is
+    there."""
+    folder = _final_of(path)
     for recipe, last_file in UPSTREAM.items():
         if folder.name == "final" and recipe in folder.parts and not (folder / last_file).is_file():
             return recipe
     return None
 
 
-def untrained(config: PpoRunConfig) -> dict[str, Path]:
+def _final_of(path: str) -> Path:
+    named = Path(path)
+    return named.parent if named.suffix == ".jsonl" else named
+
+
+def not_yet_made(paths: Iterable[str | None]) -> dict[str, Path]:
+    """Recipes to be run first for models and files of rows, and the run directory of each."""
+    return {recipe: _final_of(path).parent for path in paths if path is not None and (recipe := upstream_of(path))}
+
+
+def untrained(config: PpoRunConfig | RankRunConfig) -> dict[str, Path]:
     """Recipes to be run first, and the run directory of each."""
-    paths = [path for path in (config.model.path, config.reward.model) if path is not None]
-    return {recipe: Path(path).parent for path in paths if (recipe := upstream_of(path))}
+    return not_yet_made([config.model.path, config.reward.model])
 
 
 def _base_of(recipe: str) -> str:

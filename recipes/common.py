@@ -8,13 +8,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
+import importlib
 import io
 import json
 import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Protocol, Self, TypeVar
@@ -22,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, Self, TypeVar
 from alignment.config import ClusterConfig, Config, RunConfig
 from alignment.config_io import describe, dump_config, load_config
 from alignment.memory import MemoryMeter
-from alignment.run_directory import RunDirectory, trained
+from alignment.run_directory import BATCHES, RunDirectory, trained
 from recipes import checks
 
 if TYPE_CHECKING:
@@ -141,6 +142,8 @@ def _where_to_go_on(job: Job[Any] | None) -> str:
 
     if job is not None and job.is_of_runs:
         return "the runs in it that are finished stay so, and the same command goes on"
+    if job is not None and (job.output_dir / BATCHES).exists():
+        return "the batches that are answered stay so, and the same command goes on"
     steps = CheckpointStore(job.output_dir / "checkpoints", keep=1).complete() if job is not None else []
     if not steps:
         return "no step is on disk yet: the same command starts again"
@@ -187,10 +190,12 @@ def parse(name: str, config_class: type[ConfigT], argv: list[str] | None) -> Job
     parser.add_argument("--local", action="store_true", help="one process, no Ray")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan, start no actor")
     known, overrides = parser.parse_known_args(argv)
+    config = load_config(config_class, file=known.config, overrides=overrides)
+    cluster = load_config(ClusterConfig, file=known.cluster, overrides=[])
     return Job(
         name=name,
-        config=load_config(config_class, file=known.config, overrides=overrides),
-        cluster=load_config(ClusterConfig, file=known.cluster, overrides=[]),
+        config=checks.settle_dtype(config, cluster),
+        cluster=cluster,
         cluster_file=known.cluster,
         output_dir=known.output_dir,
         resume=known.resume,
@@ -206,6 +211,18 @@ def open_run_directory(job: Job[Any], *, num_bytes: int = 0) -> tuple[RunDirecto
 
     `num_bytes`: what a fresh start will need on disk.
     """
+    directory, chosen = claim_run_directory(job)
+    if chosen is not None:
+        job.earlier_seconds = directory.seconds_of_steps(before=int(chosen.name.removeprefix("step_")))
+    else:
+        directory.require_space(num_bytes)
+        # What an attempt without a usable checkpoint logged would stand there twice.
+        directory.truncate_after(-1)
+    return directory, chosen
+
+
+def claim_run_directory(job: Job[Any]) -> tuple[RunDirectory, Path | None]:
+    """As `open_run_directory`, with what earlier starts have logged left as it is."""
     directory = RunDirectory(job.output_dir)
     directory.lock()
     chosen, passed_over = checks.checkpoint_to_resume(job)
@@ -215,12 +232,6 @@ def open_run_directory(job: Job[Any], *, num_bytes: int = 0) -> tuple[RunDirecto
         directory.forget_start()
     if not directory.config.exists():
         directory.write_text_atomic(directory.config, dump_config(job.config))
-    if chosen is not None:
-        job.earlier_seconds = directory.seconds_of_steps(before=int(chosen.name.removeprefix("step_")))
-    else:
-        directory.require_space(num_bytes)
-        # What an attempt without a usable checkpoint logged would stand there twice.
-        directory.truncate_after(-1)
     return directory, chosen
 
 
@@ -231,6 +242,12 @@ def restore(job: Job[Any], run: Run, chosen: Path, parts: Mapping[str, Saves]) -
         # It belongs to another future: a later --resume auto must not jump back there.
         run.store.discard_after(state["step"])
     return state
+
+
+def main_of(recipe: str) -> Callable[[list[str]], int]:
+    """What runs an upstream recipe, by its name. Imported when it is needed: recipes may begin with each other's."""
+    main: Callable[[list[str]], int] = importlib.import_module(f"recipes.{recipe}").main
+    return main
 
 
 def check_first(job: Job[Any], recipe: Callable[[list[str]], int], output_dir: Path) -> None:
@@ -307,8 +324,10 @@ def once(path: Path, record: type[RecordT], make: Callable[[], RecordT]) -> Reco
     return made
 
 
-def write_summary(job: Job[Any], directory: RunDirectory, held_out: Mapping[str, Any], **extra: Any) -> None:
-    """`summary.json`, and its table on the screen."""
+def write_summary(
+    job: Job[Any], directory: RunDirectory, held_out: Mapping[str, Any], *, what: str = "model", **extra: Any
+) -> None:
+    """`summary.json`, and its table on the screen. `what`: lies in `final`."""
     summary = {
         "recipe": job.name,
         "seed": job.config.run.seed,
@@ -328,14 +347,16 @@ def write_summary(job: Job[Any], directory: RunDirectory, held_out: Mapping[str,
         lines.append(f"KL to the reference: {kl['value']:.2f} nats per answer, limit {kl['limit']}")
     if held_out:
         print("\n".join(lines))
-    print(f"wrote {directory.path}/summary.json, model in {directory.final}", flush=True)
+    print(f"wrote {directory.path}/summary.json, {what} in {directory.final}", flush=True)
 
 
-def compare_items(before: Mapping[str, Any], after: Mapping[str, Any], seed: int) -> dict[str, Any]:
-    """One row of `held_out` from two reports with a 0 / 1 per item."""
+def compare_items(
+    before: Mapping[str, Any], after: Mapping[str, Any], seed: int, *, groups: Sequence[Hashable] | None = None
+) -> dict[str, Any]:
+    """One row of `held_out` from two reports with a 0 / 1 per item. `groups`: as for `paired_bootstrap`."""
     from alignment.bootstrap import paired_bootstrap
 
-    _, low, high = paired_bootstrap(before["correct"], after["correct"], seed=seed)
+    _, low, high = paired_bootstrap(before["correct"], after["correct"], groups=groups, seed=seed)
     return {
         "before": before["accuracy"],
         "after": after["accuracy"],

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 from alignment.config import ClusterConfig, MicroBatchConfig
 
 if TYPE_CHECKING:
+    from alignment.data.split import Split
+    from alignment.types import Prompt
     from recipes.common import Job
 
 
@@ -78,6 +80,27 @@ def ppo_plan(job: Job[Any], num_parameters: int, data: str, first: Iterable[Path
             *(f"{folder}/final is not there yet: it would be trained first" for folder in first),
             batch_arithmetic(job.config, job.cluster),
             describe_plan(plan_processes(job.cluster)),
+            memory_plan(job),
+            "dry run: no actor was started",
+        ]
+    )
+
+
+def rank_plan(job: Job[Any], num_parameters: int, prompts: Split[Prompt], first: Iterable[Path]) -> str:
+    """What `--dry-run` prints. `first`: run directories of what would be trained first."""
+    from actors.plan import describe_plan, plan_processes
+    from alignment.loops.ranking import num_batches
+
+    ranking, count = job.config.ranking, len(prompts.train)
+    answers = f"{count} prompts x {ranking.num_samples_per_prompt} samples = {count * ranking.num_samples_per_prompt}"
+    return "\n".join(
+        [
+            f"prompts: {prompts.summary()}; {num_parameters / 1e6:.1f} M parameters",
+            f"rollout engine: {engine_in_words(job.config, job.cluster)}",
+            *(f"{folder}/final is not there yet: it would be trained first" for folder in first),
+            f"{answers} answers in {num_batches(count, ranking.batch_size)} batches of {ranking.batch_size} prompts",
+            f"at most {ranking.pairs_per_prompt} pairs of a prompt: {count * ranking.pairs_per_prompt} in all",
+            describe_plan(plan_processes(job.cluster, ("reward_model", "rollout"))),
             memory_plan(job),
             "dry run: no actor was started",
         ]

@@ -19,13 +19,10 @@ from alignment.loops.hacking_report import write_hacking_report
 from alignment.loops.ppo import PpoState, stop_on_blow_up, train_ppo, train_ppo_one_pass
 from alignment.loops.run import Run
 from alignment.metrics import check_trackers
-from recipes import checks, common, planning, reward_model_medical, sft_calculators
+from recipes import checks, common, planning
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-UPSTREAM = {"reward_model_medical": reward_model_medical, "sft_calculators": sft_calculators}
-"""Stages that train a model of the run where it is not there yet."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,14 +53,14 @@ def check(job: common.Job[PpoRunConfig]) -> Start:
     config = checks.resolve_paths(job.config)
     tokenizer = load_tokenizer(config.model.path, config.model.revision)
     num_parameters = checks.check_models(config, tokenizer)
-    checks.check_rollout(config, job.cluster, local=job.local)
+    checks.check_rollout(config, job.cluster, config.policy.adapter, local=job.local)
     prompts = load_prompts(config.data, tokenizer)
     # Dealing out the first step refuses a batch larger than the data.
     prompts_for_step(prompts.train, 0, batch_size=config.ppo.rollout_batch_size, seed=config.run.seed)
     checks.check_reward_functions(config.reward, [*prompts.train, *prompts.held_out])
     first = checks.untrained(job.config)
     for recipe, folder in first.items():
-        common.check_first(job, UPSTREAM[recipe].main, folder)
+        common.check_first(job, common.main_of(recipe), folder)
     return Start(config=config, tokenizer=tokenizer, prompts=prompts, num_parameters=num_parameters, first=first)
 
 
@@ -90,7 +87,7 @@ def run_ppo(job: common.Job[PpoRunConfig]) -> None:
     space = checkpoint_bytes(start.config, start.num_parameters)
     directory, resume_from = common.open_run_directory(job, num_bytes=space)
     for recipe, folder in start.first.items():
-        common.train_first(job, UPSTREAM[recipe].main, folder)
+        common.train_first(job, common.main_of(recipe), folder)
     if start.first:
         start = check(job)
     config, model = start.config, start.config.model

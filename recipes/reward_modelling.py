@@ -20,7 +20,7 @@ from alignment.data.judgements import JudgementSet, load_judgements
 from alignment.fingerprint import model_fingerprint, records_fingerprint
 from alignment.judgements import Judgement
 from alignment.loops.offline import SftState, take_best, train_reward_model
-from alignment.loops.reward_report import record_report, render, reward_report
+from alignment.loops.reward_report import prompts_of, record_report, render, reward_report
 from alignment.model_card import write_model_card
 from alignment.run_directory import RunDirectory
 from recipes import checks, common, planning
@@ -127,7 +127,7 @@ def compare(before: HeldOutScores, after: HeldOutScores, data: JudgementSet, *, 
     if not data.held_out:
         return {}
     first, last = (record_report(data.held_out, own.scores, seed=seed) for own in (before, after))
-    return {"accuracy": common.compare_items(first, last, seed)}
+    return {"accuracy": common.compare_items(first, last, seed, groups=prompts_of(data.held_out))}
 
 
 def _write_report(directory: RunDirectory, start: Start, after: HeldOutScores, *, step: int, seed: int) -> None:

@@ -230,6 +230,13 @@ def refuse_reserved(columns: Collection[str]) -> None:
         )
 
 
+def columns_read(function: Callable[..., Any], settings: Mapping[str, Any] | None = None) -> frozenset[str]:
+    """Columns of the data that a function looks at: those of its signature, and those that its settings name."""
+    settings = settings or {}
+    named = {parameter.name for parameter in _own_parameters(function)} - set(settings)
+    return frozenset({*named, *settings.get(getattr(function, "reads", ""), ())} - set(SAMPLED))
+
+
 def _own_parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
     """Those beside the prompts, the responses and `**columns`."""
     named = list(inspect.signature(function).parameters.values())[2:]

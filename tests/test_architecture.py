@@ -16,6 +16,7 @@ from alignment.config import (
     DpoRunConfig,
     KtoRunConfig,
     PpoRunConfig,
+    RankRunConfig,
     RewardModelRunConfig,
     SftRunConfig,
 )
@@ -39,7 +40,7 @@ LAYERS = {
     **dict.fromkeys(["alignment.schedules", "alignment.bootstrap", "alignment.scores", "alignment.data"], 1),
     **dict.fromkeys(["alignment.memory", "alignment.fingerprint", "alignment.quantization"], 1),
     **dict.fromkeys(["alignment.model_card", "alignment.reward_objectives", "alignment.calibration"], 1),
-    **dict.fromkeys(["alignment.hacking", "alignment.auc", "alignment.reference_cache"], 1),
+    **dict.fromkeys(["alignment.hacking", "alignment.auc", "alignment.reference_cache", "alignment.ranking"], 1),
     **dict.fromkeys(
         [
             "alignment.packed",
@@ -306,6 +307,7 @@ def config_class(path: Path) -> type[Config]:
         return ClusterConfig
     kinds: dict[str, type[Config]] = {
         "ppo_": PpoRunConfig,
+        "rank_": RankRunConfig,
         "reward_model_": RewardModelRunConfig,
         "peft_zoo": PeftZooConfig,
         "dpo_": DpoRunConfig,

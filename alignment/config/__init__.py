@@ -19,6 +19,7 @@ from alignment.config.preference import (
     KtoRunConfig,
     PreferenceTrainingConfig,
 )
+from alignment.config.ranking import RankingConfig, RankRunConfig
 from alignment.config.reward import GoldFunctionConfig, RewardConfig, RewardExecutionConfig, RewardFunctionConfig
 from alignment.config.reward_model import RewardDataConfig, RewardModelRunConfig, RewardModelTrainingConfig
 from alignment.config.rollout import CorrectionConfig, RolloutConfig, VllmConfig
@@ -49,6 +50,8 @@ __all__ = [
     "PreferenceDataConfig",
     "PreferenceTrainingConfig",
     "PromptDataConfig",
+    "RankRunConfig",
+    "RankingConfig",
     "RewardConfig",
     "RewardDataConfig",
     "RewardExecutionConfig",

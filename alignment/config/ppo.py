@@ -207,12 +207,7 @@ class PpoRunConfig(Config):
 
     @model_validator(mode="after")
     def _penalty_has_a_start(self) -> PpoRunConfig:
-        buffer, limit = self.reward.overlong_buffer, self.rollout.max_new_tokens
-        if buffer > limit:
-            raise ValueError(
-                f"reward.overlong_buffer: got {buffer}, expected at most the {limit} of rollout.max_new_tokens, or "
-                "every answer pays; lower it"
-            )
+        self.reward.refuse_long_buffer(self.rollout.max_new_tokens)
         return self
 
     @model_validator(mode="after")

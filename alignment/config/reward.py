@@ -186,6 +186,18 @@ class RewardConfig(MicroBatchConfig):
             raise ValueError("got reward.ensemble.models without reward.model, expected the first one there; move it")
         return self
 
+    def refuse_long_buffer(self, max_new_tokens: int) -> None:
+        """Refuse an overlong penalty that every answer pays.
+
+        Raises:
+            ValueError: it begins before the first token.
+        """
+        if self.overlong_buffer > max_new_tokens:
+            raise ValueError(
+                f"reward.overlong_buffer: got {self.overlong_buffer}, expected at most the {max_new_tokens} of "
+                "rollout.max_new_tokens, or every answer pays; lower it"
+            )
+
     @property
     def models(self) -> tuple[str, ...]:
         """All reward models; the first is `model`."""

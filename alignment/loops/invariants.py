@@ -28,6 +28,10 @@ class Invariant:
 TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}
 """What other batch shapes may change in a log-probability, by the dtype of the matrix products."""
 
+CLIPPED = {"float32": 0.0, "bfloat16": 1e-2}
+"""The share of tokens that this alone may take beyond the clip range: in bfloat16 an unlikely token's log-probability
+moves by more than 0.2 now and then (1.4e-3 of the tokens of SmolLM2-135M at temperature 1)."""
+
 
 def check_first_step(
     config: PpoRunConfig, check: Mapping[str, float], metrics: Mapping[str, float], eos_is_trained: bool
@@ -50,7 +54,7 @@ def check_first_step(
         Invariant(
             name="clip fraction",
             got=check["ppo/clip_fraction"],
-            limit=0.0,
+            limit=CLIPPED[config.model.dtype],
             look_at="the same causes as the ratio",
         ),
         Invariant(

@@ -100,17 +100,27 @@ def _sigmoid(x: float) -> float:
 def record_report(records: Sequence[Judgement], scores: Scores, *, seed: int = 0) -> dict[str, Any]:
     """Accuracy over records with its 95 % interval, and each record's own.
 
-    Wilson's where a record is one decision; where it is several, its share of right ones, and records are resampled.
+    Wilson's where a record is one decision behind a prompt of its own. Else a record counts by its share of right
+    ones, and prompts are resampled with all of their records.
     """
     shares = [
         statistics.fmean(float(decision.correct) for decision in decisions(record, row))
         for record, row in zip(records, scores, strict=True)
     ]
-    return _shares_report(shares, seed) if kind_of(records[0]) in ("rankings", "steps") else accuracy_report(shares)
+    return _shares_report(records, shares, seed)
 
 
-def _shares_report(shares: Sequence[float], seed: int) -> dict[str, Any]:
-    mean, low, high = paired_bootstrap([0.0] * len(shares), shares, seed=seed)
+def prompts_of(records: Sequence[Judgement]) -> list[tuple[int, ...]]:
+    """What records have in common with each other, and are resampled by."""
+    return [record.prompt_ids for record in records]
+
+
+def _shares_report(records: Sequence[Judgement], shares: Sequence[float], seed: int) -> dict[str, Any]:
+    prompts = prompts_of(records)
+    one_decision_each = kind_of(records[0]) not in ("rankings", "steps") and set(shares) <= {0.0, 1.0}
+    if one_decision_each and len(set(prompts)) == len(prompts):
+        return accuracy_report(shares)
+    mean, low, high = paired_bootstrap([0.0] * len(shares), shares, groups=prompts, seed=seed)
     return {"accuracy": mean, "accuracy_ci95": [low, high], "n": len(shares), "correct": list(shares)}
 
 
@@ -139,7 +149,7 @@ def reward_report(
         "accuracy": _without_items(record_report(held_out, scores, seed=seed)),
         "by_source": _by_source(held_out, scores, seed),
         "calibration": _calibration(flat, kind),
-        "length": _length(train, made, kind, seed),
+        "length": _length(train, held_out, made, seed),
         "scores": {
             "mean": statistics.fmean(score for row in scores for score in row),
             "std": statistics.pstdev(score for row in scores for score in row),
@@ -175,14 +185,15 @@ def _calibration(flat: Sequence[Decision], kind: str) -> dict[str, Any]:
     return {"ece": expected_calibration_error(bins), "bins": [asdict(one) for one in bins]}
 
 
-def _length(train: Sequence[Judgement], made: Sequence[Sequence[Decision]], kind: str, seed: int) -> dict[str, Any]:
+def _length(
+    train: Sequence[Judgement], held_out: Sequence[Judgement], made: Sequence[Sequence[Decision]], seed: int
+) -> dict[str, Any]:
     """How far scores go with length, and what the rule on length that fits the training rows best gets right."""
-    rule, words = _length_rule(train, kind)
-    shares = [statistics.fmean(float(rule(decision)) for decision in several) for several in made]
+    rule, words = _length_rule(train, kind_of(held_out[0]))
+    shares = [statistics.fmean(rule(decision) for decision in several) for several in made]
     own = [statistics.fmean(float(decision.correct) for decision in several) for several in made]
-    several = kind in ("rankings", "steps")
-    baseline = _shares_report(shares, seed) if several else accuracy_report(shares)
-    _, low, high = paired_bootstrap(shares, own, seed=seed)
+    baseline = _shares_report(held_out, shares, seed)
+    _, low, high = paired_bootstrap(shares, own, groups=prompts_of(held_out), seed=seed)
     pairs = {(d.scores[i], d.lengths[i]) for some in made for d in some for i in range(len(d.scores))}
     scores, lengths = zip(*sorted(pairs), strict=True)
     return {
@@ -193,17 +204,23 @@ def _length(train: Sequence[Judgement], made: Sequence[Sequence[Decision]], kind
     }
 
 
-def _length_rule(train: Sequence[Judgement], kind: str) -> tuple[Callable[[Decision], bool], str]:
-    """Whether a rule on length decides right, and the rule in words."""
+def _length_rule(train: Sequence[Judgement], kind: str) -> tuple[Callable[[Decision], float], str]:
+    """How often a rule on length decides right, which tosses a coin over two answers of one length, and the rule in
+    words."""
     known = [d for record in train for d in decisions(record, [0.0] * sum(map(len, record.reads)))]
     if kind in COMPARED:
         longer = sum(d.lengths[0] > d.lengths[1] for d in known)
         shorter = sum(d.lengths[0] < d.lengths[1] for d in known)
         sign = 1 if longer >= shorter else -1
-        return lambda d: sign * (d.lengths[0] - d.lengths[1]) > 0, "the longer" if sign > 0 else "the shorter"
+        words = "the longer" if sign > 0 else "the shorter"
+        return lambda d: _coin(sign * (d.lengths[0] - d.lengths[1])), words
     cut = best_threshold([d.lengths[0] for d in known], [d.observed >= 0.5 for d in known])
     words = f"yes {'from' if cut.above else 'below'} {cut.bound:g} tokens"
-    return lambda d: cut(d.lengths[0]) == (d.observed >= 0.5), words
+    return lambda d: float(cut(d.lengths[0]) == (d.observed >= 0.5)), words
+
+
+def _coin(margin: float) -> float:
+    return 0.5 if margin == 0 else float(margin > 0)
 
 
 def _majority_floor(train: Sequence[Judgement], flat: Sequence[Decision]) -> float:

@@ -11,15 +11,18 @@ from alignment.config import (
     DpoRunConfig,
     KtoRunConfig,
     PpoRunConfig,
+    RankRunConfig,
     RewardModelRunConfig,
     SftRunConfig,
 )
 from alignment.config.cluster import RoleConfig, RolloutRoleConfig
 from alignment.config.model import RANK_TYPES, AdapterConfig
 from alignment.config.splitting import refuse_splitting
+from alignment.packing import MicroBatchLimit
 from alignment.planning.memory import (
     COLUMNS,
     MB,
+    MicroBatch,
     RoleMemory,
     Training,
     largest_micro_batch,
@@ -170,9 +173,41 @@ def _ppo_role(
 ) -> RoleMemory:
     if role in ("policy", "critic"):
         return _ppo_learner(role, config, getattr(cluster, role), shapes[role])
-    if role in ("reference", "reward_model"):
-        shares = role == "reference" and "policy" in group and config.policy.adapter.enabled
-        return _ppo_scorer(role, config, getattr(cluster, role), shapes, shares_weights=shares)
+    if role == "reference":
+        shares = "policy" in group and config.policy.adapter.enabled
+        return _reference(config, cluster.reference, shapes, shares_weights=shares)
+    if role == "reward_model":
+        return _reward_models(config, cluster.reward_model, shapes)
+    return _sampler(config, cluster, shapes, engine, gpu_bytes, shares_weights="policy" in group)
+
+
+def ranking_processes(
+    config: RankRunConfig,
+    cluster: ClusterConfig,
+    shapes: Mapping[str, ModelShape],
+    *,
+    engine: str,
+    gpu_bytes: float = 80 * 2**30,
+) -> list[ProcessMemory]:
+    """Every kind of process of a ranking run: what answers, and the reward models. As `ppo_processes`."""
+    memory = {"rollout": _sampler(config, cluster, shapes, engine, gpu_bytes, shares_weights=False)}
+    if config.reward.model is not None:
+        memory["reward_model"] = _reward_models(config, cluster.reward_model, shapes)
+    return [
+        _process(cluster, group, {role: memory[role] for role in group}, adapters=[])
+        for group in role_groups(cluster, [role for role in ROLES if role in memory])
+    ]
+
+
+def _sampler(
+    config: PpoRunConfig | RankRunConfig,
+    cluster: ClusterConfig,
+    shapes: Mapping[str, ModelShape],
+    engine: str,
+    gpu_bytes: float,
+    *,
+    shares_weights: bool,
+) -> RoleMemory:
     dtype, on_gpu = config.model.dtype, cluster.rollout.gpus_per_worker > 0
     if engine == "vllm":
         return vllm_memory(
@@ -190,7 +225,7 @@ def _ppo_role(
         longest=config.data.max_prompt_tokens + config.rollout.max_new_tokens,
         dtype=dtype,
         on_gpu=on_gpu,
-        shares_weights="policy" in group,
+        shares_weights=shares_weights,
     )
 
 
@@ -218,47 +253,56 @@ def _ppo_learner(role: str, config: PpoRunConfig, machines: RoleConfig, shape: M
     )
 
 
-def _ppo_scorer(
-    role: str,
-    config: PpoRunConfig,
-    machines: RoleConfig,
-    shapes: Mapping[str, ModelShape],
-    *,
-    shares_weights: bool,
+def _reference(
+    config: PpoRunConfig, machines: RoleConfig, shapes: Mapping[str, ModelShape], *, shares_weights: bool
 ) -> RoleMemory:
-    """The reference, with the policy's micro-batches, or the reward models."""
-    reference, new = role == "reference", config.rollout.max_new_tokens
-    micro = largest_micro_batch(
-        (config.policy if reference else config.reward).micro_batch_limit(),
-        available=sequences_of_a_step(config),
-        longest=config.data.max_prompt_tokens + new,
-        answer=new,
+    """With the policy's micro-batches."""
+    return scorer_memory(
+        shapes["policy"],
+        _scored_at_once(config, config.policy.micro_batch_limit()),
+        dtype=config.model.dtype,
+        scalar_head=False,
+        quantization=config.policy.adapter.quantization,
+        scaled=config.rollout.temperature != 1,
+        shares_weights=shares_weights,
+        parts=machines.num_workers if machines.zero_stage == 3 else 1,
     )
-    hosted = ["policy"] if reference else list(reward_shape_names(config))
-    fallback = shapes["policy" if reference else role]
+
+
+def _reward_models(
+    config: PpoRunConfig | RankRunConfig, machines: RoleConfig, shapes: Mapping[str, ModelShape]
+) -> RoleMemory:
+    micro = _scored_at_once(config, config.reward.micro_batch_limit())
     return one_after_the_other(
         [
             scorer_memory(
-                shapes.get(name, fallback),
+                shapes.get(name, shapes["reward_model"]),
                 micro,
                 dtype=config.model.dtype,
-                scalar_head=not reference,
-                quantization=config.policy.adapter.quantization if reference else "none",
+                scalar_head=True,
                 scaled=config.rollout.temperature != 1,
-                shares_weights=shares_weights,
                 parts=machines.num_workers if machines.zero_stage == 3 else 1,
             )
-            for name in hosted
+            for name in reward_shape_names(config)
         ]
     )
 
 
-def reward_shape_names(config: PpoRunConfig) -> dict[str, str]:
+def _scored_at_once(config: PpoRunConfig | RankRunConfig, limit: MicroBatchLimit) -> MicroBatch:
+    new = config.rollout.max_new_tokens
+    longest = config.data.max_prompt_tokens + new
+    return largest_micro_batch(limit, available=sequences_of_a_step(config), longest=longest, answer=new)
+
+
+def reward_shape_names(config: PpoRunConfig | RankRunConfig) -> dict[str, str]:
     """The path of every reward model by what its shape is called: `reward_model`, `reward_model/1`, ..."""
     return {f"reward_model{f'/{k}' if k else ''}": path for k, path in enumerate(config.reward.models)}
 
 
-def sequences_of_a_step(config: PpoRunConfig) -> int:
+def sequences_of_a_step(config: PpoRunConfig | RankRunConfig) -> int:
+    """Answers that are sampled and scored together."""
+    if isinstance(config, RankRunConfig):
+        return config.ranking.batch_size * config.ranking.num_samples_per_prompt
     return config.ppo.rollout_batch_size * config.ppo.num_samples_per_prompt
 
 

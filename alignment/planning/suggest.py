@@ -14,6 +14,7 @@ from alignment.config import (
     DpoRunConfig,
     KtoRunConfig,
     PpoRunConfig,
+    RankRunConfig,
     RewardModelRunConfig,
     SftRunConfig,
 )
@@ -22,7 +23,7 @@ from alignment.planning.placement import Machines, Placed, place
 from alignment.planning.processes import ProcessMemory
 
 ConfigT = TypeVar("ConfigT", bound=Config)
-RunAnyConfig = PpoRunConfig | RewardModelRunConfig | SftRunConfig | DpoRunConfig | KtoRunConfig
+RunAnyConfig = PpoRunConfig | RewardModelRunConfig | SftRunConfig | RankRunConfig | DpoRunConfig | KtoRunConfig
 LORA_RANK = 16
 
 
@@ -39,11 +40,15 @@ class Scenario:
         """The roles that learn, and where a config keeps the adapter and the micro-batch of each."""
         if isinstance(self.config, PpoRunConfig):
             return {"policy": "policy", "critic": "critic"}
+        if isinstance(self.config, RankRunConfig):
+            return {}
         return {"reward_model" if isinstance(self.config, RewardModelRunConfig) else "policy": "training"}
 
     @property
     def frozen(self) -> tuple[str, ...]:
         """The roles that hold weights of their own and do not learn."""
+        if isinstance(self.config, RankRunConfig):
+            return ("reward_model",) if self.config.reward.model is not None else ()
         if not isinstance(self.config, PpoRunConfig):
             return ()
         beside = any({"policy", "reference"} <= set(group) for group in self.cluster.colocate)
@@ -56,7 +61,7 @@ class Scenario:
 
     def longest_row(self, key: str) -> int:
         """Tokens without which a budget of `key` would not hold one row."""
-        if isinstance(self.config, PpoRunConfig):
+        if isinstance(self.config, PpoRunConfig | RankRunConfig):
             return self.config.data.max_prompt_tokens + self.config.rollout.max_new_tokens
         return self.config.data.max_tokens * (1 if isinstance(self.config, SftRunConfig | KtoRunConfig) else 2)
 
@@ -147,7 +152,7 @@ def changes(scenario: Scenario) -> Iterator[Change]:
     config, keys = scenario.config, tuple(scenario.learners.values())
     if micro := {key: value for name in keys for key, value in _one_row(scenario, name).items()}:
         yield Change(config=micro)
-    if not config.model.gradient_checkpointing:
+    if keys and not config.model.gradient_checkpointing:
         yield Change(config={"model.gradient_checkpointing": True})
     yield from _splits(scenario)
     yield from _offloads(scenario)
@@ -157,9 +162,10 @@ def changes(scenario: Scenario) -> Iterator[Change]:
         yield Change(
             config={f"{key}.adapter.{name}": value for key in full for name, value in _lora(config, key).items()}
         )
-    yield Change(
-        config={f"{key}.adapter.{name}": value for key in keys for name, value in _qlora(config, key).items()}
-    )
+    if keys:
+        yield Change(
+            config={f"{key}.adapter.{name}": value for key in keys for name, value in _qlora(config, key).items()}
+        )
     if shared := [role for role in ROLES if 0 < getattr(scenario.cluster, role).gpus_per_worker < 1]:
         yield Change(cluster={f"{role}.gpus_per_worker": 1.0 for role in shared})
     for times in (2, 4, 8):

@@ -32,6 +32,28 @@ def test_pairing_cancels_the_spread_between_items():
     assert 0 < low < 0.5 < high < 1.0
 
 
+def test_whole_groups_are_resampled():
+    before, after = normal_pairs(100, gain=0.3)
+    _, low, high = paired_bootstrap(before, after)
+    alone = paired_bootstrap(before, after, groups=list(range(100)))
+    assert alone[1:] == (low, high)
+    # Every item four times over: nothing more is known, and the interval says so.
+    names = [k for k in range(100) for _ in range(4)]
+    fourfold = [[value for value in values for _ in range(4)] for values in (before, after)]
+    _, grouped_low, grouped_high = paired_bootstrap(*fourfold, groups=names)
+    assert (grouped_low, grouped_high) == pytest.approx((low, high), abs=1e-9)
+    _, naive_low, naive_high = paired_bootstrap(*fourfold)
+    assert naive_high - naive_low == pytest.approx((high - low) / 2, rel=0.08)
+
+
+def test_the_mean_is_that_of_items_whatever_their_groups():
+    gain, low, high = paired_bootstrap([0, 0, 0], [1, 1, 0], groups=["a", "a", "b"])
+    assert gain == pytest.approx(2 / 3)
+    assert (low, high) == (0.0, 1.0)
+    with pytest.raises(ValueError, match="got 2 groups for 3 items"):
+        paired_bootstrap([0, 0, 0], [1, 1, 0], groups=["a", "b"])
+
+
 def test_covers_the_truth_about_as_often_as_it_says():
     covered = 0
     for seed in range(200):

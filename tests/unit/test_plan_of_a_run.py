@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from alignment import plan
-from alignment.config import ROLES, ClusterConfig, PpoRunConfig, RewardModelRunConfig, RoleConfig
+from alignment.config import ROLES, ClusterConfig, PpoRunConfig, RankRunConfig, RewardModelRunConfig, RoleConfig
 from alignment.planning import memory, speed
 from alignment.planning.memory import Training, weight_bytes
 from alignment.planning.placement import GB, Machines, place
@@ -18,6 +18,7 @@ from alignment.planning.processes import (
     ProcessMemory,
     memory_table,
     ppo_processes,
+    ranking_processes,
     reward_model_processes,
     role_groups,
 )
@@ -315,6 +316,39 @@ def test_a_reward_model_run_has_one_role(tmp_path, capsys):
     assert plan.main([*flags, "--cpus-per-node", "2", "--node-memory-gb", "32"]) == 0
     assert "1 x (reward_model)" in capsys.readouterr().out
     assert isinstance(plan.load_run(file, []), RewardModelRunConfig)
+
+
+def test_a_ranking_has_what_answers_and_what_scores(tmp_path, capsys):
+    file = tmp_path / "rank.yaml"
+    file.write_text("reward: {model: m}\nrollout: {engine: transformers}\nranking: {batch_size: 8}\n")
+    flags = ["--config", str(file), "--cluster", str(ROOT / "cluster" / "local.yaml"), "--shape", "smollm2-135m"]
+    flags += ["--cpus-per-node", "2", "--gpus-per-node", "0"]
+    assert plan.main([*flags, "--node-memory-gb", "32"]) == 0
+    said = capsys.readouterr().out
+    assert "1 x (reward_model)" in said
+    assert "1 x (rollout)" in said
+    assert "policy" not in said
+    assert plan.main([*flags, "--node-memory-gb", "1.9"]) == 2
+    assert "would fit: model.dtype: bfloat16" in capsys.readouterr().out
+    config, shapes = plan.load_run(file, []), dict.fromkeys(("policy", "reward_model"), SHAPES["smollm2-135m"])
+    assert isinstance(config, RankRunConfig)
+    few, many = (
+        {p.name: p for p in ranking_processes(changed(config, wanted), ClusterConfig(), shapes, engine="transformers")}
+        for wanted in ({}, {"ranking.num_samples_per_prompt": 8})
+    )
+    assert many["rollout"].roles["rollout"].activations == 2 * few["rollout"].roles["rollout"].activations
+    # A row of scores is as wide whoever asks: a ranking's reward model is that of a PPO run with as many answers.
+    ppo = PpoRunConfig.model_validate(
+        {
+            "reward": {"model": "m"},
+            "ppo": {"rollout_batch_size": 8, "num_samples_per_prompt": 4},
+            "rollout": {"engine": "transformers"},
+        }
+    )
+    judged = {
+        p.name: p for p in ppo_processes(ppo, ClusterConfig(), {**shapes, "critic": TINY}, engine="transformers")
+    }
+    assert few["reward_model"] == judged["reward_model"]
 
 
 def test_planning_needs_no_ray():

@@ -77,6 +77,18 @@ def test_intervals_are_wilsons_or_resample_records():
     assert 0.15 < low < 0.35 < 0.65 < high < 0.85
 
 
+def test_answers_to_one_prompt_are_resampled_together():
+    def pair(k, prompt):
+        return PreferencePair(id=f"p{k}", prompt_ids=(prompt,), chosen_ids=(2, k), rejected_ids=(4, k))
+
+    scores = [(1.0, 0.0)] * 20 + [(0.0, 1.0)] * 20
+    apart = record_report([pair(k, k) for k in range(40)], scores)["accuracy_ci95"]
+    together = record_report([pair(k, k // 10) for k in range(40)], scores)["accuracy_ci95"]
+    # Four prompts, two of which are right throughout: chances of 1/16 that all drawn ones are, or none is.
+    assert together == [0.0, 1.0]
+    assert apart == pytest.approx([0.352, 0.648], abs=2e-3)
+
+
 def report_of(train, held_out, scores):
     return reward_report(train, held_out, scores, step=3, seed=0, decode=lambda ids: f"secret {len(ids)}")
 
@@ -104,7 +116,7 @@ def test_length_of_pairs_is_ruled_by_the_training_rows():
     held_out = [pair("d", 9, 2), pair("e", 9, 3), pair("f", 1, 3), pair("g", 4, 4)]
     report = report_of(train, held_out, [(1.0, 0.0)] * 4)
     assert report["length"]["baseline_rule"] == "the shorter"
-    assert report["length"]["baseline"]["accuracy"] == 0.25, "equal lengths decide nothing"
+    assert report["length"]["baseline"]["accuracy"] == 0.375, "a coin is tossed over equal lengths"
     assert "majority_floor" not in report
     assert report["calibration"]["bins"][0]["low"] == 0.5
     assert report["calibration"]["ece"] == pytest.approx(1 - 0.7310586)

@@ -9,7 +9,7 @@ import pytest
 
 from alignment.scores import combine
 from rewards import text
-from rewards.base import check_columns, check_settings, load_function, only_where
+from rewards.base import check_columns, check_settings, columns_read, load_function, only_where
 from rewards.exact_match import multiple_choice, stated_letter
 from rewards.medical import advises_care, unsafe_advice
 from rewards.text import finished_sentence, length_between, no_refusal, no_repetition, question_words, words
@@ -379,3 +379,15 @@ def test_a_function_refuses_before_a_run_what_it_would_refuse_in_it():
     check_settings("a:b", deep, {"depth": 5, "kind": "y"})
     with pytest.raises(ValueError, match="depth: got 6, expected at most 5"):
         check_settings("a:b", deep, {"depth": 6})
+
+
+def test_columns_that_a_function_looks_at():
+    assert columns_read(load_function("text:no_repetition")) == frozenset()
+    known = columns_read(load_function("calculators:calculated"), {"relative_tolerance": 0.1})
+    assert {"answer", "lower", "upper", "steps"} <= known
+    assert "relative_tolerance" not in known
+    remote = columns_read(
+        load_function("remote:score"), {"url": "http://127.0.0.1:1", "columns": ["topic", "lengths"]}
+    )
+    assert "topic" in remote
+    assert "lengths" not in remote, "what the run knows is no column of the data"
