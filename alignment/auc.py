@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ def auc_gain(
     after: Sequence[float],
     positive: Sequence[bool],
     *,
+    groups: Sequence[Hashable] | None = None,
     num_resamples: int = 10_000,
     seed: int = 0,
     level: float = 0.95,
@@ -37,17 +38,22 @@ def auc_gain(
     Args:
         before, after: a score per item.
         positive: its kind.
+        groups: of each item what it shares with others, e.g. a prompt; those of a kind are drawn together, see
+            `alignment.bootstrap.paired_bootstrap`.
     """
     wins = torch.stack([_wins(before, positive), _wins(after, positive)])  # (2, P, N)
     num_positive, num_other = wins.shape[1:]
+    names = list(range(len(positive))) if groups is None else groups
+    kinds = [[name for name, own in zip(names, positive, strict=True) if bool(own) == kind] for kind in (True, False)]
     generator = torch.Generator().manual_seed(seed)
     rows = max(1, CHUNK // max(num_positive, num_other))
     found = []
     for start in range(0, num_resamples, rows):
         count = min(rows, num_resamples - start)
-        own, others = (_resample(count, size, generator) for size in (num_positive, num_other))
-        found.append(torch.stack([((own @ one) * others).sum(1) for one in wins]))
-    both = torch.cat(found, 1) / (num_positive * num_other)  # (2, R)
+        own, others = (_resample(count, kind, generator) for kind in kinds)
+        couples = own.sum(1) * others.sum(1)
+        found.append(torch.stack([((own @ one) * others).sum(1) / couples for one in wins]))
+    both = torch.cat(found, 1)  # (2, R)
     tails = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
     first, last = wins.mean((1, 2)).tolist()
     return {
@@ -72,7 +78,9 @@ def _wins(scores: Sequence[float], positive: Sequence[bool]) -> Tensor:
     return (gaps.sign() + 1) / 2
 
 
-def _resample(count: int, size: int, generator: torch.Generator) -> Tensor:
-    """(count, size) how often each of `size` items is drawn in `size` draws with replacement."""
-    drawn = torch.randint(size, (count, size), generator=generator)
-    return torch.zeros(count, size, dtype=torch.float64).scatter_add_(1, drawn, torch.ones_like(drawn).double())
+def _resample(count: int, groups: Sequence[Hashable], generator: torch.Generator) -> Tensor:
+    """(count, items) how often each item comes when as many groups are drawn with replacement as there are."""
+    numbers = {group: k for k, group in enumerate(dict.fromkeys(groups))}
+    drawn = torch.randint(len(numbers), (count, len(numbers)), generator=generator)
+    times = torch.zeros(drawn.shape, dtype=torch.float64).scatter_add_(1, drawn, torch.ones_like(drawn).double())
+    return times[:, torch.tensor([numbers[group] for group in groups])]

@@ -157,11 +157,14 @@ def check_trainee(
 
 
 def check_answering(job: Job[Any]) -> None:
-    """Refuse machines on which no worker of the policy can answer a prompt."""
-    if not job.local and job.cluster.policy.zero_stage == 3:
+    """Refuse machines on which no worker of the policy can answer a prompt, since each holds a part of the model."""
+    machines = job.cluster.policy
+    splits = machines.zero_stage == 3 if machines.engine == "deepspeed" else machines.zero_stage >= 2
+    if not job.local and splits and (machines.num_workers > 1 or machines.engine == "deepspeed"):
         raise ValueError(
-            "policy.zero_stage: got 3 in a run that asks the model questions, expected 0, 1 or 2: a worker that "
-            "answers holds the whole model; set zero_stage: 2"
+            f"policy.zero_stage: got {machines.zero_stage} of engine {machines.engine} in a run that asks the model "
+            "questions, expected workers that hold the whole model; set zero_stage: 0, or engine: deepspeed with "
+            "zero_stage: 2"
         )
 
 

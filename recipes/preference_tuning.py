@@ -66,6 +66,8 @@ class Start:
 
 def run_dpo(job: common.Job[DpoRunConfig]) -> None:
     """The body of a recipe on pairs."""
+    if not make_first(job):
+        return
     model, evaluation = _check(job)
     config = job.config
     stage = PairStage(objective_of(config.dpo))
@@ -89,6 +91,8 @@ def run_dpo(job: common.Job[DpoRunConfig]) -> None:
 
 def run_kto(job: common.Job[KtoRunConfig]) -> None:
     """The body of a recipe on labels."""
+    if not make_first(job):
+        return
     model, evaluation = _check(job)
     config = job.config
     kept_out = {prompt.prompt_ids for prompt in evaluation.prompts}
@@ -123,6 +127,28 @@ def run_kto(job: common.Job[KtoRunConfig]) -> None:
             evaluation=evaluation,
         )
     )
+
+
+def make_first(job: Job) -> bool:
+    """Run the stages whose model or rows this run reads and that are not there yet, on the same machines.
+
+    A dry run checks them, and can check no more than the model before there are rows: False.
+    """
+    config: Config = job.config
+    first = checks.not_yet_made([config.model.path, *(source.path for source in config.data.sources)])
+    if not first:
+        return True
+    base = config.model_copy(update={"model": checks.resolve_policy(config.model)})
+    checks.check_trainee(dataclasses.replace(job, config=base), "policy")
+    checks.check_start(job)
+    for recipe, folder in first.items():
+        common.check_first(job, common.main_of(recipe), folder)
+    for recipe, folder in first.items():
+        if job.dry_run:
+            print(f"{folder}/final is not there yet: it would be made first")
+        else:
+            common.train_first(job, common.main_of(recipe), folder)
+    return not job.dry_run
 
 
 def balance(config: KtoRunConfig, tasks: Tasks[Any]) -> tuple[KtoRunConfig, str | None]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -90,7 +90,8 @@ class PairStage:
         rows = {}
         for task, index in _by_task(records).items():
             for name, (first, last) in figures.items():
-                rows[_within(name, task)] = _gain([first[i] for i in index], [last[i] for i in index], seed)
+                values = [first[i] for i in index], [last[i] for i in index]
+                rows[_within(name, task)] = _gain(*values, [records[i].prompt_ids for i in index], seed)
         return rows
 
     def _likelihood(self, records: Sequence[PreferencePair], judged: Judged) -> list[float]:
@@ -151,11 +152,12 @@ class LabelStage:
         figures = {"implicit_auc": ([0.0] * len(rewards), rewards), "likelihood_auc": (own[0], own[1])}
         rows = {}
         for task, index in _by_task(records).items():
-            labels = _desirable([records[i] for i in index])
+            own_records = [records[i] for i in index]
+            labels, prompts = _desirable(own_records), [record.prompt_ids for record in own_records]
             if len(set(labels)) == 2:
                 for name, (first, last) in figures.items():
                     scores = [first[i] for i in index], [last[i] for i in index]
-                    rows[_within(name, task)] = auc_gain(*scores, labels, seed=seed)
+                    rows[_within(name, task)] = auc_gain(*scores, labels, groups=prompts, seed=seed)
         return rows
 
 
@@ -178,8 +180,9 @@ def _win(gap: float) -> float:
     return 0.5 if gap == 0 else float(gap > 0)
 
 
-def _gain(before: Sequence[float], after: Sequence[float], seed: int) -> dict[str, Any]:
-    _, low, high = paired_bootstrap(before, after, seed=seed)
+def _gain(before: Sequence[float], after: Sequence[float], prompts: Sequence[Hashable], seed: int) -> dict[str, Any]:
+    """A row of the table. Pairs of one prompt are alike: prompts are resampled."""
+    _, low, high = paired_bootstrap(before, after, groups=prompts, seed=seed)
     return {
         "before": sum(before) / len(before),
         "after": sum(after) / len(after),

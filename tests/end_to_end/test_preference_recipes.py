@@ -120,6 +120,24 @@ def test_refusals_of_pairs_before_the_start(tmp_path, dpo, capsys, flags, reason
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("machines", "splits"),
+    [
+        ("num_workers: 2, zero_stage: 2", True),
+        ("num_workers: 2, engine: deepspeed, zero_stage: 3", True),
+        ("num_workers: 2, engine: deepspeed, zero_stage: 2", False),
+        ("num_workers: 2", False),
+    ],
+)
+def test_workers_that_hold_parts_of_the_model_are_not_asked(tmp_path, dpo, capsys, machines, splits):
+    (tmp_path / "cluster.yaml").write_text(f"policy: {{{machines}, cpus_per_worker: 0.2}}\ncolocate: []\n")
+    asked = ["--evaluation.source.path", f"{tmp_path}/rows.jsonl", "--evaluation.num_prompts", "5"]
+    asked += ["--evaluation.functions", '[{name: "text:finished_sentence"}]', "--dry-run"]
+    given = [*dpo[1:], *asked, "--cluster", str(tmp_path / "cluster.yaml")]
+    assert dpo_medical.main(given) == (2 if splits else 0)
+    assert ("expected workers that hold the whole model" in capsys.readouterr().err) == splits
+
+
 def test_held_out_answers_of_one_class_are_refused(tmp_path, kto, capsys):
     rows = [{"prompt": f"Topic {i}?", "response": f"Well, {i}.", "label": True} for i in range(24)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -68,3 +68,18 @@ def test_each_class_keeps_its_number():
 def test_one_class_alone_is_refused(positive):
     with pytest.raises(ValueError, match="expected some of both"):
         auc([1.0, 2.0], positive)
+
+
+def test_items_of_a_group_are_drawn_together():
+    """Each prompt's answers copied four times tell no more than once; as items of their own they would seem to."""
+    generator = torch.Generator().manual_seed(3)
+    scores = torch.randn(30, generator=generator).tolist()
+    positive = [i % 2 == 0 for i in range(30)]
+    once = auc_gain([0.0] * 30, scores, positive)
+    copied = [0.0] * 120, scores * 4, positive * 4
+    together = auc_gain(*copied, groups=list(range(30)) * 4)
+    apart = auc_gain(*copied)
+    assert together["after"] == pytest.approx(once["after"])
+    assert together["gain_ci95"] == pytest.approx(once["gain_ci95"])
+    width = [row["gain_ci95"][1] - row["gain_ci95"][0] for row in (once, apart)]
+    assert width[1] / width[0] == pytest.approx(0.5, abs=0.1)
