@@ -36,7 +36,12 @@ def encode_candidates(
 
 @torch.no_grad()
 def candidate_logps(
-    model: HfModel, group: Group, *, share_prompt: bool, row_tokens: int = ROW_TOKENS, device: torch.device | str = "cpu"
+    model: HfModel,
+    group: Group,
+    *,
+    share_prompt: bool,
+    row_tokens: int = ROW_TOKENS,
+    device: torch.device | str = "cpu",
 ) -> Tensor:
     """Log-probability of each answer behind the prompt, summed over its tokens.
 

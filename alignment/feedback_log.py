@@ -1,8 +1,8 @@
-"""What people chose among what they were shown, on disk: each event once, in one order, and there when it was accepted.
+"""What people chose among what they were shown, on disk: each event once, in one order, there when it is accepted.
 
 The log is a file of JSON lines that only grows. An event's `sequence` is its place, from 0. A line is an event once it
-is whole: what a kill cut short has no line end, is not read, and is cut off by the next writer. One process writes at a
-time and one learner takes; how far it has come belongs into its checkpoint, so that weights and place change together.
+is whole: what a kill cut short has no line end, is not read, and is cut off by the next writer. One process writes at
+a time and one learner takes; how far it has come lies in its checkpoint, so that weights and place change together.
 """
 
 from __future__ import annotations
@@ -168,7 +168,7 @@ class FeedbackReader:
                     yield logged
         if self._next < start:
             raise ValueError(
-                f"{self.path}: got {self._next} events, expected the {start} that were taken; put that log back"
+                f"{self.path}: got {self._next} events, expected at least {start}, which were taken; put that log back"
             )
 
     def _parse(self, line: bytes) -> Logged:
@@ -204,27 +204,51 @@ class FeedbackConsumer:
         self._lock = _locked(self.path.with_name(self.path.name + ".consumer"), "takes from")
         self._reader = FeedbackReader(self.path)
         self._stopped = threading.Event()
+        self._held: list[Logged] | None = None
+        self._place = 0
 
-    def take(self, start: int) -> list[Logged]:
+    def take(self, start: int, *, after: str | None) -> list[Logged]:
         """The `batch_size` events from place `start` on; waits for them. Empty once `stop` was called and fewer are
-        there: those wait for the next start."""
+        there: those wait for the next start.
+
+        Args:
+            after: id of the event before place `start`, as the taker remembers it; None for a first start.
+
+        Raises:
+            ValueError: another event stands before `start`: this is not the log that was taken from.
+        """
+        if self._held is None:
+            self._held = self._begin(start, after)
+        assert start == self._place, "events are taken in order"
         while True:
             stopped = self._stopped.is_set()
-            events = self.at_once(start)
-            if len(events) == self.batch_size:
-                return events
+            self._look()
+            if len(self._held) >= self.batch_size:
+                # What is learnt from must not be lost with the machine when its weights are not.
+                fsync_path(self.path)
+                taken, self._held = self._held[: self.batch_size], self._held[self.batch_size :]
+                self._place += len(taken)
+                return taken
             if stopped:
                 return []
             self._stopped.wait(self.poll_seconds)
 
-    def at_once(self, start: int) -> list[Logged]:
-        """Those of the `batch_size` events from place `start` on that are there."""
-        found: list[Logged] = []
-        for logged in self._reader.events(start) if self.path.exists() or start else ():
-            found.append(logged)
-            if len(found) == self.batch_size:
-                break
-        return found
+    def _begin(self, start: int, after: str | None) -> list[Logged]:
+        self._place = start
+        if not start:
+            return []
+        before, *held = self._reader.events(start - 1)
+        if before.event.id != after:
+            raise ValueError(
+                f"{self.path}: got another event at place {start - 1} than the one that was learnt from, expected the "
+                "same log; put it back, or start a new run"
+            )
+        return held
+
+    def _look(self) -> None:
+        assert self._held is not None
+        if self.path.exists():
+            self._held += self._reader.events(self._place + len(self._held))
 
     def stop(self) -> None:
         """Wait no longer: what is there makes full batches or is left. From any thread, or a signal."""

@@ -11,9 +11,9 @@ from torch import Tensor
 class ItemNeighbours:
     """Item-based collaborative filtering on likes (Sarwar et al. 2001; Deshpande and Karypis 2004).
 
-    Items i and j, liked by n_i and n_j people and by n_ij of them both, are alike by n_ij / (sqrt(n_i n_j) + shrinkage):
-    the cosine of their columns, drawn to 0 where few people know them. A candidate's score is its likeness to each
-    liked item, summed over those liked ones that are among its `neighbours` nearest.
+    Items i and j, liked by n_i and n_j people and by n_ij of them both, are alike by
+    n_ij / (sqrt(n_i n_j) + shrinkage): the cosine of their columns, drawn to 0 where few people know them. A
+    candidate's score is its likeness to each liked item, summed over those that are among its `neighbours` nearest.
     """
 
     def __init__(
@@ -25,7 +25,7 @@ class ItemNeighbours:
         """
         if shrinkage < 0 or neighbours < 1:
             raise ValueError(
-                f"got shrinkage={shrinkage:g}, neighbours={neighbours}, expected 0 or more and at least 1; correct them"
+                f"got shrinkage={shrinkage:g}, neighbours={neighbours}, expected 0 or more and at least 1; correct it"
             )
         self.popularity = item_counts(likes, num_items)
         numbered = {user: row for row, user in enumerate(dict.fromkeys(user for user, _ in likes))}

@@ -49,9 +49,7 @@ class FeedbackPairs:
         messages = [{"role": "user", "content": self._question(event)}]
 
         def encode(item: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-            prompt, answer = encode_answer(
-                self.tokenizer, messages, self._title(item, "shown"), eos_ids=self.eos_ids
-            )
+            prompt, answer = encode_answer(self.tokenizer, messages, self._title(item, "shown"), eos_ids=self.eos_ids)
             return tuple(prompt), tuple(answer)
 
         prompt_ids, chosen_ids = encode(event.chosen)

@@ -1,8 +1,8 @@
 """MovieLens-100K: who liked which film when, parted by time.
 
-All ratings in the order of (time, user, film): the last 10,000 are for tests, the 90,000 before them for training. No
-rating of the second part is later than one of the first. Films whose title and year are the same are one film, since a
-reader of titles cannot tell them apart; the film without a name is left out. Harper and Konstan 2015 describe the data.
+All ratings in the order of (time, user, film): the last 10,000 are for tests, the 90,000 before them for training.
+Films whose title and year are the same are one film, since a reader of titles cannot tell them apart; the film without
+a name is left out. Harper and Konstan 2015 describe the data.
 """
 
 from __future__ import annotations
@@ -86,9 +86,9 @@ def read_movielens(ratings_file: Path, items_file: Path, *, num_test: int = NUM_
         ValueError: other columns, a broken cell (`file:line`), or no rating before the last `num_test`.
     """
     named = {}
-    for where, (item, title, year, _) in _table(items_file, ("item_id", "movie_title", "release_year", "class")):
+    for where, (number, title, year, _) in _table(items_file, ("item_id", "movie_title", "release_year", "class")):
         if title != UNNAMED:
-            named[_whole(item, where)] = shown_title(title, year)
+            named[_whole(number, where)] = shown_title(title, year)
     first: dict[str, int] = {}
     same = {item: first.setdefault(name, item) for item, name in sorted(named.items())}
     rows = []

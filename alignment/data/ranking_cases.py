@@ -1,7 +1,7 @@
 """Who is to be recommended what: one film that a person liked next, hidden among films that the person never rated.
 
 Two protocols of 99 negatives: `uniform` draws them from all films (He et al. 2017), `popular` in proportion to how
-often each was liked in training (Sun et al. 2019), both without replacement. The same cases are ranked by every method.
+often each was liked in training (Sun et al. 2019), both without replacement. Every method ranks the same cases.
 """
 
 from __future__ import annotations

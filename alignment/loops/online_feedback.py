@@ -26,8 +26,10 @@ class PreferenceTrainer(Saves, Protocol):
 class Feed(Protocol):
     """Events in the order of a log."""
 
-    def take(self, start: int) -> Sequence[Logged]:
-        """One step's events from place `start` on, always the same; waits for them. Empty: there will be none."""
+    def take(self, start: int, *, after: str | None) -> Sequence[Logged]:
+        """One step's events from place `start` on, always the same; waits for them. Empty: there will be none.
+
+        `after`: the event before them, as the state remembers it; another log is refused."""
         ...
 
 
@@ -62,7 +64,7 @@ def learn_from_feedback(
     Raises:
         ValueError: a log without the events that were taken from it.
     """
-    while state.step < run.num_steps and (taken := feed.take(state.next_event)):
+    while state.step < run.num_steps and (taken := feed.take(state.next_event, after=state.last_id)):
         log = run.begin_step(state.step)
         pairs = [pair for logged in taken for pair in pairs_of(logged.event)]
         with log.phase("reference"):
@@ -75,19 +77,3 @@ def learn_from_feedback(
         log.metrics.update({"feedback/events": state.next_event, "feedback/pairs": state.num_pairs})
         run.finish_step(log)
         run.checkpoint(state.step, {"policy": policy}, asdict(state))
-
-
-def check_cursor(state: FeedbackState, events: Sequence[Logged]) -> None:
-    """Whether a log is the one that a checkpoint's place belongs to.
-
-    Args:
-        events: those of the log from place `state.next_event` - 1 on, at least the first.
-
-    Raises:
-        ValueError: another event stands there.
-    """
-    if state.next_event and (not events or events[0].event.id != state.last_id):
-        raise ValueError(
-            f"feedback log: got another event at place {state.next_event - 1} than the one that was learnt from, "
-            "expected the same log; put it back, or start a new run"
-        )
