@@ -11,7 +11,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 from alignment.data.assets import fetch_asset
@@ -44,7 +44,7 @@ class Rating:
     """Seconds since 1970."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class MovieLens:
     """The table in two parts. Each person has rated each film once at most, and the earlier time counts."""
 
@@ -60,6 +60,30 @@ class MovieLens:
             for rating in getattr(self, part):
                 found[rating.user].append(rating)
         return dict(found)
+
+    def without_test(self) -> MovieLens:
+        """The training part as a table of its own, whose last `NUM_TEST` ratings are its test part: for what learns
+        from people while they choose, and must not see the ratings that final numbers come from."""
+        return MovieLens(self.titles, self.train[:-NUM_TEST], self.train[-NUM_TEST:])
+
+    def title(self, name: str) -> str | None:
+        """Of a film by its number or its title; None for neither."""
+        if name.isascii() and name.isdigit() and len(name) < 10 and int(name) in self.titles:
+            return self.titles[int(name)]
+        return name if name in self._names else None
+
+    def shown_titles(self, user: str) -> list[str] | None:
+        """The titles that a prompt shows of somebody, from the training part; None for an unknown person."""
+        return self._shown.get(user)
+
+    @cached_property
+    def _names(self) -> frozenset[str]:
+        return frozenset(self.titles.values())
+
+    @cached_property
+    def _shown(self) -> dict[str, list[str]]:
+        likes = {user: [r.item for r in ratings if r.stars >= LIKED] for user, ratings in self.rated("train").items()}
+        return {str(user): [self.titles[item] for item in items[-SHOWN:]] for user, items in likes.items()}
 
     def train_likes(self) -> dict[int, int]:
         """How often each film was liked in training: its popularity. 0 for films that appear later alone."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from alignment.data.movielens import LEAST_SHOWN, LIKED, SHOWN, MovieLens, liked_before, prompt_of
@@ -43,7 +43,12 @@ class RankingCase:
 
 
 def ranking_cases(
-    data: MovieLens, *, per_user: int = 1, num_negatives: int = NUM_NEGATIVES, seed: int = 0
+    data: MovieLens,
+    *,
+    per_user: int = 1,
+    num_negatives: int = NUM_NEGATIVES,
+    seed: int = 0,
+    after: Mapping[int, int] | None = None,
 ) -> list[RankingCase]:
     """The first liked films of the test part of each person who liked `LEAST_SHOWN` before, in the order of persons.
 
@@ -52,6 +57,8 @@ def ranking_cases(
 
     Args:
         per_user: cases of a person at most, the earliest.
+        after: of the persons to ask about, the second after which a film was liked that is asked for; None asks about
+            all persons, from the beginning of the test part.
 
     Raises:
         ValueError: too few films that a person never rated.
@@ -63,7 +70,8 @@ def ranking_cases(
     for user, in_test in sorted(data.rated("test").items()):
         rated = {rating.item for rating in every[user]}
         known = [(rating, liked_before(every[user], rating.time)) for rating in in_test if rating.stars >= LIKED]
-        asked = [(rating, liked) for rating, liked in known if len(liked) >= LEAST_SHOWN]
+        begin = -1 if after is None else after.get(user, math.inf)
+        asked = [(rating, liked) for rating, liked in known if len(liked) >= LEAST_SHOWN and rating.time > begin]
         for rating, liked in asked[:per_user]:
             draw = random.Random(f"{seed}:{user}:{rating.item}")
             uniform = _without(films, rated)

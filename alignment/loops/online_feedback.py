@@ -14,13 +14,11 @@ from alignment.types import PreferencePair
 RefLogps = Sequence[Sequence[float]]
 
 
-class PreferenceTrainer(Saves, Protocol):
+class PairTrainer(Saves, Protocol):
     """A policy that learns from pairs, and the frozen reference that it is tied to."""
 
-    def update(
-        self, pairs: Sequence[PreferencePair], ref_logps: RefLogps | None, *, step: int
-    ) -> Pending[Metrics]: ...
-    def ref_logps(self, pairs: Sequence[PreferencePair]) -> Pending[RefLogps]: ...
+    def update(self, pairs: Sequence[PreferencePair], ref_logps: RefLogps, /, *, step: int) -> Pending[Metrics]: ...
+    def ref_logps(self, pairs: Sequence[PreferencePair], /) -> Pending[RefLogps]: ...
 
 
 class Feed(Protocol):
@@ -52,7 +50,7 @@ def learn_from_feedback(
     feed: Feed,
     pairs_of: Callable[[FeedbackEvent], list[PreferencePair]],
     *,
-    policy: PreferenceTrainer,
+    policy: PairTrainer,
     run: Run,
     state: FeedbackState,
 ) -> None:

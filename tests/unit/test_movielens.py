@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from dataclasses import asdict
 
 import pytest
 
@@ -17,9 +18,11 @@ from alignment.data.movielens import (
     read_movielens,
     shown_title,
 )
+from alignment.data.movielens_live import live_choices
 from alignment.data.movielens_pairs import pair_rows
 from alignment.data.ranking_cases import ranking_cases
 from alignment.data.sources import read_rows
+from alignment.feedback_log import event_of
 
 
 @pytest.mark.parametrize(
@@ -158,3 +161,39 @@ def test_the_packaged_cases():
     several = ranking_cases(data, per_user=3)
     assert Counter(case.user for case in several).most_common(1)[0][1] == 3
     assert [case for case in several if case in cases] == cases
+
+
+def test_choices_of_live_people():
+    """Of a table without the last 10,000 ratings: people choose, and are asked about what they liked later."""
+    data = movielens().without_test()
+    assert not set(data.train + data.test) & set(movielens().test)
+    assert len(data.test) == 10_000
+    assert data.train + data.test == movielens().train
+    events, last = live_choices(data, per_user=5)
+    cases = ranking_cases(data, after=last, per_user=3)
+    every = data.rated()
+    times = [next(r.time for r in every[int(e.user)] if r.item == int(e.chosen)) for e in events]
+    assert times == sorted(times)
+    assert min(times) >= data.test[0].time
+    assert len({event.id for event in events}) == len(events)
+    assert Counter(event.user for event in events).most_common(1)[0][1] == 5
+    for event, time in zip(events, times, strict=True):
+        assert event_of(asdict(event)) == event
+        own = every[int(event.user)]
+        assert {int(item) for item in event.shown} & {r.item for r in own} == {int(event.chosen)}
+        assert event.liked == tuple(str(item) for item in liked_before(own, time)[-5:])
+        assert time <= last[int(event.user)]
+    assert {case.user for case in cases} <= last.keys()
+    chosen = {(int(event.user), int(event.chosen)) for event in events}
+    assert not chosen & {(case.user, case.positive) for case in cases}
+    assert all(r.time > last[case.user] for case in cases for r in every[case.user] if r.item == case.positive)
+    places = Counter(event.shown.index(event.chosen) for event in events)
+    assert all(abs(places[i] - len(events) / 10) < 4 * (len(events) / 10) ** 0.5 for i in range(10))
+
+
+def test_films_by_number_and_by_title():
+    data = movielens()
+    assert data.title("50") == data.title("Star Wars (1977)") == "Star Wars (1977)"
+    assert [data.title(name) for name in ("0", "99999999999", "Star Wars", "²", "")] == [None] * 5
+    assert len(data.shown_titles("1")) == 5
+    assert data.shown_titles("nobody") is None
