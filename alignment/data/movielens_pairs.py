@@ -38,8 +38,8 @@ def next_title_rows() -> Iterator[Row]:
 
 
 def early_next_title_rows() -> Iterator[Row]:
-    """The same rows of the table without its test part: of the first 80,000 ratings. For a policy that then learns
-    from what people of the next 10,000 choose, see `alignment.data.movielens_live`."""
+    """The same rows without the last 10,000 ratings of the training part: for a policy that then learns from what the
+    people of these choose, see `alignment.data.movielens_live`."""
     yield from _by_hash(pair_rows(movielens().without_test(), seed=SEED))
 
 
