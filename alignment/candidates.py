@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from alignment.data.chat import encode_answer
+from alignment.data.chat import Messages, encode_answer
 from alignment.learners.answers import answer_logps
 from alignment.models import HfModel
 from alignment.packing import MicroBatchLimit
@@ -26,10 +26,13 @@ computing the prompt less often."""
 
 
 def encode_candidates(
-    tokenizer: PreTrainedTokenizerBase, prompt: str, texts: Sequence[str], *, eos_ids: frozenset[int] | None = None
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Messages,
+    texts: Sequence[str],
+    *,
+    eos_ids: frozenset[int] | None = None,
 ) -> Group:
-    """Ids of a question and of each text that may answer it, as in a preference pair: end tokens included."""
-    messages = [{"role": "user", "content": prompt}]
+    """Ids of a conversation and of each text that may answer it, as in a preference pair: end tokens included."""
     encoded = [encode_answer(tokenizer, messages, text, eos_ids=eos_ids) for text in texts]
     return encoded[0][0], [answer for _, answer in encoded]
 

@@ -31,7 +31,7 @@ LAYERS = {
     **dict.fromkeys(["alignment.memory", "alignment.fingerprint", "alignment.quantization"], 1),
     **dict.fromkeys(["alignment.model_card", "alignment.reward_objectives", "alignment.calibration"], 1),
     "alignment.hacking": 1,
-    **dict.fromkeys(["alignment.ranking_metrics", "alignment.ranking_baselines"], 1),
+    **dict.fromkeys(["alignment.ranking_metrics", "alignment.ranking_baselines", "alignment.ranking_report"], 1),
     **dict.fromkeys(["alignment.feedback_log", "alignment.feedback_file"], 1),
     **dict.fromkeys(
         [

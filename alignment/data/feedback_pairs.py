@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from alignment.data.chat import encode_answer
+from alignment.data.chat import encode_answer, question
 from alignment.feedback_log import FeedbackEvent
 from alignment.types import PreferencePair
 
@@ -23,6 +23,7 @@ class FeedbackPairs:
         title: Callable[[str], str | None],
         liked: Callable[[str], Sequence[str] | None],
         prompt: Callable[[Sequence[str]], str],
+        system_prompt: str | None = None,
         eos_ids: frozenset[int] | None = None,
     ) -> None:
         """
@@ -30,8 +31,10 @@ class FeedbackPairs:
             title: from an item as events name it to its title; None for an unknown one.
             liked: the titles that a user is known to like, oldest first; None for an unknown user.
             prompt: from liked titles to the question.
+            system_prompt: what stands before it.
         """
-        self.tokenizer, self.title, self.liked, self.prompt, self.eos_ids = tokenizer, title, liked, prompt, eos_ids
+        self.tokenizer, self.title, self.liked, self.prompt = tokenizer, title, liked, prompt
+        self.system_prompt, self.eos_ids = system_prompt, eos_ids
 
     def check(self, event: FeedbackEvent) -> None:
         """Refuse what no pair can be made of.
@@ -46,7 +49,7 @@ class FeedbackPairs:
 
     def pairs(self, event: FeedbackEvent) -> list[PreferencePair]:
         """One for each item that was shown and not chosen, in the order shown. Raises as `check`."""
-        messages = [{"role": "user", "content": self._question(event)}]
+        messages = question(self._question(event), self.system_prompt)
 
         def encode(item: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
             prompt, answer = encode_answer(self.tokenizer, messages, self._title(item, "shown"), eos_ids=self.eos_ids)

@@ -8,12 +8,12 @@ from tiny import write_tiny_model
 
 from alignment import models
 from alignment.candidates import candidate_logps, encode_candidates, implicit_rewards
-from alignment.data.chat import load_tokenizer
+from alignment.data.chat import load_tokenizer, question
 from alignment.logprobs import token_logprobs
 from alignment.shared_prompts import shares_prompts
 
 TITLES = ["Alien (1979)", "Aliens (1986)", "Alien", "Il Postino (1994)", "M (1931)"]
-PROMPT = "I liked these films: Heat (1995). Which film should I watch next?"
+MESSAGES = question("I liked these films: Heat (1995). Which film should I watch next?")
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +23,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def group(folder):
-    return encode_candidates(load_tokenizer(str(folder)), PROMPT, TITLES)
+    return encode_candidates(load_tokenizer(str(folder)), MESSAGES, TITLES)
 
 
 def alone(model, prompt, answer):

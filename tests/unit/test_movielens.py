@@ -23,6 +23,8 @@ from alignment.data.movielens_pairs import pair_rows
 from alignment.data.ranking_cases import ranking_cases
 from alignment.data.sources import read_rows
 from alignment.feedback_log import event_of
+from alignment.ranking_baselines import ItemNeighbours
+from alignment.ranking_report import case_metrics, means, scores_by
 
 
 @pytest.mark.parametrize(
@@ -158,6 +160,15 @@ def test_the_packaged_cases():
     }
     assert mean["popular"] > 3 * mean["uniform"]
     assert cases == ranking_cases(data)
+    likes = [(r.user, r.item) for r in data.train if r.stars >= LIKED]
+    told = {
+        "popularity": scores_by(lambda liked, films: [popularity[film] for film in films], cases),
+        "neighbours": scores_by(ItemNeighbours(likes).scores, cases),
+    }
+    # What docs/recommender.md says of the baselines.
+    found = {name: means(cases, case_metrics(cases, scores)) for name, scores in told.items()}
+    assert list(found["popularity"].values()) == pytest.approx([0.614, 0.359, 0.261, 0.131], abs=5e-4)
+    assert list(found["neighbours"].values()) == pytest.approx([0.680, 0.483, 0.490, 0.301], abs=5e-4)
     several = ranking_cases(data, per_user=3)
     assert Counter(case.user for case in several).most_common(1)[0][1] == 3
     assert [case for case in several if case in cases] == cases

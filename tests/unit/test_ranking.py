@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from alignment.bootstrap import paired_bootstrap
-from alignment.data.ranking_cases import weighted_sample
-from alignment.ranking_baselines import ItemNeighbours, item_counts
+from alignment.data.ranking_cases import RankingCase, weighted_sample
+from alignment.ranking_baselines import ItemNeighbours
 from alignment.ranking_metrics import chance, gain_report, hit_rate_at_k, mean_by_user, ndcg_at_k
+from alignment.ranking_report import case_metrics, gains, means, scores_by
 
 
 def metrics(positive, negatives, k):
@@ -105,13 +106,43 @@ def test_neighbours_are_those_of_a_direct_computation(shrinkage):
         lengths = math.sqrt(len(people[i]) * len(people[j])) + shrinkage
         return len(people[i] & people[j]) / lengths if lengths and i != j else 0.0
 
-    model = ItemNeighbours(LIKES, 5, shrinkage=shrinkage)
+    model = ItemNeighbours(LIKES, shrinkage=shrinkage)
     expected = [sum(alike(candidate, item) for item in (0, 2)) for candidate in (1, 3, 4)]
-    assert model.scores([0, 2], [1, 3, 4]).tolist() == pytest.approx(expected, abs=1e-12)
-    assert item_counts(LIKES, 5).tolist() == [3, 3, 2, 1, 0]
-    nearest = ItemNeighbours(LIKES, 5, shrinkage=shrinkage, neighbours=1)
+    assert model.scores([0, 2, 4], [1, 3, 4]) == pytest.approx(expected, abs=1e-12)
+    nearest = ItemNeighbours(LIKES, shrinkage=shrinkage, neighbours=1)
     best = max((0, 2, 3), key=lambda item: alike(1, item))
-    assert nearest.scores([0, 2, 3], [1]).item() == pytest.approx(alike(1, best), abs=1e-12)
+    assert nearest.scores([0, 2, 3], [1]) == pytest.approx([alike(1, best)], abs=1e-12)
+
+
+def test_a_table_without_likes_is_refused():
+    with pytest.raises(ValueError, match="and 0 likes"):
+        ItemNeighbours([])
+
+
+CASES = [
+    RankingCase(user=1, liked=(9,), positive=5, uniform=(6, 7), popular=(7, 8)),
+    RankingCase(user=2, liked=(9,), positive=8, uniform=(6, 5), popular=(4, 3)),
+    RankingCase(user=1, liked=(9, 5), positive=6, uniform=(7, 8), popular=(8, 7)),
+]
+
+
+def test_scores_find_their_protocol():
+    """A film that both protocols have is scored once; cases of one person share a mean."""
+    assert CASES[0].films == (5, 6, 7, 8)
+    scores = [[2, 3, 1, 0], [0, 1, 1, 0, -1], [1, 0, 0]]
+    metrics = case_metrics(CASES, scores, k=1)
+    assert {name: values.tolist() for name, values in metrics.items() if "hit" in name} == {
+        "uniform/hit_rate": [0, 0, 1],
+        "popular/hit_rate": [1, 0.5, 1],
+    }
+    assert means(CASES, metrics)["uniform/hit_rate"] == 0.25
+    same = scores_by(lambda liked, films: [float(len(liked) + film) for film in films], CASES)
+    assert same[2] == [8, 9, 10]
+    rows = gains(CASES, metrics, case_metrics(CASES, same, k=1), seed=0)
+    assert (rows["popular/hit_rate"]["before"], rows["popular/hit_rate"]["after"]) == (0.75, 0.5)
+    assert rows["popular/hit_rate"]["n"] == 2
+    with pytest.raises(ValueError, match="zip"):
+        case_metrics(CASES, [*scores[:2], [1]], k=1)
 
 
 def test_weighted_draws_follow_the_weights():
