@@ -13,6 +13,7 @@ import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -157,19 +158,25 @@ class FeedbackReader:
         """
         if start < self._next:
             self._next, self._offset = 0, 0
-        with open(self.path, "rb") as file:
-            file.seek(self._offset)
-            for line in file:
-                if not line.endswith(b"\n"):
-                    break
-                logged = self._parse(line)
-                self._next, self._offset = self._next + 1, self._offset + len(line)
-                if logged.sequence >= start:
-                    yield logged
+        for line in self._whole_lines():
+            logged = self._parse(line)
+            self._next, self._offset = self._next + 1, self._offset + len(line)
+            if logged.sequence >= start:
+                yield logged
         if self._next < start:
             raise ValueError(
                 f"{self.path}: got {self._next} events, expected at least {start}, which were taken; put that log back"
             )
+
+    def _whole_lines(self) -> Iterator[bytes]:
+        """From where reading stopped; none of a log that nobody has written to yet."""
+        try:
+            file = open(self.path, "rb")  # noqa: SIM115 - closed below
+        except FileNotFoundError:
+            return
+        with file:
+            file.seek(self._offset)
+            yield from takewhile(lambda line: line.endswith(b"\n"), file)
 
     def _parse(self, line: bytes) -> Logged:
         where = f"{self.path}:{self._next + 1}"
@@ -247,8 +254,7 @@ class FeedbackConsumer:
 
     def _look(self) -> None:
         assert self._held is not None
-        if self.path.exists():
-            self._held += self._reader.events(self._place + len(self._held))
+        self._held += self._reader.events(self._place + len(self._held))
 
     def stop(self) -> None:
         """Wait no longer: what is there makes full batches or is left. From any thread, or a signal."""
@@ -260,7 +266,12 @@ class FeedbackConsumer:
 
 
 def _locked(path: Path, does: str) -> int:
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise ValueError(
+            f"feedback log: got {path} ({error.strerror}), expected a file in a folder that can be written; correct it"
+        ) from error
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

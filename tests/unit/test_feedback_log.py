@@ -210,6 +210,18 @@ def test_another_log_than_the_one_taken_from_is_noticed(path):
     path.with_name("feedback.jsonl.consumer").unlink()
     with pytest.raises(ValueError, match="got 4 events, expected at least 6"):
         FeedbackConsumer(path, batch_size=1).take(7, after="e6")
+    path.with_name("feedback.jsonl.consumer").unlink()
+    path.unlink()
+    with pytest.raises(ValueError, match="got 0 events, expected at least 6"):
+        FeedbackConsumer(path, batch_size=1).take(7, after="e6")
+
+
+def test_a_place_for_no_log_is_refused(path, tmp_path):
+    with pytest.raises(ValueError, match=r"got .*none/log \(No such file or directory\)"):
+        FeedbackLog(tmp_path / "none" / "log")
+    path.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match="symbolic links"):
+        FeedbackLog(path)
 
 
 @pytest.mark.parametrize(
