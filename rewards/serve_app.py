@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hmac
 import logging
 import math
 import time
@@ -18,17 +17,11 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect
 
+from rewards.admission import Admission, RefusalError, refuse
 from rewards.batcher import Batcher, BusyError
 from rewards.serve_metrics import ServeMetrics
 
 log = logging.getLogger(__name__)
-
-RETRY_AFTER = 1
-"""Seconds after which a client that was turned away may ask again."""
-DISCARDED = 4
-"""Times the longest body that is read and thrown away: a client that is cut off before cannot see the refusal."""
-CLOSING = frozenset({401, 408, 413, 415})
-"""Refusals that end the connection: what else would come over it is an unread body."""
 
 
 class Encoder(Protocol):
@@ -55,12 +48,6 @@ class ScoreBody(BaseModel):
     columns: dict[str, list[Any]] = {}
 
 
-class _RefusalError(Exception):
-    def __init__(self, status: int, kind: str, message: str) -> None:
-        super().__init__(message)
-        self.status, self.kind = status, kind
-
-
 class RewardService:
     """Bodies in, scores out. Encoding has a thread of its own: a tokenizer keeps state between two calls."""
 
@@ -68,78 +55,45 @@ class RewardService:
         self, encoder: Encoder, batcher: Batcher, metrics: ServeMetrics, *, token: str | None, limits: Limits
     ) -> None:
         self.encoder, self.batcher, self.metrics, self.limits = encoder, batcher, metrics, limits
-        self._token = None if token is None else token.encode()
+        self.admission = Admission(token, body_bytes=limits.body_bytes, body_seconds=limits.body_seconds)
         self._encoding = ThreadPoolExecutor(1, thread_name_prefix="reward-encoding")
 
-    def allowed(self, request: Request) -> bool:
-        """Whether a request carries the token. Takes as long for one that is nearly right."""
-        if self._token is None:
-            return True
-        scheme, _, given = request.headers.get("authorization", "").partition(" ")
-        return hmac.compare_digest(given.strip().encode(), self._token) and scheme.lower() == "bearer"
-
     async def score(self, request: Request) -> list[float | None]:
-        """Raises _RefusalError with the status to answer."""
-        if not self.allowed(request):
-            raise _RefusalError(401, "no_token", "authorization: got no valid token, expected Bearer TOKEN; send it")
-        if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
-            # A web page can post other types here without asking first.
-            raise _RefusalError(415, "content_type", "content-type: expected application/json; send that")
-        body = self._parse(await self._read(request))
+        """Raises RefusalError with the status to answer."""
+        body = self._parse(await self.admission.json_body(request))
         loop = asyncio.get_running_loop()
         try:
             sequences = await loop.run_in_executor(self._encoding, self._encode, body)
         except ValueError as refusal:
-            raise _RefusalError(400, "template", str(refusal)) from refusal
+            raise RefusalError(400, "template", str(refusal)) from refusal
         try:
             futures = self.batcher.submit([ids for ids in sequences if ids is not None])
         except BusyError as busy:
-            raise _RefusalError(503, "busy", f"{busy}, expected fewer; ask again") from busy
+            raise RefusalError(503, "busy", f"{busy}, expected fewer; ask again") from busy
         found = iter(await asyncio.gather(*map(asyncio.wrap_future, futures)))
         scores = [None if ids is None else next(found) for ids in sequences]
         if not all(score is None or math.isfinite(score) for score in scores):
-            raise _RefusalError(
-                500, "not_finite", "the model gave a score that is no finite number; check its weights"
-            )
+            raise RefusalError(500, "not_finite", "the model gave a score that is no finite number; check its weights")
         self.metrics.responses(scores)
         return scores
 
     def _encode(self, body: ScoreBody) -> list[list[int] | None]:
         return [self.encoder.encode(p, r) for p, r in zip(body.prompts, body.responses, strict=True)]
 
-    async def _read(self, request: Request) -> bytes:
-        most = self.limits.body_bytes
-        too_large = _RefusalError(413, "too_large", f"body: expected at most {most} bytes; send fewer responses")
-        size, parts = 0, bytearray()
-        try:
-            async with asyncio.timeout(self.limits.body_seconds):
-                async for part in request.stream():
-                    size += len(part)
-                    if size <= most:
-                        parts += part
-                    elif size > DISCARDED * most:
-                        raise too_large
-        except TimeoutError as slow:
-            seconds = self.limits.body_seconds
-            raise _RefusalError(408, "slow_body", f"body: expected all of it within {seconds:g} s") from slow
-        if size > most:
-            raise too_large
-        return bytes(parts)
-
     def _parse(self, data: bytes) -> ScoreBody:
         try:
             body = ScoreBody.model_validate_json(data)
         except ValidationError as fault:
-            raise _RefusalError(400, "bad_body", explain(fault)) from None
+            raise RefusalError(400, "bad_body", explain(fault)) from None
         count, most = len(body.responses), self.limits.responses
         lengths = {"prompts": len(body.prompts), **{f"columns.{k}": len(v) for k, v in body.columns.items()}}
         for name, length in lengths.items():
             if length != count:
                 message = f"{name}: got {length} for {count} responses, expected as many; align them"
-                raise _RefusalError(400, "bad_body", message)
+                raise RefusalError(400, "bad_body", message)
         if count > most:
             message = f"responses: got {count}, expected at most {most}; send them in several requests"
-            raise _RefusalError(413, "too_large", message)
+            raise RefusalError(413, "too_large", message)
         return body
 
     def close(self) -> None:
@@ -168,7 +122,7 @@ def build_app(service: RewardService, *, host_names: Sequence[str] | None) -> Fa
         began, kind = clock(), None
         try:
             answer: Response = JSONResponse({"scores": await service.score(request)})
-        except _RefusalError as refusal:
+        except RefusalError as refusal:
             kind, answer = refusal.kind, refuse(refusal)
         except ClientDisconnect:
             kind, answer = "disconnected", Response(status_code=400)
@@ -185,19 +139,11 @@ def build_app(service: RewardService, *, host_names: Sequence[str] | None) -> Fa
 
     @app.get("/metrics")
     async def metrics(request: Request) -> Response:
-        if not service.allowed(request):
-            return refuse(_RefusalError(401, "no_token", "authorization: expected Bearer TOKEN; send it"))
+        try:
+            service.admission.require_token(request)
+        except RefusalError as refusal:
+            return refuse(refusal)
         text = service.metrics.text(unfinished=service.batcher.unfinished)
         return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
 
     return app
-
-
-def refuse(refusal: _RefusalError) -> Response:
-    log.info("turned a request away with %d: %s", refusal.status, refusal)
-    headers = {"Connection": "close"} if refusal.status in CLOSING else {}
-    if refusal.status == 401:
-        headers["WWW-Authenticate"] = "Bearer"
-    if refusal.status == 503:
-        headers["Retry-After"] = str(RETRY_AFTER)
-    return JSONResponse({"error": str(refusal)}, refusal.status, headers)

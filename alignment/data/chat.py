@@ -51,6 +51,12 @@ def load_tokenizer(path: str, revision: str | None = None) -> PreTrainedTokenize
     return tokenizer
 
 
+def question(text: str, system_prompt: str | None = None) -> list[dict[str, str]]:
+    """A conversation of one question, with a system prompt where there is one."""
+    asked = {"role": "user", "content": text}
+    return [asked] if system_prompt is None else [{"role": "system", "content": system_prompt}, asked]
+
+
 def eos_token_ids(tokenizer: PreTrainedTokenizerBase, config: Any = None) -> frozenset[int]:
     """Every id that ends an answer: the tokenizer's EOS and those of a model or generation config.
 

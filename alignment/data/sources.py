@@ -27,6 +27,8 @@ from alignment.data.judged_assets import (
     review_rows,
 )
 from alignment.data.medical import treatment_plan_answers, treatment_plan_pairs
+from alignment.data.movielens import rating_rows
+from alignment.data.movielens_pairs import early_next_title_rows, next_title_rows
 from alignment.data.sharegpt import sharegpt_rows
 
 __all__ = ["DERIVED", "Row", "column", "read_rows"]
@@ -48,6 +50,9 @@ DERIVED: dict[str, Callable[[], Iterable[Row]]] = {
     "nq-rankings": nq_ranking_rows,
     "pairs-zh": chinese_pair_rows,
     "pairs-zh-held-out": held_out_chinese_pair_rows,
+    "movielens-100k": rating_rows,
+    "movielens-pairs": next_title_rows,
+    "movielens-early-pairs": early_next_title_rows,
 }
 """Assets whose rows are built from an archive's files, not read as they stand."""
 

@@ -1,0 +1,297 @@
+"""The feedback log: no event lost or twice, whatever is killed, torn or sent again."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from alignment.feedback_file import FeedbackFile
+from alignment.feedback_log import (
+    ConflictError,
+    FeedbackConsumer,
+    FeedbackEvent,
+    FeedbackLog,
+    FeedbackReader,
+    event_of,
+)
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def event(number: int, **changes) -> FeedbackEvent:
+    values = {"id": f"e{number}", "user": 7, "shown": ["A", "B", f"C {number}"], "chosen": "B"}
+    return event_of({**values, **changes})
+
+
+def logged(path: Path) -> list[str]:
+    entries = list(FeedbackReader(path).events())
+    assert [entry.sequence for entry in entries] == list(range(len(entries)))
+    return [entry.event.id for entry in entries]
+
+
+@pytest.fixture
+def path(tmp_path) -> Path:
+    return tmp_path / "feedback.jsonl"
+
+
+def test_events_come_back_as_they_were(path):
+    log = FeedbackLog(path)
+    events = [event(0), event(1, liked=["Señor «X»\n"], shown=[12, 13], chosen=13, user="ann")]
+    assert log.append(events) == 2
+    assert [entry.event for entry in FeedbackReader(path).events()] == events
+    assert events[1].chosen == "13"
+    assert path.stat().st_mode & 0o777 == 0o600
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["sequence"] for line in lines] == [0, 1]
+
+
+def test_an_event_that_is_sent_again_counts_once(path):
+    log = FeedbackLog(path)
+    assert log.append([event(0), event(0), event(1)]) == 2
+    assert log.append([event(1), event(2)]) == 1
+    log.close()
+    again = FeedbackLog(path)
+    assert again.append([event(2), event(0)]) == 0
+    assert len(again) == 3
+    with pytest.raises(ConflictError, match="id: got one that an earlier event"):
+        again.append([event(3), event(1, chosen="A")])
+    with pytest.raises(ConflictError):
+        again.append([event(4), event(4, chosen="A")])
+    assert logged(path) == ["e0", "e1", "e2"]
+
+
+@pytest.mark.parametrize("cut", [1, 5, 40])
+def test_a_torn_line_is_no_event_and_makes_room(path, cut):
+    log = FeedbackLog(path)
+    log.append([event(0), event(1)])
+    log.close()
+    os.truncate(path, path.stat().st_size - cut)
+    assert logged(path) == ["e0"]
+    log = FeedbackLog(path)
+    assert log.append([event(1), event(2)]) == 2
+    assert logged(path) == ["e0", "e1", "e2"]
+
+
+@pytest.mark.parametrize("damage", [b'{"sequence": 1}\n', b"\0\0\0\n", b'{"sequence": 5, "id": "x"}\n', b"[]\n"])
+def test_a_damaged_log_is_refused(path, damage):
+    log = FeedbackLog(path)
+    log.append([event(0)])
+    log.close()
+    with path.open("ab") as file:
+        file.write(damage)
+    with pytest.raises(ValueError, match=f"{path}:2: got"):
+        logged(path)
+    with pytest.raises(ValueError, match="restore the file"):
+        FeedbackLog(path)
+
+
+def test_one_that_is_missing_in_between_is_noticed(path):
+    log = FeedbackLog(path)
+    log.append([event(i) for i in range(3)])
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(lines[0] + lines[2])
+    with pytest.raises(ValueError, match="got event 2, expected 1"):
+        logged(path)
+
+
+def test_a_full_disk_leaves_the_log_as_it_was(path):
+    """In a process of its own, with a limit on what files may hold."""
+    code = """
+import resource, signal, sys
+from alignment.feedback_log import FeedbackLog, event_of
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+def event(i): return event_of({"id": f"e{i}", "user": 7, "shown": ["A", "B"], "chosen": "B"})
+log = FeedbackLog(sys.argv[1])
+log.append([event(0)])
+resource.setrlimit(resource.RLIMIT_FSIZE, (300, resource.RLIM_INFINITY))
+try:
+    log.append([event(i) for i in range(1, 9)])
+except OSError as error:
+    print(error.errno, len(log))
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+print(log.append([event(1)]))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(path)], capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    assert done.stdout.split() == ["27", "1", "1"]
+    assert logged(path) == ["e0", "e1"]
+
+
+WRITER = """
+import sys
+from alignment.feedback_log import FeedbackLog, event_of
+log = FeedbackLog(sys.argv[1])
+for i in range(100_000):
+    log.append([event_of({"id": f"e{i}", "user": 7, "shown": ["A", "B", "C" * 400], "chosen": "B"})])
+    print(i, flush=True)
+"""
+
+
+def test_a_writer_that_is_killed_loses_nothing_that_it_accepted(path):
+    """SIGKILL while it writes without pause: what it told of is there, and the next one goes on behind it."""
+    writer = subprocess.Popen([sys.executable, "-c", WRITER, str(path)], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    assert writer.stdout is not None
+    for line in writer.stdout:
+        if int(line) == 40:
+            break
+    writer.send_signal(signal.SIGKILL)
+    told = [int(line) for line in writer.stdout if line.endswith("\n")] or [40]
+    assert writer.wait(30) == -signal.SIGKILL
+    log = FeedbackLog(path)  # the lock went with the process
+    ids = logged(path)
+    assert ids == [f"e{i}" for i in range(len(ids))]
+    assert len(ids) in (told[-1] + 1, told[-1] + 2)
+    assert log.append([event(0, shown=["A", "B", "C" * 400]), event(len(ids))]) == 1
+    assert logged(path) == [*ids, f"e{len(ids)}"]
+
+
+def test_one_writes_and_one_takes(path):
+    log, consumer = FeedbackLog(path), FeedbackConsumer(path, batch_size=2)
+    with pytest.raises(ValueError, match="that another process writes"):
+        FeedbackLog(path)
+    with pytest.raises(ValueError, match="that another process takes from"):
+        FeedbackConsumer(path, batch_size=2)
+    code = f"from alignment.feedback_log import FeedbackConsumer; FeedbackConsumer({str(path)!r}, batch_size=2)"
+    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert "another process takes from" in other.stderr
+    consumer.close()
+    log.close()
+    FeedbackConsumer(path, batch_size=2).close()
+    FeedbackLog(path).close()
+
+
+def ids(taken) -> list[str]:
+    return [entry.event.id for entry in taken]
+
+
+def test_events_are_taken_in_order_and_in_full_batches(path):
+    log, consumer = FeedbackLog(path), FeedbackConsumer(path, batch_size=2, poll_seconds=0)
+    log.append([event(i) for i in range(5)])
+    consumer.stop()
+    assert ids(consumer.take(0, after=None)) == ["e0", "e1"]
+    assert ids(consumer.take(2, after="e1")) == ["e2", "e3"]
+    assert consumer.take(4, after="e3") == []
+    consumer.close()
+    later = FeedbackConsumer(path, batch_size=2)
+    log.append([event(5)])
+    assert ids(later.take(4, after="e3")) == ["e4", "e5"]
+
+
+def test_waiting_ends_when_the_last_one_comes(path):
+    """The taker waits while the writer writes; each batch is there as soon as it is whole."""
+    log, consumer = FeedbackLog(path), FeedbackConsumer(path, batch_size=3, poll_seconds=0.001)
+    taken: list[str] = []
+
+    def take() -> None:
+        while batch := consumer.take(len(taken), after=taken[-1] if taken else None):
+            taken.extend(ids(batch))
+
+    taker = threading.Thread(target=take)
+    taker.start()
+    for i in range(31):
+        log.append([event(i)])
+    consumer.stop()
+    taker.join(30)
+    assert taken == [f"e{i}" for i in range(30)]
+
+
+def test_another_log_than_the_one_taken_from_is_noticed(path):
+    FeedbackLog(path).append([event(i) for i in range(4)])
+    with pytest.raises(ValueError, match="got another event at place 1"):
+        FeedbackConsumer(path, batch_size=1).take(2, after="e7")
+    path.with_name("feedback.jsonl.consumer").unlink()
+    with pytest.raises(ValueError, match="got 4 events, expected at least 6"):
+        FeedbackConsumer(path, batch_size=1).take(7, after="e6")
+    path.with_name("feedback.jsonl.consumer").unlink()
+    path.unlink()
+    with pytest.raises(ValueError, match="got 0 events, expected at least 6"):
+        FeedbackConsumer(path, batch_size=1).take(7, after="e6")
+
+
+def test_a_place_for_no_log_is_refused(path, tmp_path):
+    with pytest.raises(ValueError, match=r"got .*none/log \(No such file or directory\)"):
+        FeedbackLog(tmp_path / "none" / "log")
+    path.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match="symbolic links"):
+        FeedbackLog(path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({"chosen": "Z"}, "chosen: got an item that is not in shown"),
+        ({"shown": ["B"]}, "shown: got 1 items, expected at least 2"),
+        ({"shown": ["B", "B"]}, "each once"),
+        ({"shown": "B"}, "shown: got str"),
+        ({"shown": [str(i) for i in range(101)], "chosen": "0"}, "shown: got 101 items"),
+        ({"id": ""}, "id: got 0 characters"),
+        ({"id": "x" * 501}, "id: got 501 characters"),
+        ({"user": None}, "user: got NoneType"),
+        ({"user": True}, "user: got bool"),
+        ({"user": "\ud800"}, "half a surrogate pair"),
+        ({"liked": [1.5]}, "liked: got float"),
+        ({"label": 1}, "got 'label'"),
+    ],
+)
+def test_what_is_no_choice_is_refused(changes, fault):
+    with pytest.raises(ValueError, match=fault):
+        event(0, **changes)
+
+
+def line(number: int, **changes) -> str:
+    values = {"id": f"e{number}", "user": 7, "shown": ["A", "B", f"C {number}"], "chosen": "B", **changes}
+    return json.dumps(values) + "\n"
+
+
+def no_z(chosen: FeedbackEvent) -> None:
+    if "Z" in chosen.shown:
+        raise ValueError("shown: got an item that is not known, expected one of the catalogue; correct it")
+
+
+def test_a_file_that_grows(path, tmp_path):
+    log, source = FeedbackLog(path), tmp_path / "clicks.jsonl"
+    clicks = FeedbackFile(source, log, check=no_z)
+    assert clicks.take().new == 0
+    half = line(1)
+    source.write_text(line(0) + half[:20])
+    assert (clicks.take().new, logged(path)) == (1, ["e0"])
+    with source.open("a") as file:
+        file.write(half[20:] + "\n" + "{broken\n" + line(2, shown=["B", "Z"]) + line(0, chosen="A") + line(3))
+    taken = clicks.take()
+    assert (taken.new, taken.known) == (2, 0)
+    assert [reason.split(":", 2)[1:] for reason in taken.refused[:2]] == [
+        ["4", " got no JSON (JSONDecodeError), expected an event; correct the line"],
+        ["5", " shown: got an item that is not known, expected one of the catalogue; correct it"],
+    ]
+    assert "earlier event of other contents" in taken.refused[2]
+    assert logged(path) == ["e0", "e1", "e3"]
+    # After a restart the file is read anew, and nothing counts again.
+    again = FeedbackFile(source, log, check=no_z).take()
+    assert (again.new, again.known, len(again.refused)) == (0, 3, 3)
+    source.write_text(line(4))
+    with pytest.raises(ValueError, match="expected a file that only grows"):
+        clicks.take()
+
+
+def test_a_file_is_followed_to_its_end(path, tmp_path):
+    log, source, stop, told = FeedbackLog(path), tmp_path / "clicks.jsonl", threading.Event(), []
+    follower = threading.Thread(
+        target=FeedbackFile(source, log, check=no_z).follow, args=(stop, told.append), kwargs={"seconds": 0.001}
+    )
+    follower.start()
+    with source.open("a") as file:
+        for i in range(50):
+            file.write(line(i) if i != 25 else "nonsense\n")
+            file.flush()
+    stop.set()
+    follower.join(30)
+    assert logged(path) == [f"e{i}" for i in range(50) if i != 25]
+    assert len(told) == 1

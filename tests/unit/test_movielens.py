@@ -1,0 +1,210 @@
+"""MovieLens: titles as people write them, parts by time, pairs and cases without what must not be in them."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from dataclasses import asdict
+
+import pytest
+
+from alignment.config import SourceConfig
+from alignment.data.movielens import (
+    DISLIKED,
+    LIKED,
+    liked_before,
+    movielens,
+    prompt_of,
+    read_movielens,
+    shown_title,
+)
+from alignment.data.movielens_live import live_choices
+from alignment.data.movielens_pairs import pair_rows
+from alignment.data.ranking_cases import ranking_cases
+from alignment.data.sources import read_rows
+from alignment.feedback_log import event_of
+from alignment.ranking_baselines import ItemNeighbours
+from alignment.ranking_report import case_metrics, means, scores_by
+
+
+@pytest.mark.parametrize(
+    ("title", "year", "shown"),
+    [
+        ("Toy Story", "1995", "Toy Story (1995)"),
+        ("Usual Suspects, The", "1995", "The Usual Suspects (1995)"),
+        ("Misérables, Les", "1995", "Les Misérables (1995)"),
+        ("Enfer, L'", "1994", "L'Enfer (1994)"),
+        ("Good, The Bad and The Ugly, The", "1966", "The Good, The Bad and The Ugly (1966)"),
+        ("Horseman on the Roof, The (Hussard sur le toit, Le)", "1995", "The Horseman on the Roof (1995)"),
+        ("Bye Bye, Love", "1995", "Bye Bye, Love (1995)"),
+        ("Land Before Time III (1995)", "V", "Land Before Time III (1995)"),
+    ],
+)
+def test_titles_as_people_write_them(title, year, shown):
+    assert shown_title(title, year) == shown
+
+
+def write(folder, ratings, films):
+    header = "user_id:token\titem_id:token\trating:float\ttimestamp:float"
+    (folder / "inter").write_text("\n".join([header, *("\t".join(map(str, row)) for row in ratings)]) + "\n")
+    header = "item_id:token\tmovie_title:token_seq\trelease_year:token\tclass:token_seq"
+    (folder / "item").write_text("\n".join([header, *("\t".join(map(str, row)) for row in films)]) + "\n")
+    return folder / "inter", folder / "item"
+
+
+FILMS = [(i, f"Film {i}", 1990 + i, "Drama") for i in range(1, 9)]
+
+
+def test_parts_by_time_and_films_of_one_name(tmp_path):
+    films = [*FILMS, (9, "Film 2", 1992, "Drama"), (10, "unkonwn", "unkonwn", "unknown")]
+    ratings = [(1, 9, 5, 30), (1, 2, 3, 20), (2, 10, 5, 10), (2, 1, 4, 50), (1, 3, 4, 40), (2, 9, 1, 5)]
+    data = read_movielens(*write(tmp_path, ratings, films), num_test=2)
+    assert list(data.titles) == list(range(1, 9))
+    assert data.titles[2] == "Film 2 (1992)"
+    # The second rating of the film of two numbers is passed over, and so is the film without a name.
+    assert [(r.user, r.item, r.stars, r.time) for r in data.train] == [(2, 2, 1, 5), (1, 2, 3, 20)]
+    assert [(r.user, r.item, r.time) for r in data.test] == [(1, 3, 40), (2, 1, 50)]
+    assert data.train_likes() == dict.fromkeys(data.titles, 0)
+
+
+@pytest.mark.parametrize(
+    ("ratings", "films", "fault"),
+    [
+        ([(1, "x", 5, 30)], FILMS, "inter:2: got 'x', expected a whole number"),
+        ([(1, 2, 5)], FILMS, "inter:2: got 3 cells, expected 4"),
+        ([(1, 2, 5, 30)], [(1, "Film")], "item:2: got 2 cells, expected 4"),
+        ([(1, 2, 5, 30)], FILMS, "got 1 ratings, expected more than 1"),
+    ],
+)
+def test_broken_tables_are_refused(tmp_path, ratings, films, fault):
+    with pytest.raises(ValueError, match=fault):
+        read_movielens(*write(tmp_path, ratings, films), num_test=1)
+
+
+def test_what_pairs_are_made_of(tmp_path):
+    """A person who rated all but two films: only those are drawn, and what is in the test part shows nowhere."""
+    likes = [(1, film, 5, film) for film in (1, 2, 3, 4, 5)]
+    later = [(1, 7, 5, 200), (2, 6, 5, 201)]
+    data = read_movielens(*write(tmp_path, [*likes, (1, 6, 1, 6), (2, 8, 5, 7), *later], FILMS), num_test=2)
+    rows = [row.values for seed in range(40) for row in pair_rows(data, seed=seed)]
+    assert rows == [row.values for seed in range(40) for row in pair_rows(data, seed=seed)]
+    assert {row["prompt"] for row in rows} == {
+        prompt_of([f"Film {i} ({1990 + i})" for i in (1, 2, 3)]),
+        prompt_of([f"Film {i} ({1990 + i})" for i in (1, 2, 3, 4)]),
+    }
+    assert {row["chosen"] for row in rows} == {"Film 4 (1994)", "Film 5 (1995)"}
+    drawn = {kind: {row["rejected"] for row in rows if row["kind"] == kind} for kind in {r["kind"] for r in rows}}
+    assert drawn == {
+        "disliked": {"Film 6 (1996)"},
+        "uniform": {"Film 7 (1997)", "Film 8 (1998)"},  # 7 is liked in the test part: that is not known here
+        "popular": {"Film 8 (1998)"},
+    }
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return read_rows(SourceConfig(asset="movielens-pairs"))
+
+
+def test_the_packaged_pairs(rows):
+    data = movielens()
+    assert (len(data.titles), len(data.train), len(data.test)) == (1663, 89_721, 9_963)
+    assert max(r.time for r in data.train) < min(r.time for r in data.test)
+    assert len(read_rows(SourceConfig(asset="movielens-100k"))) == 89_721 + 9_963
+    numbers = {title: item for item, title in data.titles.items()}
+    assert len(numbers) == len(data.titles)
+    ratings = {(r.user, r.item): r for r in data.train}
+    for row in rows:
+        values = row.values
+        chosen = ratings[values["user"], values["item"]]
+        assert chosen.stars >= LIKED
+        assert data.titles[chosen.item] == values["chosen"]
+        rejected = ratings.get((values["user"], numbers[values["rejected"]]))
+        assert (rejected is not None) == (values["kind"] == "disliked")
+        assert rejected is None or rejected.stars <= DISLIKED
+    kinds = Counter(row.values["kind"] for row in rows)
+    assert len(rows) == 46_387
+    assert kinds["disliked"] < kinds["uniform"]
+    assert abs(kinds["uniform"] - kinds["popular"]) < 4 * (kinds["uniform"] + kinds["popular"]) ** 0.5
+
+
+def test_prompts_show_what_was_liked_before(rows):
+    data, draw = movielens(), random.Random(1)
+    every = data.rated("train")
+    for row in draw.sample(rows, 300):
+        own = every[row.values["user"]]
+        time = next(r.time for r in own if r.item == row.values["item"])
+        shown = [r.item for r in own if r.stars >= LIKED and r.time < time][-5:]
+        assert row.values["prompt"] == prompt_of([data.titles[item] for item in shown])
+
+
+def test_the_packaged_cases():
+    data = movielens()
+    cases = ranking_cases(data)
+    assert len(cases) == len({case.user for case in cases}) == 153
+    every, popularity = data.rated(), data.train_likes()
+    for case in cases:
+        rated = {r.item for r in every[case.user]}
+        target = next(r for r in data.test if (r.user, r.item) == (case.user, case.positive))
+        assert list(case.liked) == liked_before(every[case.user], target.time)
+        assert len(case.liked) >= 3
+        for protocol in ("uniform", "popular"):
+            positive, *negatives = case.candidates(protocol)
+            assert positive == case.positive
+            assert len(set(negatives)) == 99
+            assert not rated & set(negatives)
+        assert set(case.films) == {case.positive, *case.uniform, *case.popular}
+    mean = {
+        protocol: sum(popularity[i] for case in cases for i in getattr(case, protocol)) / (99 * len(cases))
+        for protocol in ("uniform", "popular")
+    }
+    assert mean["popular"] > 3 * mean["uniform"]
+    assert cases == ranking_cases(data)
+    likes = [(r.user, r.item) for r in data.train if r.stars >= LIKED]
+    told = {
+        "popularity": scores_by(lambda liked, films: [popularity[film] for film in films], cases),
+        "neighbours": scores_by(ItemNeighbours(likes).scores, cases),
+    }
+    # What docs/recommender.md says of the baselines.
+    found = {name: means(cases, case_metrics(cases, scores)) for name, scores in told.items()}
+    assert list(found["popularity"].values()) == pytest.approx([0.614, 0.359, 0.261, 0.131], abs=5e-4)
+    assert list(found["neighbours"].values()) == pytest.approx([0.680, 0.483, 0.490, 0.301], abs=5e-4)
+    several = ranking_cases(data, per_user=3)
+    assert Counter(case.user for case in several).most_common(1)[0][1] == 3
+    assert [case for case in several if case in cases] == cases
+
+
+def test_choices_of_live_people():
+    """Of a table without the last 10,000 ratings: people choose, and are asked about what they liked later."""
+    data = movielens().without_test()
+    assert not set(data.train + data.test) & set(movielens().test)
+    assert len(data.test) == 10_000
+    assert data.train + data.test == movielens().train
+    events, last = live_choices(data, per_user=5)
+    cases = ranking_cases(data, after=last, per_user=3)
+    every = data.rated()
+    times = [next(r.time for r in every[int(e.user)] if r.item == int(e.chosen)) for e in events]
+    assert times == sorted(times)
+    assert min(times) >= data.test[0].time
+    assert len({event.id for event in events}) == len(events)
+    assert Counter(event.user for event in events).most_common(1)[0][1] == 5
+    for event, time in zip(events, times, strict=True):
+        assert event_of(asdict(event)) == event
+        own = every[int(event.user)]
+        assert {int(item) for item in event.shown} & {r.item for r in own} == {int(event.chosen)}
+        assert event.liked == tuple(str(item) for item in liked_before(own, time)[-5:])
+        assert time <= last[int(event.user)]
+    assert {case.user for case in cases} <= last.keys()
+    chosen = {(int(event.user), int(event.chosen)) for event in events}
+    assert not chosen & {(case.user, case.positive) for case in cases}
+    assert all(r.time > last[case.user] for case in cases for r in every[case.user] if r.item == case.positive)
+    places = Counter(event.shown.index(event.chosen) for event in events)
+    assert all(abs(places[i] - len(events) / 10) < 4 * (len(events) / 10) ** 0.5 for i in range(10))
+
+
+def test_films_by_number_and_by_title():
+    data = movielens()
+    assert data.title("50") == data.title("Star Wars (1977)") == "Star Wars (1977)"
+    assert [data.title(name) for name in ("0", "99999999999", "Star Wars", "²", "")] == [None] * 5
+    assert len(data.shown_titles("1")) == 5
+    assert data.shown_titles("nobody") is None
