@@ -26,16 +26,14 @@ from alignment.config import (
     SftRunConfig,
 )
 from alignment.config_io import load_config
+from alignment.planning.offline import preference_processes, reward_model_processes, sft_processes
 from alignment.planning.placement import Machines, place, placement_table
 from alignment.planning.processes import (
     ProcessMemory,
     memory_table,
     ppo_processes,
-    preference_processes,
     ranking_processes,
-    reward_model_processes,
     reward_shape_names,
-    sft_processes,
 )
 from alignment.planning.shape import SHAPES, ModelShape, named_shape, read_shape
 from alignment.planning.speed import (

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from alignment.config import (
     ROLES,
     ClusterConfig,
-    DpoRunConfig,
-    KtoRunConfig,
     PpoRunConfig,
     RankRunConfig,
-    RewardModelRunConfig,
-    SftRunConfig,
 )
 from alignment.config.cluster import RoleConfig, RolloutRoleConfig
 from alignment.config.model import RANK_TYPES, AdapterConfig
@@ -152,7 +148,7 @@ def ppo_processes(
         refuse_splitting(role, getattr(cluster, role), adapter, dtype=config.model.dtype)
     roles = [role for role in ROLES if role != "reward_model" or config.reward.model is not None]
     return [
-        _process(
+        process_of(
             cluster,
             group,
             {role: _ppo_role(role, group, config, cluster, shapes, engine, gpu_bytes) for role in group},
@@ -194,7 +190,7 @@ def ranking_processes(
     if config.reward.model is not None:
         memory["reward_model"] = _reward_models(config, cluster.reward_model, shapes)
     return [
-        _process(cluster, group, {role: memory[role] for role in group}, adapters=[])
+        process_of(cluster, group, {role: memory[role] for role in group}, adapters=[])
         for group in role_groups(cluster, [role for role in ROLES if role in memory])
     ]
 
@@ -306,95 +302,14 @@ def sequences_of_a_step(config: PpoRunConfig | RankRunConfig) -> int:
     return config.ppo.rollout_batch_size * config.ppo.num_samples_per_prompt
 
 
-def reward_model_processes(
-    config: RewardModelRunConfig, cluster: ClusterConfig, shape: ModelShape
-) -> list[ProcessMemory]:
-    """The learners of a reward model; all answers of a row share a forward. Raises as `_offline_processes`."""
-    sequences = config.data.sequences_per_row
-    return _offline_processes(config, cluster, shape, role="reward_model", sequences=sequences, scalar_head=True)
-
-
-def sft_processes(config: SftRunConfig, cluster: ClusterConfig, shape: ModelShape) -> list[ProcessMemory]:
-    """The learners of a supervised run, every token of an example trained. Raises as `_offline_processes`."""
-    return _offline_processes(config, cluster, shape, role="policy", sequences=1, scalar_head=False)
-
-
-def preference_processes(
-    config: DpoRunConfig | KtoRunConfig, cluster: ClusterConfig, shape: ModelShape
-) -> list[ProcessMemory]:
-    """The learners of a run on pairs or labels, with a frozen copy beside a policy that is trained in full: for the
-    whole run where it is live, while the cache is filled where it is not. Raises as `_offline_processes`."""
-    sequences = 2 if isinstance(config, DpoRunConfig) else 1
-    (learners,) = _offline_processes(config, cluster, shape, role="policy", sequences=sequences, scalar_head=False)
-    if config.training.adapter.enabled or config.reference.mode == "none":
-        return [learners]
-    machines, longest = cluster.policy, config.data.max_tokens
-    micro = largest_micro_batch(
-        config.training.micro_batch_limit(),
-        available=config.training.batch_size,
-        longest=longest,
-        answer=longest,
-        sequences=sequences,
-    )
-    frozen = scorer_memory(
-        shape,
-        micro,
-        dtype=config.model.dtype,
-        scalar_head=False,
-        parts=machines.num_workers if machines.zero_stage == 3 else 1,
-    )
-    return [replace(learners, roles={**learners.roles, "reference": frozen})]
-
-
-def _offline_processes(
-    config: RewardModelRunConfig | SftRunConfig | DpoRunConfig | KtoRunConfig,
-    cluster: ClusterConfig,
-    shape: ModelShape,
-    *,
-    role: str,
-    sequences: int,
-    scalar_head: bool,
-) -> list[ProcessMemory]:
-    """The ranks of one learner, whose rows have `sequences` sequences each.
-
-    Raises:
-        ValueError: a model that cannot be split as its role's machines say.
-    """
-    own, longest = config.training, config.data.max_tokens
-    machines: RoleConfig = getattr(cluster, role)
-    refuse_splitting(role, machines, own.adapter, dtype=config.model.dtype)
-    micro = largest_micro_batch(
-        own.micro_batch_limit(),
-        available=own.batch_size,
-        longest=longest,
-        answer=0 if scalar_head else longest,
-        sequences=sequences,
-    )
-    training = training_of(
-        shape,
-        own.adapter,
-        machines,
-        checkpointing=config.model.gradient_checkpointing,
-        micro_batches=sequences * own.batch_size / (micro.rows * machines.num_workers),
-    )
-    memory = learner_memory(
-        shape,
-        training,
-        micro,
-        dtype=config.model.dtype,
-        scalar_head=scalar_head,
-        on_gpu=machines.gpus_per_worker > 0,
-    )
-    return [_process(cluster, (role,), {role: memory}, adapters=[own.adapter])]
-
-
-def _process(
+def process_of(
     cluster: ClusterConfig,
     group: tuple[str, ...],
     roles: Mapping[str, RoleMemory],
     *,
     adapters: Sequence[AdapterConfig],
 ) -> ProcessMemory:
+    """One kind of process: the roles of `group`, with the memory of each."""
     settings = [getattr(cluster, role) for role in group]
     bases = {
         "imports": PROCESS_BASE,

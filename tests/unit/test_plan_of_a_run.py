@@ -13,13 +13,13 @@ from alignment import plan
 from alignment.config import ROLES, ClusterConfig, PpoRunConfig, RankRunConfig, RewardModelRunConfig, RoleConfig
 from alignment.planning import memory, speed
 from alignment.planning.memory import Training, weight_bytes
+from alignment.planning.offline import reward_model_processes
 from alignment.planning.placement import GB, Machines, place
 from alignment.planning.processes import (
     ProcessMemory,
     memory_table,
     ppo_processes,
     ranking_processes,
-    reward_model_processes,
     role_groups,
 )
 from alignment.planning.shape import SHAPES, llama_shape
