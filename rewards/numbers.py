@@ -34,6 +34,14 @@ class Gold:
             return True  # 75% where 0.75 is asked for
         return value is not None and self._holds(value)
 
+    def distance(self, quantity: Quantity) -> Fraction | None:
+        """From `lower`, in the gold's unit; None for a quantity of another kind."""
+        given, value = unit(quantity.unit), quantity.value
+        if self.measured is not None and given is not None:
+            converted = convert(value, given, self.measured)
+            return None if converted is None or self.lower is None else abs(converted - self.lower)
+        return None if self.lower is None else abs(value - self.lower)
+
     def _holds(self, value: Fraction) -> bool:
         return (self.lower is None or value >= self.lower) and (self.upper is None or value <= self.upper)
 
@@ -78,6 +86,48 @@ def final_number(
         right = None if gold is None else is_right(response, gold, unit_required, expressions)
         scores.append(None if right is None else float(right))
     return scores
+
+
+def near_number(
+    prompts: list[str],
+    responses: list[str],
+    *,
+    answer: list[Any],
+    unit: list[Any] | None = None,
+    reach: float = 0.25,
+    **columns: Any,
+) -> list[float | None]:
+    """How near the number is that the answer settles on: 1 at the row's, falling in proportion to 0 at `reach` away.
+
+    Partial credit that says more than right or wrong while most answers are wrong. `x` scores
+    max(0, 1 - |x - answer| / (reach |answer|)); of several numbers stated the farthest counts.
+
+    Args:
+        answer, unit: as in `final_number`.
+        reach: relative to the answer, above 0.
+
+    Returns:
+        None where the row has no number to compare with.
+    """
+    if not reach > 0:
+        raise ValueError(f"reach: got {reach}, expected a number above 0; set it to 0.25, say")
+    scores: list[float | None] = []
+    for response, value, named in zip(responses, answer, unit or [None] * len(answer), strict=True):
+        gold = read_gold(value, None, None, None, named, relative_tolerance=0.0)
+        scores.append(None if gold is None else _nearness(response, gold, Fraction(reach)))
+    return scores
+
+
+def _nearness(response: str, gold: Gold, reach: Fraction) -> float:
+    stated = stated_quantities(final_answer(response))
+    assert gold.lower is not None
+    width = reach * abs(gold.lower)
+    # Right in another way of writing, a percentage for instance, is no distance.
+    off = [Fraction(0) if gold.accepts(one, False) else gold.distance(one) for one in stated]
+    if not off or None in off:
+        return 0.0
+    farthest = max(distance for distance in off if distance is not None)
+    return float(max(Fraction(0), 1 - farthest / width)) if width else float(farthest == 0)
 
 
 def is_right(response: str, gold: Gold, unit_required: bool = False, expressions: bool = False) -> bool:

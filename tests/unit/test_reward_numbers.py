@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 
-from rewards.numbers import final_number
+from rewards.numbers import final_number, near_number
 
 
 def score(response, gold, **row):
@@ -238,3 +238,45 @@ def test_each_row_is_scored_by_itself():
     together = final_number(["q"] * len(rows), [r for r, _, _ in rows], answer=[g for _, g, _ in rows])
     backwards = final_number(["q"] * len(rows), [r for r, _, _ in rows][::-1], answer=[g for _, g, _ in rows][::-1])
     assert together == backwards[::-1] == [score(r, g) for r, g, _ in rows]
+
+
+def nearness(response, gold, **settings):
+    columns = {name: [settings.pop(name)] for name in ("unit",) if name in settings}
+    (one,) = near_number(["q"], [response], answer=[gold], **columns, **settings)
+    return one
+
+
+@pytest.mark.parametrize(
+    ("response", "gold", "expected"),
+    [
+        ("The answer is 100", 100, 1.0),
+        ("The answer is 105", 100, 0.8),
+        ("The answer is 90", 100, 0.6),
+        ("答案是 87.5", 100, 0.5),
+        ("The answer is 125", 100, 0.0),
+        ("The answer is 1e9", 100, 0.0),
+        ("The answer is -95", -100, 0.8),
+        ("The answer is 0", 0, 1.0),
+        ("The answer is 0.001", 0, 0.0),
+        ("I do not know", 100, 0.0),
+        ("The answer is 100 or 110", 100, 0.0),
+        ("The answer is 100. The answer is 110.", 100, 0.6),
+        ("10**10**10 = the answer is 10**10**10", 100, 0.0),
+    ],
+)
+def test_nearness_falls_in_proportion_to_the_distance(response, gold, expected):
+    assert nearness(response, gold) == pytest.approx(expected)
+
+
+def test_nearness_is_taken_in_the_unit_of_the_row():
+    assert nearness("The answer is 1.9 g", 2000, unit="mg") == pytest.approx(0.8)
+    assert nearness("The answer is 1900 mg", "2 g") == pytest.approx(0.8)
+    assert nearness("The answer is 2000 m", 2000, unit="mg") == 0.0
+
+
+def test_nearness_by_another_reach_and_without_a_gold():
+    assert nearness("The answer is 105", 100, reach=0.1) == pytest.approx(0.5)
+    assert nearness("The answer is 105", None) is None
+    assert nearness("The answer is 105", ["100"]) is None
+    with pytest.raises(ValueError, match="reach: got 0, expected a number above 0"):
+        nearness("The answer is 105", 100, reach=0)
