@@ -73,7 +73,8 @@ def by_prompt(answers: Sequence[tuple[Ids, Ids]]) -> list[list[int]]:
 
 def common_length(prompts: Sequence[Ids]) -> int:
     """How many tokens all of them begin with in common."""
-    first, last = min(prompts), max(prompts)  # what these two share all between them share
+    ordered = sorted(tuple(prompt) for prompt in prompts)
+    first, last = ordered[0], ordered[-1]  # what these two share all between them share
     return next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
 
 
@@ -133,7 +134,7 @@ def shared_logprobs(model: CausalModel, groups: Sequence[Group], device: torch.d
     `response_logprobs`, up to rounding."""
     assert isinstance(model, HfModel)
     # A layer's matrices take 24 d^2 operations a token, attention over W of them 4 W d at half the speed.
-    rows = shared_rows(groups, device, layers=3 * model.head_weight.shape[1])
+    rows = shared_rows(groups, device, layers=3 * model.model.config.get_text_config().hidden_size)
     picked: Tensor = model.run(_logprobs, rows)
     return list(picked.float().split([len(answer) for _, answers in groups for answer in answers]))
 
