@@ -31,9 +31,11 @@ def rows_of(values: Values, pair: PreferencePair) -> Iterator[tuple[Values, floa
     side = ("chosen", "rejected")[len(pair.prompt_ids) % 2]
     length = len(pair.sequences[side == "rejected"])
     answer = values[side] if isinstance(values[side], str) else read_messages([values[side]])[0]["content"]
-    asked = {key: values[key] for key in ("prompt", "conversations", "system") if values.get(key)}
+    asked = read_messages(values["conversations"]) if "conversations" in values else values["prompt"]
+    if values.get("system"):
+        asked = [{"role": "system", "content": values["system"]}, *asked]
     if length <= LONGEST:
-        yield {**asked, "completion": answer, "label": side == "chosen"}, float(length)
+        yield {"prompt": asked, "completion": answer, "label": side == "chosen"}, float(length)
 
 
 def rival_row(record: LabelledAnswer, following: LabelledAnswer) -> Values:
@@ -52,6 +54,7 @@ def read(config: Any, tokenizer: Any, eos_ids: frozenset[int] | None) -> Any:
 WORK = Work(
     kind="kto",
     batch=8,
+    micro_batch="max_tokens_per_micro_batch: 320",
     config=KtoRunConfig,
     read=read,
     rows_of=rows_of,

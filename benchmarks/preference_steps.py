@@ -41,6 +41,7 @@ data: {{sources: [{{path: {rows}}}], held_out: 0, max_tokens: {longest}}}
 model: {{path: {model}}}
 training:
   batch_size: {batch}
+  {micro_batch}
   optimizer: {{lr: {lr}, warmup_ratio: 0.0, decay: constant}}
 """
 Values = dict[str, Any]
@@ -63,6 +64,8 @@ class Work:
     kind: str
     """dpo or kto."""
     batch: int
+    micro_batch: str
+    """Of the section training, what keeps memory within bounds."""
     config: type
     read: Read
     rows_of: Callable[[Values, PreferencePair], Iterator[tuple[Values, float]]]
@@ -109,11 +112,10 @@ def batches(config: Path, model: str, work: Work, steps: int) -> list[list[Any]]
     return [tasks.batch(step, work.batch) for step in range(steps)]
 
 
-def run_ours(folder: Path, config: Path, work: Work, name: str, budget: int) -> Values:
+def run_ours(folder: Path, config: Path, work: Work, name: str) -> Values:
     output, layout = folder / name.replace(" ", "_"), work.layouts[name]
     command = [sys.executable, str(ROOT / "recipes" / f"{work.kind}_medical.py"), "--config", str(config), "--local"]
     command += ["--output-dir", str(output), "--reference.mode", layout.reference, *layout.flags]
-    command += ["--training.max_tokens_per_micro_batch", str(budget)]
     # A cache of its own: numbers that an earlier run has left would spare this one the reference.
     with MemoryMeter() as meter:
         subprocess.run(command, check=True, stdout=sys.stderr, env=os.environ | {"RAYLIGN_CACHE": str(output / "c")})
@@ -179,7 +181,9 @@ def run(work: Work, description: str | None) -> None:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=6, help="measured steps, after two that warm up")
     parser.add_argument("--lr", type=float, default=1e-5)
-    parser.add_argument("--budget", type=int, default=320, help="training.max_tokens_per_micro_batch of ours")
+    parser.add_argument(
+        "--micro-batch", default=work.micro_batch, help="of the section training, default: %(default)s"
+    )
     parser.add_argument("--layout", action="append", choices=work.layouts, help="this one alone; default: all")
     parser.add_argument("--no-rival", action="store_true", help="ours alone")
     parser.add_argument("--trl-path", type=Path, help="folder with trl 1.16.0; default: installed once into the cache")
@@ -192,11 +196,11 @@ def run(work: Work, description: str | None) -> None:
         rows, config = folder / "rows.jsonl", folder / "run.yaml"
         write_rows(rows, model, work, steps * work.batch)
         settings = {"seed": SEED, "steps": steps, "rows": rows, "longest": LONGEST + 1, "model": model}
-        config.write_text(RUN.format(**settings, batch=work.batch, lr=args.lr))
+        config.write_text(RUN.format(**settings, batch=work.batch, micro_batch=args.micro_batch, lr=args.lr))
         records = batches(config, model, work, steps)
         references = [] if args.no_rival else list(dict.fromkeys(work.layouts[name].reference for name in names))
         rivals = [run_rival(folder, model, work, records, reference, args) for reference in references]
-        ours = [run_ours(folder, config, work, name, args.budget) for name in names]
+        ours = [run_ours(folder, config, work, name) for name in names]
     print(report(ours, rivals, records, work))
     if args.json:
         args.json.write_text(json.dumps({"ours": ours, "rivals": rivals}, indent=2) + "\n")
