@@ -134,6 +134,7 @@ class KtoActor(PreferenceActor):
             desirable_weight=self.kto.desirable_weight,
             undesirable_weight=self.kto.undesirable_weight,
             method=method,
+            share_prompts=self.kto.share_prompts,
             device=self.device,
         )
 
@@ -154,6 +155,7 @@ class KtoActor(PreferenceActor):
                 limit=self.training.micro_batch_limit(model.layout),
                 device=self.device,
                 lockstep=self._together,
+                share_prompts=self.kto.share_prompts,
             )
 
 

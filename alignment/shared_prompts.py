@@ -1,28 +1,32 @@
 """Several answers to one prompt in one forward that computes the prompt once, with gradients.
 
 A group lies in a row as its prompt and, behind it, its answers one after the other. An answer's positions go on from
-the prompt's, and its tokens see the prompt and what stands before them in the answer, none of the other answers. Small
-groups share a row, where none sees another. All of it is said by positions and a mask: attention that takes a mask of
-its own computes it, SDPA among them; layers that carry a state along the row do not, see `shares_prompts`.
+the prompt's, and its tokens see the prompt and what stands before them in the answer, none of the other answers.
+Groups share a row, where none sees another, and what all their prompts begin with (the system prompt of a template)
+stands once at the beginning of the row. All of it is said by positions and a mask: attention that takes a mask of its
+own computes it, SDPA among them; layers that carry a state along the row do not, see `shares_prompts`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import chain
 
 import torch
 from torch import Tensor
 
 from alignment.adapters.virtual_tokens import active_virtual_tokens
+from alignment.distributed import balanced_parts
 from alignment.logprobs import selected_logprobs
 from alignment.models import CausalModel, HfModel
-from alignment.packing import computed_tokens, pack
+from alignment.packing import computed_tokens
 
 Ids = Sequence[int]
 Group = tuple[Ids, Sequence[Ids]]
 """Ids of a prompt, and of its answers."""
+EVERYONE, NOBODY = -2, -1
+"""Owners of what all groups of a row begin with, and of padding."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +38,7 @@ class SharedRows:
     position_ids: Tensor
     """(R, W)."""
     owner: Tensor
-    """(R, W) the group of a token, -1 for padding."""
+    """(R, W) the group of a token, EVERYONE for what groups begin with in common, NOBODY for padding."""
     branch: Tensor
     """(R, W) the answer of a token, 0 for a prompt."""
     before: Tensor
@@ -43,14 +47,14 @@ class SharedRows:
     """(N,) ids."""
 
     def visible(self) -> Tensor:
-        """(R, 1, W, W) bool: which tokens (last axis) a token sees. Padding is a group of its own, so that no
-        row is empty."""
+        """(R, 1, W, W) bool: which tokens (last axis) a token sees. Padding sees itself, so that no row is empty."""
         width = self.input_ids.shape[1]
         causal = torch.ones(width, width, dtype=torch.bool, device=self.owner.device).tril()
         same_group = self.owner.unsqueeze(2) == self.owner.unsqueeze(1)
         of_prompt = (self.branch == 0).unsqueeze(1)
         same_answer = self.branch.unsqueeze(2) == self.branch.unsqueeze(1)
-        return (causal & same_group & (of_prompt | same_answer)).unsqueeze(1)
+        of_all = (self.owner == EVERYONE).unsqueeze(1)
+        return (causal & (of_all | (same_group & (of_prompt | same_answer)))).unsqueeze(1)
 
 
 def group_length(group: Group) -> int:
@@ -59,46 +63,78 @@ def group_length(group: Group) -> int:
     return len(prompt) + sum(map(len, answers))
 
 
-def shared_rows(groups: Sequence[Group], device: torch.device | str = "cpu") -> SharedRows:
-    """Lay groups out in rows as long as the longest; a prompt has one token at least."""
-    lengths = [group_length(group) for group in groups]
-    width = max(lengths)
-    rows = pack(lengths, width)
-    starts = [0] * len(groups)
-    for number, row in enumerate(rows):
-        for i, offset in zip(row, accumulate((lengths[i] for i in row), initial=0), strict=False):
-            starts[i] = number * width + offset
+def by_prompt(answers: Sequence[tuple[Ids, Ids]]) -> list[list[int]]:
+    """Places of (prompt, answer) that have the same prompt, in the order in which prompts come first."""
+    places: dict[tuple[int, ...], list[int]] = {}
+    for i, (prompt, _) in enumerate(answers):
+        places.setdefault(tuple(prompt), []).append(i)
+    return list(places.values())
+
+
+def common_length(prompts: Sequence[Ids]) -> int:
+    """How many tokens all of them begin with in common."""
+    ordered = sorted(tuple(prompt) for prompt in prompts)
+    first, last = ordered[0], ordered[-1]  # what these two share all between them share
+    return next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
+
+
+def cheapest_rows(lengths: Sequence[int], common: int, layers: int) -> list[list[int]]:
+    """Share groups out to as many rows as cost the least.
+
+    Args:
+        lengths: of each group, without the `common` tokens that every row begins with.
+        layers: in a row of so many tokens attention, which looks at all pairs of them, costs as much as the rest.
+    """
+
+    def cost(rows: list[list[int]]) -> int:
+        width = common + max(sum(lengths[i] for i in row) for row in rows)
+        return len(rows) * width * (layers + width)
+
+    return min((balanced_parts(lengths, count) for count in range(1, len(lengths) + 1)), key=cost)
+
+
+def shared_rows(groups: Sequence[Group], device: torch.device | str = "cpu", *, layers: int = 0) -> SharedRows:
+    """Lay groups out, each prompt of one token at least. `layers`: as for `cheapest_rows`."""
+    common = common_length([prompt for prompt, _ in groups])
+    lengths = [group_length(group) - common for group in groups]
+    rows = cheapest_rows(lengths, common, layers)
+    width = common + max(sum(lengths[i] for i in row) for row in rows)
     size = len(rows) * width
-    ids, places, branch = [0] * size, [0] * size, [0] * size
-    owner = [-1] * size
-    before: list[int] = []
-    targets: list[int] = []
-    for i, (prompt, answers) in enumerate(groups):
-        at, last = starts[i], starts[i] + len(prompt) - 1
-        ids[at : last + 1], places[at : last + 1] = prompt, range(len(prompt))
-        owner[at : at + lengths[i]] = [i] * lengths[i]
-        at = last + 1
-        for number, answer in enumerate(answers, start=1):
-            end = at + len(answer)
-            ids[at:end], places[at:end] = answer, range(len(prompt), len(prompt) + len(answer))
-            branch[at:end] = [number] * len(answer)
-            before += [last, *range(at, end - 1)] if answer else []
-            targets += answer
+    ids, places, branch, owner = [0] * size, [0] * size, [0] * size, [NOBODY] * size
+    before: list[list[int]] = [[] for _ in groups]
+    for number, row in enumerate(rows):
+        begin = number * width
+        at = begin + common
+        ids[begin:at], places[begin:at] = groups[row[0]][0][:common], range(common)
+        owner[begin:at] = [EVERYONE] * common
+        for i in row:
+            prompt, answers = groups[i]
+            owner[at : at + lengths[i]] = [i] * lengths[i]
+            end = at + len(prompt) - common
+            ids[at:end], places[at:end] = prompt[common:], range(common, len(prompt))
+            last = end - 1 if end > at else begin + common - 1
+            for answer_number, answer in enumerate(answers, start=1):
+                at, end = end, end + len(answer)
+                ids[at:end], places[at:end] = answer, range(len(prompt), len(prompt) + len(answer))
+                branch[at:end] = [answer_number] * len(answer)
+                before[i] += [last, *range(at, end - 1)] if answer else []
             at = end
+    targets = [token for _, answers in groups for answer in answers for token in answer]
     shape = (len(rows), width)
 
     def matrix(numbers: list[int]) -> Tensor:
         return torch.tensor(numbers, device=device).view(shape)
 
-    flat = (torch.tensor(part, dtype=torch.int64, device=device) for part in (before, targets))
+    flat = (torch.tensor(part, dtype=torch.int64, device=device) for part in ([*chain(*before)], targets))
     return SharedRows(matrix(ids), matrix(places), matrix(owner), matrix(branch), *flat)
 
 
 def shared_logprobs(model: CausalModel, groups: Sequence[Group], device: torch.device | str = "cpu") -> list[Tensor]:
     """Log-probabilities of the tokens of every answer, (A,) float32 each, in the order of groups and answers: those of
     `response_logprobs`, up to rounding."""
-    rows = shared_rows(groups, device)
     assert isinstance(model, HfModel)
+    # A layer's matrices take 24 d^2 operations a token, attention over W of them 4 W d at half the speed.
+    rows = shared_rows(groups, device, layers=3 * model.model.config.get_text_config().hidden_size)
     picked: Tensor = model.run(_logprobs, rows)
     return list(picked.float().split([len(answer) for _, answers in groups for answer in answers]))
 
@@ -118,7 +154,7 @@ def _logprobs(model: HfModel, rows: SharedRows) -> Tensor:
 def saved_tokens(groups: Sequence[Group]) -> float:
     """Share of the tokens of padded rows, one per answer, that is not computed; below 0 where padding costs more."""
     apart = [len(prompt) + len(answer) for prompt, answers in groups for answer in answers]
-    together = computed_tokens([group_length(group) for group in groups], "packed")
+    together = shared_rows(groups).input_ids.numel()
     return 1 - together / computed_tokens(apart, "padded")
 
 
@@ -136,10 +172,11 @@ def shares_prompts(model: HfModel) -> bool:
         return False
     draw = torch.Generator().manual_seed(0)
     prompt, first, second = (torch.randint(config.vocab_size, (n,), generator=draw).tolist() for n in (9, 13, 6))
-    together = shared_logprobs(model, [(prompt, [first, second]), (second, [first])], model.device)
+    other = prompt[:4] + second
+    together = shared_logprobs(model, [(prompt, [first, second]), (other, [first])], model.device)
     alone = [
         shared_logprobs(model, [group], model.device)[0]
-        for group in ((prompt, [first]), (prompt, [second]), (second, [first]))
+        for group in ((prompt, [first]), (prompt, [second]), (other, [first]))
     ]
     most = 1e-3 if model.model.dtype == torch.float32 else 0.1
     return all(bool((a - b).norm() <= most * b.norm()) for a, b in zip(together, alone, strict=True))

@@ -22,7 +22,7 @@ from alignment.fingerprint import model_fingerprint, records_fingerprint
 from alignment.loops.evaluation import HeldOut
 from alignment.loops.offline import SftState, take_best
 from alignment.loops.preference_stages import Judged, LabelStage, PairStage, Stage
-from alignment.loops.preferences import AskReference, logps_of, train_preferences
+from alignment.loops.preferences import AskReference, logps_of, of_parts, train_preferences
 from alignment.loops.run import Run
 from alignment.model_card import write_model_card
 from alignment.reference_cache import cached_numbers
@@ -260,7 +260,7 @@ def judge(start: Start, policy: PreferenceHandle, reference: AskReference | None
     held_out = start.tasks.held_out
     if not held_out:
         return HeldOutNumbers(logps=[], reference=[])
-    numbers = [list(reference(part)) for part in start.stage.parts(held_out)] if reference else []
+    numbers = of_parts(start.stage.parts(held_out), reference) if reference else []
     return HeldOutNumbers(logps=logps_of(policy, start.stage, held_out), reference=numbers)
 
 
@@ -292,8 +292,10 @@ def ask_reference(start: Start, policy: PreferenceHandle, run: Run, model: str) 
         **{key: str(getattr(config.model, key)) for key in ("dtype", "attention", "batch_layout")},
         "quantization": config.training.adapter.quantization,
     }
+    loss = config.dpo if isinstance(config, DpoRunConfig) else config.kto
+    made_of["share_prompts"] = str(loss.share_prompts)
     if isinstance(config, DpoRunConfig):
-        made_of["length_alpha"], made_of["share_prompts"] = str(config.dpo.length_alpha), str(config.dpo.share_prompts)
+        made_of["length_alpha"] = str(config.dpo.length_alpha)
     numbers, told = cached_numbers(cache_dir() / "reference", made_of, records, live)
     run.progress.message(told)
     policy.release_reference().result()

@@ -32,6 +32,7 @@ def updates(ranks: Any, folder: str, reference: str, engines: list[str]) -> dict
             ("DPO", DpoLearner, {"objective": objective}),
             ("DPO, shared prompts", DpoLearner, {"objective": objective, "share_prompts": True}),
             ("KTO", KtoLearner, {"undesirable_weight": 1.3}),
+            ("KTO, shared prompts", KtoLearner, {"undesirable_weight": 1.3, "share_prompts": True}),
             ("BCO", BcoLearner, {}),
         ):
             learner = learner_of(kind, ranks, folder, engine, **settings)

@@ -128,7 +128,7 @@ class DpoConfig(Config):
     length_alpha: Annotated[float, Field(ge=0, le=1)] = 1.0
     """Weight of an answer's tokens beyond the length of the other (LD-DPO); 1 is DPO."""
     share_prompts: bool = False
-    """Compute the prompt of a pair once for both answers."""
+    """Compute the prompt of a pair once for both answers, and once what prompts begin with in common."""
 
     @property
     def uses_reference(self) -> bool:
@@ -164,6 +164,8 @@ class KtoConfig(Config):
     """Where classes are out of balance, desirable_weight n_D / (undesirable_weight n_U) outside of 1 to 4/3
     (Ethayarajh 2024): `warn` tells which weights would do, `auto` raises the weight of the class that counts too
     little."""
+    share_prompts: bool = False
+    """Compute a prompt once for all of its answers, and once what prompts begin with in common."""
 
 
 class ReferenceConfig(Config):

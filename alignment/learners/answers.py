@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import torch
@@ -11,8 +12,10 @@ from alignment.batching import micro_batches, sequence_batch
 from alignment.distributed import Ranks
 from alignment.forward import response_logprobs
 from alignment.learners.base import missing_passes
-from alignment.models import CausalModel
+from alignment.models import CausalModel, HfModel
 from alignment.packing import MicroBatchLimit
+from alignment.shared_prompts import by_prompt, shared_logprobs, shares_prompts
+from alignment.types import pad_rows
 
 Ids = tuple[int, ...]
 Answer = tuple[Ids, Ids]
@@ -27,10 +30,20 @@ def answer_batch(answers: Sequence[Answer], device: torch.device | str = "cpu") 
 
 
 def answer_logprobs(
-    model: CausalModel, answers: Sequence[Answer], device: torch.device | str = "cpu"
+    model: CausalModel,
+    answers: Sequence[Answer],
+    device: torch.device | str = "cpu",
+    *,
+    share_prompts: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """`(logprobs, response_mask)` of the tokens of answers, (B, T) each; logits exist at those tokens alone, and of a
-    chunk of them at a time."""
+    chunk of them at a time. T counts prompts in, unless they are shared: then it is of the longest answer."""
+    if share_prompts:
+        units = by_prompt(answers)
+        rows = shared_logprobs(model, [(answers[own[0]][0], [answers[i][1] for i in own]) for own in units], device)
+        placed = dict(zip((i for own in units for i in own), rows, strict=True))
+        ordered = [placed[i] for i in range(len(answers))]
+        return pad_rows(ordered), pad_rows([torch.ones_like(row, dtype=torch.bool) for row in ordered])
     ids, mask, response = answer_batch(answers, device)
     logprobs, _ = response_logprobs(model, ids, mask, response, temperature=1.0)
     return logprobs, response
@@ -44,19 +57,40 @@ def answer_logps(
     limit: MicroBatchLimit,
     device: torch.device | str = "cpu",
     lockstep: Ranks | None = None,
+    share_prompts: bool = False,
 ) -> list[float]:
     """Log-probability of each answer, summed over its tokens, in the order given: of any model, a reference among
-    them. `lockstep`: as for `alignment.learners.base.per_response`."""
+    them. `lockstep`: as for `alignment.learners.base.per_response`. With `share_prompts` the rows of `limit` are
+    prompts."""
     sums = torch.zeros(len(answers))
-    lengths = answer_lengths(answers)
-    batches = micro_batches(torch.arange(len(answers)), lengths, limit)
+    units = by_prompt(answers) if share_prompts else [[i] for i in range(len(answers))]
+    lengths = torch.tensor([len(answers[own[0]][0]) + sum(len(answers[i][1]) for i in own) for own in units])
+    batches = micro_batches(torch.arange(len(units)), lengths, sharing_limit(limit) if share_prompts else limit)
     nothing = torch.zeros(1, 2, dtype=torch.int64, device=device)
     for _ in range(missing_passes(len(batches), lockstep)):
         response_logprobs(model, nothing, nothing == 0, nothing == 1, temperature=1.0)
     for index in batches:
-        logprobs, _ = answer_logprobs(model, [answers[i] for i in index.tolist()], device)
-        sums[index] = logprobs.sum(1).cpu()
+        places = [i for unit in index.tolist() for i in units[unit]]
+        logprobs, _ = answer_logprobs(model, [answers[i] for i in places], device, share_prompts=share_prompts)
+        sums[places] = logprobs.sum(1).cpu()
     return sums.tolist()
+
+
+def sharing_limit(limit: MicroBatchLimit) -> MicroBatchLimit:
+    """What a micro-batch may hold whose prompts are shared: rows of several groups have next to no padding."""
+    return dataclasses.replace(limit, layout="one_row")
+
+
+def refuse_unshared(model: CausalModel) -> None:
+    """
+    Raises:
+        ValueError: prompts cannot be shared with this model: its answers would differ.
+    """
+    if not (isinstance(model, HfModel) and shares_prompts(model)):
+        raise ValueError(
+            "share_prompts: got True with a model that computes answers to a shared prompt otherwise than apart, "
+            "expected full attention that takes a mask; set it to False"
+        )
 
 
 def answer_lengths(answers: Sequence[Answer]) -> Tensor:

@@ -13,15 +13,14 @@ from alignment.batching import micro_batches
 from alignment.distributed import Ranks
 from alignment.engines.base import Engine
 from alignment.forward import response_logprobs
-from alignment.learners.answers import Answer, answer_logprobs
+from alignment.learners.answers import Answer, answer_logprobs, refuse_unshared, sharing_limit
 from alignment.learners.base import Learner, missing_passes
 from alignment.logprobs import sequence_logps
-from alignment.models import CausalModel, HfModel
+from alignment.models import CausalModel
 from alignment.packing import MicroBatchLimit
 from alignment.preference_losses import length_desensitised_logps
 from alignment.preference_objectives import PairLogps, PreferenceObjective
-from alignment.shared_prompts import shared_logprobs, shares_prompts
-from alignment.types import PreferencePair, pad_rows
+from alignment.types import PreferencePair
 
 RefLogps = Sequence[Sequence[float]]
 """Of each pair the reference's log-probabilities of the chosen and of the rejected answer."""
@@ -50,14 +49,12 @@ class DpoLearner(Learner):
         Raises:
             ValueError: share_prompts with a model whose answers would then differ.
         """
+        if share_prompts:
+            refuse_unshared(model)
+            micro_batch_limit = sharing_limit(micro_batch_limit)
         super().__init__(model, engine, micro_batch_limit=micro_batch_limit, method=method, device=device)
         self.objective = objective or PreferenceObjective()
         self.share_prompts = share_prompts
-        if share_prompts and not (isinstance(model, HfModel) and shares_prompts(model)):
-            raise ValueError(
-                "share_prompts: got True with a model that computes answers to a shared prompt otherwise than apart, "
-                "expected full attention that takes a mask; set it to False"
-            )
 
     def update(self, pairs: Sequence[PreferencePair], ref_logps: RefLogps | None, *, step: int) -> dict[str, float]:
         """One step; the loss is the mean over all pairs whatever the micro-batches.
@@ -76,7 +73,7 @@ class DpoLearner(Learner):
         reference = _reference(pairs, ref_logps, needed=self.objective.uses_reference)
         tally = self._begin()
         num_tokens = float(sum(len(pair.chosen_ids) for pair in pairs))
-        for index in self._micro_batches(_lengths(pairs)):
+        for index in self._micro_batches(_lengths(pairs, self.share_prompts)):
             chosen, alpha = [pairs[i] for i in index.tolist()], self.objective.length_alpha
             logps = _pair_logps(self.model, chosen, alpha, self.device, self.share_prompts)
             if reference is not None:
@@ -115,7 +112,8 @@ def pair_logps(
     """Log-probabilities of the chosen and the rejected answer of each pair, in the order given: of any model, a
     reference among them. `lockstep`: as for `alignment.learners.base.per_response`."""
     found = torch.zeros(len(pairs), 2)
-    batches = micro_batches(torch.arange(len(pairs)), _lengths(pairs), limit)
+    limit = sharing_limit(limit) if share_prompts else limit
+    batches = micro_batches(torch.arange(len(pairs)), _lengths(pairs, share_prompts), limit)
     nothing = torch.zeros(1, 2, dtype=torch.int64, device=device)
     for _ in range(missing_passes(len(batches), lockstep)):
         response_logprobs(model, nothing, nothing == 0, nothing == 1, temperature=1.0)
@@ -149,16 +147,9 @@ def _pair_logps(
     device: torch.device | str,
     share_prompts: bool,
 ) -> PairLogps:
-    if share_prompts:
-        groups = [(pair.prompt_ids, (pair.chosen_ids, pair.rejected_ids)) for pair in pairs]
-        rows = shared_logprobs(model, groups, device)
-        ordered = rows[::2] + rows[1::2]
-        logprobs = pad_rows(ordered)
-        response = pad_rows([torch.ones_like(row, dtype=torch.bool) for row in ordered])
-    else:
-        answers: list[Answer] = [(pair.prompt_ids, pair.chosen_ids) for pair in pairs]
-        answers += [(pair.prompt_ids, pair.rejected_ids) for pair in pairs]
-        logprobs, response = answer_logprobs(model, answers, device)
+    answers: list[Answer] = [(pair.prompt_ids, pair.chosen_ids) for pair in pairs]
+    answers += [(pair.prompt_ids, pair.rejected_ids) for pair in pairs]
+    logprobs, response = answer_logprobs(model, answers, device, share_prompts=share_prompts)
     chosen_lengths, rejected_lengths = _answer_lengths(pairs, device)
     chosen, rejected = sequence_logps(logprobs, response).chunk(2)
     if length_alpha == 1:
@@ -174,8 +165,10 @@ def _answer_lengths(pairs: Sequence[PreferencePair], device: torch.device | str)
     return chosen, torch.tensor([len(pair.rejected_ids) for pair in pairs], device=device)
 
 
-def _lengths(pairs: Sequence[PreferencePair]) -> Tensor:
-    """(P, 2) tokens of both sequences of each pair."""
+def _lengths(pairs: Sequence[PreferencePair], share_prompts: bool) -> Tensor:
+    """(P, 2) tokens of both sequences of each pair, or (P,) of its prompt and both answers behind it."""
+    if share_prompts:
+        return torch.tensor([sum(map(len, (p.prompt_ids, p.chosen_ids, p.rejected_ids))) for p in pairs])
     return torch.tensor([[len(ids) for ids in pair.sequences] for pair in pairs]).view(-1, 2)
 
 

@@ -15,7 +15,14 @@ from alignment.aggregation import Metrics
 from alignment.engines.base import Engine
 from alignment.feedback_losses import RewardShift, bco_loss, kto_loss, mismatched_kl
 from alignment.judgements import LabelledAnswer
-from alignment.learners.answers import Answer, answer_lengths, answer_logprobs, answer_logps
+from alignment.learners.answers import (
+    Answer,
+    answer_lengths,
+    answer_logprobs,
+    answer_logps,
+    refuse_unshared,
+    sharing_limit,
+)
 from alignment.learners.base import Learner, Tally
 from alignment.logprobs import sequence_logps
 from alignment.models import CausalModel
@@ -57,15 +64,24 @@ class FeedbackLearner(Learner):
         desirable_weight: float = 1.0,
         undesirable_weight: float = 1.0,
         method: TrainingMethod | None = None,
+        share_prompts: bool = False,
         device: torch.device | str = "cpu",
     ) -> None:
         """
         Args:
             micro_batch_limit: its rows are answers.
             method: what is told of every update.
+            share_prompts: compute once what prompts of a micro-batch begin with in common, see
+                `alignment.shared_prompts`.
+
+        Raises:
+            ValueError: share_prompts with a model whose answers would then differ.
         """
+        if share_prompts:
+            refuse_unshared(model)
+            micro_batch_limit = sharing_limit(micro_batch_limit)
         super().__init__(model, engine, micro_batch_limit=micro_batch_limit, method=method, device=device)
-        self.beta = beta
+        self.beta, self.share_prompts = beta, share_prompts
         self.desirable_weight, self.undesirable_weight = desirable_weight, undesirable_weight
 
     def logps(self, records: Sequence[LabelledAnswer]) -> list[float]:
@@ -76,6 +92,7 @@ class FeedbackLearner(Learner):
             limit=self.micro_batch_limit,
             device=self.device,
             lockstep=self.engine.lockstep,
+            share_prompts=self.share_prompts,
         )
 
     def _learn(
@@ -100,7 +117,8 @@ class FeedbackLearner(Learner):
         tally.end_minibatch()
 
     def _logps(self, records: Sequence[LabelledAnswer]) -> Tensor:
-        return sequence_logps(*answer_logprobs(self.model, _answers(records), self.device))
+        answers = _answers(records)
+        return sequence_logps(*answer_logprobs(self.model, answers, self.device, share_prompts=self.share_prompts))
 
 
 class KtoLearner(FeedbackLearner):

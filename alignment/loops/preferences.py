@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import islice
 from typing import Any, Protocol, TypeVar
 
 from alignment.config import DpoRunConfig, KtoRunConfig
@@ -61,7 +62,7 @@ def train_preferences(
         log = run.begin_step(state.step)
         batch = records.batch(state.step, training.batch_size)
         with log.phase("reference"):
-            numbers = [reference(part) for part in stage.parts(batch)] if reference else []
+            numbers = of_parts(stage.parts(batch), reference) if reference else []
         with log.phase("update"):
             log.metrics.update(policy.update(batch, *numbers, step=state.step).result())
         state.step += 1
@@ -77,4 +78,10 @@ def train_preferences(
 
 def logps_of(policy: PreferenceTrainer, stage: Stage[R], records: Sequence[R]) -> list[Numbers]:
     """The policy's log-probabilities of every part."""
-    return [policy.logps(part).result() for part in stage.parts(records)]
+    return of_parts(stage.parts(records), lambda asked: policy.logps(asked).result())
+
+
+def of_parts(parts: Sequence[Sequence[R]], ask: AskReference) -> list[Numbers]:
+    """The numbers of each part, all asked for at once: records of one prompt may then share its computation."""
+    numbers = iter(ask([record for part in parts for record in part]))
+    return [list(islice(numbers, len(part))) for part in parts]

@@ -107,8 +107,9 @@ def test_update_is_the_loss_of_plain_logits(folders):
 def test_the_gradient_is_that_of_the_whole_batch(folders, kind, count):
     records = labels_of(count)
     found, told = [], []
-    for rows, layout in ((7, "padded"), (3, "padded"), (1, "padded"), (3, "packed")):
-        learner = feedback_learner(kind, folders[0], rows=rows, layout=layout, **WEIGHTS)
+    cuts = [(7, "padded", False), (3, "padded", False), (1, "padded", False), (3, "packed", False)]
+    for rows, layout, share in [*cuts, (7, "padded", True), (2, "packed", True)]:
+        learner = feedback_learner(kind, folders[0], rows=rows, layout=layout, share_prompts=share, **WEIGHTS)
         # The reference gives everything less, so that the baseline is well above 0.
         found.append(gradients(learner, lambda: told.append(update_far(learner, folders[0], records))))  # noqa: B023
     for other in found[1:]:
@@ -185,3 +186,27 @@ def test_logps_depend_on_nobody_else_in_the_batch(folders):
         limit = MicroBatchLimit(rows=rows, layout=layout)
         found = answer_logps(loaded(folders[0], layout=layout), answers, limit=limit)
         torch.testing.assert_close(torch.tensor(found), expected, atol=1e-4, rtol=1e-6)
+
+
+def test_a_prompt_is_computed_once_for_an_answer_and_the_mismatched_one(folders):
+    """The same numbers, of about half of the tokens: prompts begin alike and have two answers each."""
+    begin = tuple(range(20, 40))
+    records = [dataclasses.replace(record, prompt_ids=begin + record.prompt_ids) for record in labels_of(6)]
+    model, both = loaded(folders[0]), [*records, *mismatched(records)]
+    answers = [(record.prompt_ids, record.answer_ids) for record in both]
+    backbone, computed = model.model.base_model, []
+    backbone.register_forward_pre_hook(
+        lambda module, args, kwargs: computed.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    limit = MicroBatchLimit(tokens=4096, layout="one_row")
+    apart, shared = (answer_logps(model, answers, limit=limit, share_prompts=share) for share in (False, True))
+    torch.testing.assert_close(torch.tensor(shared), torch.tensor(apart), atol=1e-4, rtol=1e-5)
+    once = len(begin) + sum(len(r.prompt_ids) - len(begin) + 2 * len(r.answer_ids) for r in records)
+    assert computed[-1] == once + len(begin)  # in two rows: attention weighs more in a model this narrow
+    assert computed[-1] < 0.5 * computed[0]
+
+
+def test_prompts_are_not_shared_where_a_model_has_a_limited_view(tmp_path):
+    folder = write_tiny_model(tmp_path, "mistral", sliding_window=4)
+    with pytest.raises(ValueError, match="share_prompts: got True with a model"):
+        feedback_learner(KtoLearner, folder, share_prompts=True)

@@ -32,7 +32,7 @@ def test_ranks_make_the_updates_of_one_process(folders, tmp_path, size, engines)
         pytest.importorskip("deepspeed")
     one = updates(Alone(), *folders, ["ddp"])
     first, *others = on_processes(size, "preference_ranks.updates", *folders, engines, folder=tmp_path / "ranks")
-    assert len(first) == 4 * len(engines)
+    assert len(first) == 5 * len(engines)
     assert min(row["kto/kl"] for row in one["ddp: KTO"]["rows"]) > 1
     for case, ours in first.items():
         theirs = one["ddp: " + case.partition(": ")[2]]
