@@ -128,7 +128,7 @@ def test_every_problem_has_its_line():
     )
     assert message.splitlines()[1:] == [
         "run.seed: got -1, expected integer >= 0 and < 9.22337e+18; correct it",
-        'model.dtype: got "int8", expected float32|bfloat16|float16; correct it',
+        'model.dtype: got "int8", expected auto|float32|bfloat16|float16; correct it',
         "policy.optimizer.lr: got NaN, expected finite number > 0; correct it",
         "reward: got nothing, expected a value; set it",
         "ppo.clip_ratio: got 2, expected number > 0 and < 1; correct it",
