@@ -168,9 +168,7 @@ def sft_actors(
     }
 
 
-def dpo_actors(
-    config: DpoRunConfig | LiveRunConfig, cluster: ClusterConfig, *, model_path: str
-) -> dict[str, Actor]:
+def dpo_actors(config: DpoRunConfig | LiveRunConfig, cluster: ClusterConfig, *, model_path: str) -> dict[str, Actor]:
     """The one actor of a run on pairs, not yet set up."""
     return {"policy": DpoActor(dpo=config.dpo, **_preference_settings(config, cluster, model_path))}
 

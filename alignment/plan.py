@@ -150,8 +150,9 @@ def load_run(file: Path, overrides: list[str]) -> RunAnyConfig:
     except yaml.YAMLError as error:
         raise ValueError(f"--config: got {file}, which is no YAML ({error}), expected one; mend it") from error
     if "films" in sections:
-        kind = LiveRunConfig if "live" in sections else RecommenderRunConfig
-        return load_config(kind, file=file, overrides=overrides)
+        if "live" in sections:
+            return load_config(LiveRunConfig, file=file, overrides=overrides)
+        return load_config(RecommenderRunConfig, file=file, overrides=overrides)
     if "dpo" in sections:
         return load_config(DpoRunConfig, file=file, overrides=overrides)
     if "kto" in sections:

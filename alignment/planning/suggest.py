@@ -25,13 +25,7 @@ from alignment.planning.processes import ProcessMemory
 
 ConfigT = TypeVar("ConfigT", bound=Config)
 RunAnyConfig = (
-    PpoRunConfig
-    | RewardModelRunConfig
-    | SftRunConfig
-    | RankRunConfig
-    | DpoRunConfig
-    | KtoRunConfig
-    | LiveRunConfig
+    PpoRunConfig | RewardModelRunConfig | SftRunConfig | RankRunConfig | DpoRunConfig | KtoRunConfig | LiveRunConfig
 )
 LORA_RANK = 16
 
