@@ -26,15 +26,16 @@ def run_recommender(job: common.Job[RecommenderRunConfig]) -> None:
 
 def ranked_films(job: common.Job[RecommenderRunConfig], model: checks.Trainee) -> RankedFilms:
     """The questions of this config, checked."""
-    config, data = job.config, film_table(job.config.films)
+    config, films = job.config, job.config.films
+    data = film_table(films)
     checks.check_answering(job)
     ranking = make_ranking(
-        config.films,
+        films,
         data,
         model.tokenizer,
         model=config.model,
         quantization=config.training.adapter.quantization,
-        after=live_choices(data)[1] if config.films.early else None,
+        after=live_choices(data, per_user=films.choices_per_person)[1] if films.early else None,
         beta=config.dpo.beta,
         seed=config.run.seed,
         system_prompt=config.data.system_prompt,

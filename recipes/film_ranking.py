@@ -94,11 +94,15 @@ def asked_cases(config: FilmsConfig, data: MovieLens, after: Mapping[int, int] |
         ValueError: more people than there are, or nobody.
     """
     cases = ranking_cases(data, num_negatives=config.num_negatives, after=after)
-    wanted = len(cases) if config.num_people is None else config.num_people
-    if not 0 < wanted <= len(cases):
+    if not cases:
         raise ValueError(
-            f"films.num_people: got {config.num_people}, expected 1 to {len(cases)}, of whom a later like is known; "
-            "lower it, or films.num_test where there are none"
+            f"films.num_test: got {config.num_test}, whose ratings have nobody to ask about, expected likes behind "
+            "three others; raise it, or lower films.choices_per_person"
+        )
+    wanted = len(cases) if config.num_people is None else config.num_people
+    if wanted > len(cases):
+        raise ValueError(
+            f"films.num_people: got {wanted}, expected at most the {len(cases)} who can be asked about; lower it"
         )
     chosen = set(sorted((case.user for case in cases), key=lambda user: digest(str(user)))[:wanted])
     return [case for case in cases if case.user in chosen]

@@ -145,7 +145,7 @@ def check(job: Job) -> Start:
     check_sources(config.live, job.output_dir)
     base_path = resolve_model(config.base, None)
     data = film_table(config.films)
-    events, last = live_choices(data, per_user=config.live.choices_per_person)
+    events, last = live_choices(data, per_user=config.films.choices_per_person)
     asking = partial(
         make_ranking,
         config.films,

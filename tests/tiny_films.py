@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import os
 import random
+import signal
+import sys
 from pathlib import Path
+from typing import Any
 
 from alignment.config import FilmsConfig
 from alignment.data.movielens import MovieLens, read_movielens
 from alignment.data.movielens_pairs import pair_rows
 
 NUM_TEST = 90
-FILMS = f"folder: {{folder}}, num_test: {NUM_TEST}, num_negatives: 6, row_tokens: 700"
+FILMS = f"folder: {{folder}}, num_test: {NUM_TEST}, num_negatives: 14, choices_per_person: 1, row_tokens: 700"
 COMMON = """
 run: {{num_steps: {steps}, checkpoint_every: 1, trackers: []}}
 data: {{{data}max_tokens: 200}}
@@ -31,7 +36,7 @@ training:
   adapter: {{r: 4}}
   optimizer: {{lr: 2.0e-3, warmup_ratio: 0.0, decay: constant}}
 base: {base}
-live: {{replay: true, choices_per_person: 1, poll_seconds: 0.01}}
+live: {{replay: true, poll_seconds: 0.01}}
 """
 
 
@@ -76,5 +81,28 @@ def write_recommender(folder: Path, model: Path) -> Path:
 
 def films_config(folder: Path, **changes: object) -> FilmsConfig:
     return FilmsConfig.model_validate(
-        {"folder": str(folder / "tables"), "num_test": NUM_TEST, "num_negatives": 6, **changes}
+        {"folder": str(folder / "tables"), "num_test": NUM_TEST, "num_negatives": 14, "choices_per_person": 1, **changes}
     )
+
+
+def killed_run(point: str, step: str, recipe: str, flags: list[str]) -> int:
+    """A recipe in this process, which kills itself after `step` updates: `learnt`, before anything of the step is on
+    the disk, or `saved`, when all but the rename is."""
+    from alignment.checkpoint import CheckpointStore
+    from alignment.loops.run import Run
+
+    owner, name = {"learnt": (Run, "finish_step"), "saved": (CheckpointStore, "commit")}[point]
+    original, calls = getattr(owner, name), []
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(None)
+        if len(calls) == int(step):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args, **kwargs)
+
+    setattr(owner, name, counted)
+    return importlib.import_module(f"recipes.{recipe}").main(flags)
+
+
+if __name__ == "__main__":
+    sys.exit(killed_run(*sys.argv[1:4], sys.argv[4:]))

@@ -34,6 +34,8 @@ class FilmsConfig(Config):
     early: bool = False
     """Leave those out, so that the last ones before them are for tests, and ask people about what they liked after
     their last choice: for a policy that learns from these choices, and for the one that it begins with."""
+    choices_per_person: Positive = 5
+    """With early: how many likes of a person, at most, are choices; later ones are asked about."""
     num_people: Positive | None = None
     """How many are asked, chosen by a hash; None asks everybody who can be."""
     num_negatives: Positive = 99
@@ -100,8 +102,6 @@ class FeedbackConfig(Config):
 
     replay: bool = False
     """Feed the choices of the table's people, as an application would; alone, the run ends when they are learnt."""
-    choices_per_person: Positive = 5
-    """Of the replay, at most; the films that a person liked later are asked about."""
     port: Annotated[int, Field(ge=0, lt=2**16)] | None = None
     """Take choices by HTTP on this port of 127.0.0.1; 0 takes a free one."""
     file: str | None = None
