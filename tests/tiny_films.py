@@ -79,9 +79,9 @@ def write_recommender(folder: Path, model: Path) -> Path:
     return folder
 
 
-def films_config(folder: Path, **changes: object) -> FilmsConfig:
+def films_config(root: Path, **changes: object) -> FilmsConfig:
     return FilmsConfig.model_validate(
-        {"folder": str(folder / "tables"), "num_test": NUM_TEST, "num_negatives": 14, "choices_per_person": 1, **changes}
+        {"folder": str(root / "tables"), "num_test": NUM_TEST, "num_negatives": 14, "choices_per_person": 1, **changes}
     )
 
 

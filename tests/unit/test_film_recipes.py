@@ -142,15 +142,16 @@ def test_who_is_asked(folder):
     [
         ({"num_people": 18}, "films.num_people: got 18, expected at most the 17"),
         ({"folder": "/nowhere"}, "films.folder: got /nowhere without ml-100k.inter"),
-        ({"num_test": 1}, "films.num_test: got 1, whose ratings have nobody"),
+        ({"num_test": 1, "after": {}}, "films.num_test: got 1, whose ratings have nobody"),
         ({"num_test": 300, "early": True}, "films.num_test: got 300 with films.early and 40 ratings"),
         ({"num_negatives": 50}, "lower num_negatives"),
     ],
 )
 def test_questions_that_cannot_be_asked_are_refused(folder, changes, fault):
+    after = changes.pop("after", None)
     config = films_config(folder, **changes)
     with pytest.raises(ValueError, match=fault):
-        asked_cases(config, film_table(config), None)
+        asked_cases(config, film_table(config), after)
 
 
 @pytest.fixture(scope="module")
