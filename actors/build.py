@@ -33,6 +33,7 @@ from alignment.config import (
     ClusterConfig,
     DpoRunConfig,
     KtoRunConfig,
+    LiveRunConfig,
     PpoRunConfig,
     RankRunConfig,
     RewardModelRunConfig,
@@ -167,7 +168,7 @@ def sft_actors(
     }
 
 
-def dpo_actors(config: DpoRunConfig, cluster: ClusterConfig, *, model_path: str) -> dict[str, Actor]:
+def dpo_actors(config: DpoRunConfig | LiveRunConfig, cluster: ClusterConfig, *, model_path: str) -> dict[str, Actor]:
     """The one actor of a run on pairs, not yet set up."""
     return {"policy": DpoActor(dpo=config.dpo, **_preference_settings(config, cluster, model_path))}
 
@@ -177,7 +178,9 @@ def kto_actors(config: KtoRunConfig, cluster: ClusterConfig, *, model_path: str)
     return {"policy": KtoActor(kto=config.kto, **_preference_settings(config, cluster, model_path))}
 
 
-def _preference_settings(config: DpoRunConfig | KtoRunConfig, cluster: ClusterConfig, path: str) -> dict[str, Any]:
+def _preference_settings(
+    config: DpoRunConfig | KtoRunConfig | LiveRunConfig, cluster: ClusterConfig, path: str
+) -> dict[str, Any]:
     return {
         "reference": config.reference,
         "model_path": path,

@@ -17,6 +17,8 @@ from actors.weight_sync import BUCKETS_UNDER_WAY, SyncKind
 from actors.worker import ActorDiedError
 from alignment.interfaces import Metrics, Pending
 from alignment.judgements import Judgement
+from alignment.shared_prompts import Group as Candidates
+from alignment.shared_prompts import group_length
 from alignment.types import Experience, Prompt, Rollout, Score, SftExample
 
 
@@ -242,6 +244,12 @@ class PreferenceHandle(FineTunedHandle):
     def ref_logps(self, records: Sequence[Judgement]) -> Pending[list[Any]]:
         return self._scatter("ref_logps", records)
 
+    def candidate_logps(self, groups: Sequence[Candidates], *, row_tokens: int) -> Pending[list[list[float]]]:
+        return self._scatter_candidates("candidate_logps", groups, row_tokens)
+
+    def ref_candidate_logps(self, groups: Sequence[Candidates], *, row_tokens: int) -> Pending[list[list[float]]]:
+        return self._scatter_candidates("ref_candidate_logps", groups, row_tokens)
+
     def follow(self, *, step: int) -> Pending[Any]:
         return self.group.call(self.role, "follow", step=step)
 
@@ -251,6 +259,10 @@ class PreferenceHandle(FineTunedHandle):
     def _scatter(self, method: str, records: Sequence[Judgement]) -> Pending[list[Any]]:
         lengths = [sum(map(len, record.sequences)) for record in records]
         return self.group.scatter(self.role, method, records, lengths=lengths)
+
+    def _scatter_candidates(self, method: str, groups: Sequence[Candidates], row_tokens: int) -> Pending[Any]:
+        lengths = [group_length(group) for group in groups]
+        return self.group.scatter(self.role, method, groups, lengths=lengths, row_tokens=row_tokens)
 
 
 class RewardTrainingHandle(Handle):

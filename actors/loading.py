@@ -13,6 +13,7 @@ from alignment.adapters import TrainingMethod
 from alignment.config import (
     AdapterConfig,
     CriticConfig,
+    LiveTrainingConfig,
     ModelConfig,
     PolicyConfig,
     PreferenceTrainingConfig,
@@ -29,7 +30,14 @@ from alignment.engines.make import make_engine
 from alignment.quantization import Quantization
 
 LEARNER_FILE = "learner.pt"
-Trained = PolicyConfig | CriticConfig | RewardModelTrainingConfig | SftTrainingConfig | PreferenceTrainingConfig
+Trained = (
+    PolicyConfig
+    | CriticConfig
+    | RewardModelTrainingConfig
+    | SftTrainingConfig
+    | PreferenceTrainingConfig
+    | LiveTrainingConfig
+)
 """The settings of whatever learns: its adapter, its optimiser, its micro-batches."""
 
 

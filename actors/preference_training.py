@@ -10,7 +10,8 @@ from actors.fine_tuned import FineTunedActor
 from actors.loading import causal_model, split_frozen
 from actors.worker import Actor, UpdateOnce
 from alignment.adapters import TrainingMethod
-from alignment.config import DpoConfig, KtoConfig, PreferenceTrainingConfig
+from alignment.candidates import candidate_logps
+from alignment.config import DpoConfig, KtoConfig, LiveTrainingConfig, PreferenceTrainingConfig
 from alignment.config.preference import ReferenceConfig
 from alignment.distributed import Ranks
 from alignment.engines.base import Engine
@@ -22,13 +23,14 @@ from alignment.models import HfModel
 from alignment.preference_objectives import PreferenceObjective
 from alignment.preference_terms import Term
 from alignment.reference import AdapterReference, FrozenReference, Reference
+from alignment.shared_prompts import Group, shares_prompts
 from alignment.types import PreferencePair
 
 
 class PreferenceActor(FineTunedActor):
     """What actors of pairs and of labels share: the reference, live beside the policy."""
 
-    training: PreferenceTrainingConfig
+    training: PreferenceTrainingConfig | LiveTrainingConfig
 
     def __init__(self, *, reference: ReferenceConfig, **settings: Any) -> None:
         """`settings`: of `FineTunedActor`."""
@@ -51,6 +53,22 @@ class PreferenceActor(FineTunedActor):
     def release_reference(self) -> None:
         """For who has all its numbers."""
         self.reference.release()
+
+    def candidate_logps(self, groups: Sequence[Group], *, row_tokens: int) -> list[list[float]]:
+        """Of each answer behind each prompt, as `alignment.candidates` has it. The whole model must be here."""
+        return self._candidate_logps(self.model, groups, row_tokens)
+
+    def ref_candidate_logps(self, groups: Sequence[Group], *, row_tokens: int) -> list[list[float]]:
+        """The same of the reference, in rows of the same make."""
+        with self.reference.model() as model:
+            return self._candidate_logps(model, groups, row_tokens)
+
+    def _candidate_logps(self, model: HfModel, groups: Sequence[Group], row_tokens: int) -> list[list[float]]:
+        share, device = shares_prompts(model), self.device
+        return [
+            candidate_logps(model, group, share_prompt=share, row_tokens=row_tokens, device=device).tolist()
+            for group in groups
+        ]
 
     def save(self, folder: Path) -> None:
         super().save(folder)

@@ -214,6 +214,11 @@ class FeedbackConsumer:
         self._held: list[Logged] | None = None
         self._place = 0
 
+    def seek(self, start: int, *, after: str | None) -> None:
+        """Go to where the first `take` will begin, to refuse what it would. Arguments and errors as there."""
+        if self._held is None:
+            self._held = self._begin(start, after)
+
     def take(self, start: int, *, after: str | None) -> list[Logged]:
         """The `batch_size` events from place `start` on; waits for them. Empty once `stop` was called and fewer are
         there: those wait for the next start.
@@ -224,8 +229,8 @@ class FeedbackConsumer:
         Raises:
             ValueError: another event stands before `start`: this is not the log that was taken from.
         """
-        if self._held is None:
-            self._held = self._begin(start, after)
+        self.seek(start, after=after)
+        assert self._held is not None
         assert start == self._place, "events are taken in order"
         while True:
             stopped = self._stopped.is_set()

@@ -20,8 +20,10 @@ from alignment.config import (
     ClusterConfig,
     DpoRunConfig,
     KtoRunConfig,
+    LiveRunConfig,
     PpoRunConfig,
     RankRunConfig,
+    RecommenderRunConfig,
     RewardModelRunConfig,
     SftRunConfig,
 )
@@ -121,7 +123,7 @@ def processes_of(scenario: Scenario, shapes: Mapping[str, ModelShape]) -> list[P
     config, cluster = scenario.config, scenario.cluster
     if isinstance(config, RewardModelRunConfig):
         return reward_model_processes(config, cluster, shapes["policy"])
-    if isinstance(config, DpoRunConfig | KtoRunConfig):
+    if isinstance(config, DpoRunConfig | KtoRunConfig | LiveRunConfig):
         return preference_processes(config, cluster, shapes["policy"])
     if isinstance(config, SftRunConfig):
         return sft_processes(config, cluster, shapes["policy"])
@@ -139,13 +141,18 @@ def sampling_engine(config: PpoRunConfig | RankRunConfig, cluster: ClusterConfig
 
 def load_run(file: Path, overrides: list[str]) -> RunAnyConfig:
     """A recipe's config: that of a learner alone has a section `training`, and `dpo` or `kto` beside it, or several
-    sources where it is a supervised one's; that of a ranking has a section `ranking`."""
+    sources where it is a supervised one's; that of a recommender has a section `films`, and `live` where it learns
+    from choices; that of a ranking has a section `ranking`."""
     if not file.is_file():
         raise ValueError(f"--config: got {file}, which is no file, expected a recipe's YAML file; correct the path")
     try:
         sections = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
     except yaml.YAMLError as error:
         raise ValueError(f"--config: got {file}, which is no YAML ({error}), expected one; mend it") from error
+    if "films" in sections:
+        if "live" in sections:
+            return load_config(LiveRunConfig, file=file, overrides=overrides)
+        return load_config(RecommenderRunConfig, file=file, overrides=overrides)
     if "dpo" in sections:
         return load_config(DpoRunConfig, file=file, overrides=overrides)
     if "kto" in sections:

@@ -16,6 +16,7 @@ from alignment.config import (
     ClusterConfig,
     DpoRunConfig,
     KtoRunConfig,
+    LiveRunConfig,
     ModelConfig,
     PpoRunConfig,
     RankRunConfig,
@@ -39,6 +40,7 @@ UPSTREAM = {
     "reward_model_medical": "score_statistics.json",
     "sft_calculators": "README.md",
     "rank_answers": "README.md",
+    "dpo_recommender_early": "README.md",
 }
 """Recipes that other runs begin with, and the last file that each writes in its `final`."""
 
@@ -121,7 +123,7 @@ class Trainee:
 
 
 def check_trainee(
-    job: Job[SftRunConfig] | Job[RewardModelRunConfig] | Job[DpoRunConfig] | Job[KtoRunConfig],
+    job: Job[SftRunConfig] | Job[RewardModelRunConfig] | Job[DpoRunConfig] | Job[KtoRunConfig] | Job[LiveRunConfig],
     role: str,
     **settings: Any,
 ) -> Trainee:
@@ -332,11 +334,9 @@ def untrained(config: PpoRunConfig | RankRunConfig) -> dict[str, Path]:
 
 def _base_of(recipe: str) -> str:
     """The model that an upstream recipe begins with."""
-    from alignment.config_io import load_config
-
-    return load_config(
-        SftRunConfig, file=Path(__file__).parent / "configs" / f"{recipe}.yaml", overrides=[]
-    ).model.path
+    own = read_yaml(Path(__file__).parent / "configs" / f"{recipe}.yaml").get("model") or {}
+    path: str = own.get("path", ModelConfig().path)
+    return path
 
 
 def check_start(job: Job[ConfigT]) -> None:

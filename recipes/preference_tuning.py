@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from actors.build import dpo_actors, kto_actors, preference_role
 from actors.handles import PreferenceHandle
@@ -44,6 +44,33 @@ class HeldOutNumbers(common.PlainRecord):
         return Judged(logps=self.logps, reference=self.reference)
 
 
+class OwnEvaluation(Protocol):
+    """What a recipe asks of its policy before and after, beside the rows and prompts that are held out."""
+
+    @property
+    def inputs(self) -> Mapping[str, str]:
+        """Fingerprints of what it reads, by name."""
+        ...
+
+    def in_words(self) -> str:
+        """A line for the plan and for the start."""
+        ...
+
+    def before(self, policy: PreferenceHandle, run: Run, *, model: str) -> None:
+        """Ask the reference, while it is what the run begins with; a start that is not the first asks again.
+
+        `model`: its fingerprint."""
+        ...
+
+    def after(self, policy: PreferenceHandle, run: Run) -> dict[str, dict[str, Any]]:
+        """Ask the policy; returns rows of the held-out table."""
+        ...
+
+    def told(self) -> Mapping[str, Any]:
+        """What else the summary says, by name."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Start:
     """What the run begins with, all of it checked."""
@@ -57,6 +84,7 @@ class Start:
     hygiene: str
     """What is odd about the data, without any text of it."""
     evaluation: RuleEvaluation
+    own: OwnEvaluation | None = None
 
     @property
     def row(self) -> str:
@@ -64,12 +92,18 @@ class Start:
         return "pair" if isinstance(self.job.config, DpoRunConfig) else "answer"
 
 
-def run_dpo(job: common.Job[DpoRunConfig]) -> None:
-    """The body of a recipe on pairs."""
-    if not make_first(job):
+def run_dpo(
+    job: common.Job[Any], make_own: Callable[[common.Job[Any], checks.Trainee], OwnEvaluation] | None = None
+) -> None:
+    """The body of a recipe on pairs, of a `DpoRunConfig`.
+
+    `make_own`: an evaluation of the recipe's own, which refuses what it cannot ask.
+    """
+    if not make_first(job, [job.config.model.path, *(source.path for source in job.config.data.sources)]):
         return
     model, evaluation = _check(job)
-    config = job.config
+    config: DpoRunConfig = job.config
+    own = None if make_own is None else make_own(job, model)
     stage = PairStage(objective_of(config.dpo))
     kept_out = {prompt.prompt_ids for prompt in evaluation.prompts}
     tasks = load_pair_tasks(
@@ -85,13 +119,14 @@ def run_dpo(job: common.Job[DpoRunConfig]) -> None:
             stage=stage,
             hygiene="\n".join(hygiene),
             evaluation=evaluation,
+            own=own,
         )
     )
 
 
 def run_kto(job: common.Job[KtoRunConfig]) -> None:
     """The body of a recipe on labels."""
-    if not make_first(job):
+    if not make_first(job, [job.config.model.path, *(source.path for source in job.config.data.sources)]):
         return
     model, evaluation = _check(job)
     config = job.config
@@ -129,13 +164,14 @@ def run_kto(job: common.Job[KtoRunConfig]) -> None:
     )
 
 
-def make_first(job: Job) -> bool:
-    """Run the stages whose model or rows this run reads and that are not there yet, on the same machines.
+def make_first(job: Job, paths: Iterable[str | None]) -> bool:
+    """Run the stages that make what this run reads, its model or rows at `paths`, and that is not there yet, on the
+    same machines.
 
     A dry run checks them, and can check no more than the model before there are rows: False.
     """
-    config: Config = job.config
-    first = checks.not_yet_made([config.model.path, *(source.path for source in config.data.sources)])
+    config = job.config
+    first = checks.not_yet_made(paths)
     if not first:
         return True
     base = config.model_copy(update={"model": checks.resolve_policy(config.model)})
@@ -186,7 +222,7 @@ def _run(start: Start) -> None:
     if job.dry_run:
         checks.check_start(job)
         sequences = 2 if start.row == "pair" else 1
-        data = f"{tasks.summary()}\n{start.hygiene}"
+        data = "\n".join([tasks.summary(), start.hygiene, *([start.own.in_words()] if start.own else [])])
         print(planning.preference_plan(job, start.num_parameters, data, row=start.row, sequences=sequences))
         return
     print(f"{tasks.summary()}\n{start.hygiene}", flush=True)
@@ -195,6 +231,7 @@ def _run(start: Start) -> None:
     inputs = {
         "model": model_fingerprint(start.model_path),
         f"{start.row}s": records_fingerprint([*tasks.train, *tasks.held_out]),
+        **(start.own.inputs if start.own else {}),
     }
     directory.keep_inputs(inputs)
 
@@ -217,7 +254,8 @@ def _run(start: Start) -> None:
             step=step,
             chosen=config.training.validate_every > 0,
         )
-        common.write_summary(job, directory, figures, parameters=policy.num_parameters().result())
+        more = start.own.told() if start.own else {}
+        common.write_summary(job, directory, figures, parameters=policy.num_parameters().result(), **more)
         run.close()
 
 
@@ -230,6 +268,8 @@ def improve(
     `model`: the fingerprint of the model that the run begins with.
     """
     config, held_out, folder = start.job.config, start.tasks.held_out, run.directory.path
+    if start.own:
+        start.own.before(policy, run, model=model)
     reference = ask_reference(start, policy, run, model)
     before = common.once(folder / "held_out_before.json", HeldOutNumbers, lambda: judge(start, policy, reference))
     said_before = common.once(folder / "answers_before.json", HeldOut, lambda: start.evaluation.answers(policy))
@@ -252,7 +292,8 @@ def improve(
     said_after.save(folder / "answers_after.json")
     seed = config.run.seed
     told = start.stage.table(held_out, before.judged(), after.judged(), seed=seed) if held_out else {}
-    return told | start.evaluation.table(said_before, said_after, seed=seed), step
+    told |= start.evaluation.table(said_before, said_after, seed=seed)
+    return told | (start.own.after(policy, run) if start.own else {}), step
 
 
 def judge(start: Start, policy: PreferenceHandle, reference: AskReference | None) -> HeldOutNumbers:

@@ -20,6 +20,7 @@ from alignment.config.preference import (
     PreferenceTrainingConfig,
 )
 from alignment.config.ranking import RankingConfig, RankRunConfig
+from alignment.config.recommender import FilmsConfig, LiveRunConfig, LiveTrainingConfig, RecommenderRunConfig
 from alignment.config.reward import GoldFunctionConfig, RewardConfig, RewardExecutionConfig, RewardFunctionConfig
 from alignment.config.reward_model import RewardDataConfig, RewardModelRunConfig, RewardModelTrainingConfig
 from alignment.config.rollout import CorrectionConfig, RolloutConfig, VllmConfig
@@ -36,11 +37,14 @@ __all__ = [
     "DpoConfig",
     "DpoRunConfig",
     "EvaluationConfig",
+    "FilmsConfig",
     "GoldFunctionConfig",
     "HackingConfig",
     "KlConfig",
     "KtoConfig",
     "KtoRunConfig",
+    "LiveRunConfig",
+    "LiveTrainingConfig",
     "MicroBatchConfig",
     "ModelConfig",
     "OptimizerConfig",
@@ -52,6 +56,7 @@ __all__ = [
     "PromptDataConfig",
     "RankRunConfig",
     "RankingConfig",
+    "RecommenderRunConfig",
     "RewardConfig",
     "RewardDataConfig",
     "RewardExecutionConfig",

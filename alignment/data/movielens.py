@@ -61,10 +61,10 @@ class MovieLens:
                 found[rating.user].append(rating)
         return dict(found)
 
-    def without_test(self) -> MovieLens:
-        """The training part as a table of its own, whose last `NUM_TEST` ratings are its test part: for what learns
+    def without_test(self, num_test: int = NUM_TEST) -> MovieLens:
+        """The training part as a table of its own, whose last `num_test` ratings are its test part: for what learns
         from people while they choose, and must not see the ratings that final numbers come from."""
-        return MovieLens(self.titles, self.train[:-NUM_TEST], self.train[-NUM_TEST:])
+        return MovieLens(self.titles, self.train[:-num_test], self.train[-num_test:])
 
     def title(self, name: str) -> str | None:
         """Of a film by its number or its title; None for neither."""

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from alignment.config import ClusterConfig, DpoRunConfig, KtoRunConfig, RewardModelRunConfig, SftRunConfig
+from alignment.config import (
+    ClusterConfig,
+    DpoRunConfig,
+    KtoRunConfig,
+    LiveRunConfig,
+    RewardModelRunConfig,
+    SftRunConfig,
+)
 from alignment.config.cluster import RoleConfig
 from alignment.config.splitting import refuse_splitting
 from alignment.planning.memory import largest_micro_batch, learner_memory, scorer_memory
@@ -26,11 +33,11 @@ def sft_processes(config: SftRunConfig, cluster: ClusterConfig, shape: ModelShap
 
 
 def preference_processes(
-    config: DpoRunConfig | KtoRunConfig, cluster: ClusterConfig, shape: ModelShape
+    config: DpoRunConfig | KtoRunConfig | LiveRunConfig, cluster: ClusterConfig, shape: ModelShape
 ) -> list[ProcessMemory]:
     """The learners of a run on pairs or labels, with a frozen copy beside a policy that is trained in full: for the
     whole run where it is live, while the cache is filled where it is not. Raises as `_offline_processes`."""
-    sequences = 2 if isinstance(config, DpoRunConfig) else 1
+    sequences = 1 if isinstance(config, KtoRunConfig) else 2
     (learners,) = _offline_processes(config, cluster, shape, role="policy", sequences=sequences, scalar_head=False)
     if config.training.adapter.enabled or config.reference.mode == "none":
         return [learners]
@@ -53,7 +60,7 @@ def preference_processes(
 
 
 def _offline_processes(
-    config: RewardModelRunConfig | SftRunConfig | DpoRunConfig | KtoRunConfig,
+    config: RewardModelRunConfig | SftRunConfig | DpoRunConfig | KtoRunConfig | LiveRunConfig,
     cluster: ClusterConfig,
     shape: ModelShape,
     *,

@@ -13,6 +13,7 @@ from alignment.config import (
     Config,
     DpoRunConfig,
     KtoRunConfig,
+    LiveRunConfig,
     PpoRunConfig,
     RankRunConfig,
     RewardModelRunConfig,
@@ -23,7 +24,9 @@ from alignment.planning.placement import Machines, Placed, place
 from alignment.planning.processes import ProcessMemory
 
 ConfigT = TypeVar("ConfigT", bound=Config)
-RunAnyConfig = PpoRunConfig | RewardModelRunConfig | SftRunConfig | RankRunConfig | DpoRunConfig | KtoRunConfig
+RunAnyConfig = (
+    PpoRunConfig | RewardModelRunConfig | SftRunConfig | RankRunConfig | DpoRunConfig | KtoRunConfig | LiveRunConfig
+)
 LORA_RANK = 16
 
 

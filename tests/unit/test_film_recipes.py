@@ -1,0 +1,205 @@
+"""What the recommender's recipes are made of: titles scored through actors, who is asked, sources of choices."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_films import films_config, table_of, write_recommender
+
+from actors.build import dpo_actors, preference_role
+from actors.launch import local_groups
+from alignment import models
+from alignment.candidates import candidate_logps
+from alignment.config import ClusterConfig, ModelConfig, RecommenderRunConfig
+from alignment.config.recommender import FeedbackConfig
+from alignment.config_io import load_config
+from alignment.data.chat import eos_ids_of_model, load_tokenizer
+from alignment.data.feedback_pairs import FeedbackPairs
+from alignment.data.movielens import prompt_of
+from alignment.data.movielens_live import live_choices
+from alignment.feedback_log import FeedbackConsumer, FeedbackReader
+from alignment.ranking_metrics import hit_rate_at_k
+from alignment.types import PreferencePair
+from recipes.film_ranking import asked_cases, film_table, make_ranking, some_of
+from recipes.live_learning import LivePairs
+from recipes.live_sources import LOG_NAME, Sources
+
+
+@pytest.fixture(scope="module")
+def folder(tiny, tmp_path_factory) -> Path:
+    return write_recommender(tmp_path_factory.mktemp("recommender"), tiny / "policy")
+
+
+@pytest.fixture(scope="module")
+def ranking(folder, tiny):
+    path, config = str(tiny / "policy"), films_config(folder, num_people=3, row_tokens=700)
+    tokenizer = load_tokenizer(path)
+    return make_ranking(
+        config,
+        film_table(config),
+        tokenizer,
+        model=ModelConfig(path=path),
+        quantization="none",
+        after=None,
+        beta=0.2,
+        seed=1,
+        system_prompt=None,
+        max_tokens=200,
+        eos_ids=eos_ids_of_model(tokenizer, path),
+    )
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_titles_scored_through_actors(folder, tiny, ranking, share):
+    """The policy's numbers move with it, the reference's are those of the model that it began as, bit for bit."""
+    path = str(tiny / "policy")
+    settings = ["--data.held_out", "0", "--dpo.share_prompts", str(share).lower()]
+    config = load_config(RecommenderRunConfig, file=folder / "offline.yaml", overrides=settings)
+    start = models.load_causal_lm(path)
+    groups = [one.group for one in ranking.asked]
+    expected = [candidate_logps(start, group, share_prompt=True, row_tokens=700).tolist() for group in groups]
+    with local_groups(dpo_actors(config, ClusterConfig(), model_path=path), ClusterConfig()) as opened:
+        policy = preference_role(opened)
+        assert policy.candidate_logps(groups, row_tokens=700).result() == expected
+        prompt, answers = groups[0]
+        pair = PreferencePair(id="a", prompt_ids=prompt, chosen_ids=answers[0], rejected_ids=answers[1], source="own")
+        for step in range(2):  # an adapter moves with its second matrix
+            policy.update([pair], policy.ref_logps([pair]).result(), step=step).result()
+        after = policy.candidate_logps(groups, row_tokens=700).result()
+        assert policy.ref_candidate_logps(groups, row_tokens=700).result() == expected
+    assert all(ours != theirs for ours, theirs in zip(after, expected, strict=True))
+    assert after[0][0] > expected[0][0]
+
+
+def test_scores_come_in_the_order_of_people_and_once(ranking, tmp_path, monkeypatch):
+    monkeypatch.setenv("RAYLIGN_CACHE", str(tmp_path))
+    asked = []
+
+    class Answer:
+        def __init__(self, groups):
+            self.groups = groups
+
+        def result(self):
+            return [[float(sum(answer)) for answer in answers] for _, answers in self.groups]
+
+    def ask(groups, *, row_tokens):
+        asked.append((len(groups), row_tokens))
+        return Answer(groups)
+
+    told: list[str] = []
+    expected = [[float(sum(answer)) for answer in one.answers] for one in ranking.asked]
+    for _ in range(2):
+        assert ranking.kept_scores(ask, told.append, what="before", model="m") == expected
+    assert asked == [(3, 700)]
+    ranking.kept_scores(ask, told.append, what="before", model="another")
+    replace(ranking, row_tokens=100).kept_scores(ask, told.append, what="before", model="m")
+    assert asked == [(3, 700), (3, 700), (3, 100)]
+
+
+def test_implicit_rewards_of_the_reference_are_all_ties(ranking):
+    base = [[float(i) for i in range(len(case.films))] for case in ranking.cases]
+    better = [[1.0 + own[0], *own[1:]] for own in base]
+    rows = ranking.table(base, better, base)
+    assert set(rows) == {
+        f"{kind}/{protocol}/{metric}"
+        for kind in ("implicit", "likelihood")
+        for protocol in ("uniform", "popular")
+        for metric in ("hit_rate", "ndcg")
+    }
+    # Of 15 candidates of one score the right one is among the first ten two times of three.
+    assert rows["implicit/uniform/hit_rate"]["before"] == pytest.approx(10 / 15)
+    assert rows["implicit/uniform/hit_rate"]["after"] == 1
+    assert rows["likelihood/popular/hit_rate"]["after"] == 0
+    films = ranking.beside({"ours": better})
+    assert films["methods"]["random order"]["uniform/hit_rate"] == pytest.approx(10 / 15)
+    popularity = ranking.data.train_likes()
+    own = [[float(popularity[film]) for film in case.candidates("popular")] for case in ranking.cases]
+    table = torch.tensor(own, dtype=torch.float64)
+    expected = float(hit_rate_at_k(table[:, 0], table[:, 1:], k=10).mean())
+    assert films["methods"]["popularity"]["popular/hit_rate"] == pytest.approx(expected)
+
+
+def test_who_is_asked(folder):
+    data = table_of(folder / "tables")
+    everybody = asked_cases(films_config(folder), data, None)
+    some = asked_cases(films_config(folder, num_people=5), data, None)
+    fewer = asked_cases(films_config(folder, num_people=4), data, None)
+    assert len(some) == 5
+    assert [case for case in everybody if case in some] == some
+    assert {case.user for case in fewer} < {case.user for case in some}
+    early = film_table(films_config(folder, early=True))
+    assert early.test == data.train[-90:]
+    assert not {(r.user, r.item) for r in early.train + early.test} & {(r.user, r.item) for r in data.test}
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({"num_people": 18}, "films.num_people: got 18, expected at most the 17"),
+        ({"folder": "/nowhere"}, "films.folder: got /nowhere without ml-100k.inter"),
+        ({"num_test": 1, "after": {}}, "films.num_test: got 1, whose ratings have nobody"),
+        ({"num_test": 300, "early": True}, "films.num_test: got 300 with films.early and 40 ratings"),
+        ({"num_negatives": 50}, "lower num_negatives"),
+    ],
+)
+def test_questions_that_cannot_be_asked_are_refused(folder, changes, fault):
+    after = changes.pop("after", None)
+    config = films_config(folder, **changes)
+    with pytest.raises(ValueError, match=fault):
+        asked_cases(config, film_table(config), after)
+
+
+@pytest.fixture(scope="module")
+def choices(folder):
+    return live_choices(table_of(folder / "tables").without_test(90), per_user=1)[0]
+
+
+def live_pairs(folder, tiny, **settings) -> LivePairs:
+    data = table_of(folder / "tables").without_test(90)
+    tokenizer = load_tokenizer(str(tiny / "policy"))
+    pairs = FeedbackPairs(tokenizer, title=data.title, liked=data.shown_titles, prompt=prompt_of)
+    return LivePairs(pairs, **{"most": 2, "max_tokens": 200, **settings})
+
+
+def test_some_pairs_of_a_choice_always_the_same(folder, tiny, choices):
+    event = choices[0]
+    whole = live_pairs(folder, tiny, most=99)(event)
+    assert len(whole) == 9
+    some = live_pairs(folder, tiny)(event)
+    assert some == live_pairs(folder, tiny)(event)
+    assert len(some) == 2
+    assert [pair for pair in whole if pair in some] == some
+    drawn = {tuple(some_of(9, 2, f"e{i}")) for i in range(200)}
+    assert len(drawn) == 36  # every two of nine
+    with pytest.raises(ValueError, match=r"liked, shown: got 1\d\d tokens of prompt and title, expected at most 20"):
+        live_pairs(folder, tiny, max_tokens=20).check(event)
+
+
+def test_a_source_that_fails_ends_the_run(folder, tiny, choices, tmp_path):
+    """It would else wait for ever for a second choice. Here an id comes again with other contents."""
+    consumer = FeedbackConsumer(tmp_path / LOG_NAME, batch_size=2, poll_seconds=0.001)
+    replayed = [choices[0], replace(choices[0], user="nobody")]
+    check = live_pairs(folder, tiny).check
+    with Sources(FeedbackConfig(replay=True), tmp_path, consumer=consumer, replayed=replayed, check=check) as sources:
+        assert consumer.take(0, after=None) == []
+        with pytest.raises(ValueError, match="id: got one that an earlier event of other contents has"):
+            sources.require_sound()
+    consumer.close()
+    assert [logged.event for logged in FeedbackReader(tmp_path / LOG_NAME).events()] == choices[:1]
+
+
+def test_replayed_choices_are_logged_once(folder, tiny, choices, tmp_path):
+    check = live_pairs(folder, tiny).check
+    for _ in range(2):
+        consumer = FeedbackConsumer(tmp_path / LOG_NAME, batch_size=len(choices), poll_seconds=0.001)
+        with Sources(
+            FeedbackConfig(replay=True), tmp_path, consumer=consumer, replayed=choices, check=check
+        ) as sources:
+            taken = consumer.take(0, after=None)
+            sources.require_sound()
+        consumer.close()
+        assert [logged.event for logged in taken] == choices
+    assert len(list(FeedbackReader(tmp_path / LOG_NAME).events())) == len(choices)
