@@ -144,6 +144,7 @@ def post(port: str, event: dict) -> dict:
         return json.loads(answer.read())
 
 
+@pytest.mark.slow
 def test_choices_come_by_http_and_a_file_through_sigterm(folder, undisturbed, tmp_path):
     """The first two are learnt when the signal comes; of the next start's, two were sent before."""
     output, chosen = tmp_path / "run", events(folder)
