@@ -236,6 +236,21 @@ class SftHandle(FineTunedHandle):
         return self.group.scatter(self.role, "nll", examples, lengths=lengths)
 
 
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """A `LogprobWorker` at a temperature."""
+
+    group: Group
+    method: str
+    temperature: float
+
+    def logprobs(self, rollouts: Sequence[Rollout]) -> Pending[list[Tensor]]:
+        lengths = _lengths(rollouts)
+        return self.group.scatter(
+            FineTunedHandle.role, self.method, rollouts, lengths=lengths, temperature=self.temperature
+        )
+
+
 class PreferenceHandle(SendingHandle, FineTunedHandle):
     """The policy while it learns from pairs or labels, and the reference beside it."""
 
@@ -251,6 +266,10 @@ class PreferenceHandle(SendingHandle, FineTunedHandle):
 
     def follow(self, *, step: int) -> Pending[Any]:
         return self.group.call(self.role, "follow", step=step)
+
+    def token_logprobs(self, method: str, *, temperature: float) -> TokenLogprobs:
+        """`logprobs` of what learns, or `start_logprobs` of what it began as."""
+        return TokenLogprobs(self.group, method, temperature)
 
     def release_reference(self) -> Pending[Any]:
         return self.group.call(self.role, "release_reference")

@@ -15,7 +15,7 @@ from alignment.config import (
     CriticConfig,
     ModelConfig,
     PolicyConfig,
-    PreferenceTrainingConfig,
+    PreferenceStepsConfig,
     RewardModelTrainingConfig,
     SftTrainingConfig,
 )
@@ -29,7 +29,7 @@ from alignment.engines.make import make_engine
 from alignment.quantization import Quantization
 
 LEARNER_FILE = "learner.pt"
-Trained = PolicyConfig | CriticConfig | RewardModelTrainingConfig | SftTrainingConfig | PreferenceTrainingConfig
+Trained = PolicyConfig | CriticConfig | RewardModelTrainingConfig | SftTrainingConfig | PreferenceStepsConfig
 """The settings of whatever learns: its adapter, its optimiser, its micro-batches."""
 
 

@@ -10,6 +10,7 @@ from alignment.config.base import Config
 from alignment.config.cluster import ROLES, ClusterConfig, RoleConfig, RolloutRoleConfig
 from alignment.config.data import PreferenceDataConfig, PromptDataConfig, SftDataConfig, SftSourceConfig, SourceConfig
 from alignment.config.hacking import HackingConfig
+from alignment.config.iterative import IterativeRunConfig, RoundsConfig
 from alignment.config.model import AdapterConfig, MicroBatchConfig, ModelConfig, OptimizerConfig
 from alignment.config.ppo import CriticConfig, KlConfig, PolicyConfig, PpoConfig, PpoRunConfig
 from alignment.config.preference import (
@@ -17,9 +18,10 @@ from alignment.config.preference import (
     DpoRunConfig,
     KtoConfig,
     KtoRunConfig,
+    PreferenceStepsConfig,
     PreferenceTrainingConfig,
 )
-from alignment.config.ranking import RankingConfig, RankRunConfig
+from alignment.config.ranking import PairingConfig, RankedRunConfig, RankingConfig, RankRunConfig
 from alignment.config.reward import GoldFunctionConfig, RewardConfig, RewardExecutionConfig, RewardFunctionConfig
 from alignment.config.reward_model import RewardDataConfig, RewardModelRunConfig, RewardModelTrainingConfig
 from alignment.config.rollout import CorrectionConfig, RolloutConfig, VllmConfig
@@ -38,19 +40,23 @@ __all__ = [
     "EvaluationConfig",
     "GoldFunctionConfig",
     "HackingConfig",
+    "IterativeRunConfig",
     "KlConfig",
     "KtoConfig",
     "KtoRunConfig",
     "MicroBatchConfig",
     "ModelConfig",
     "OptimizerConfig",
+    "PairingConfig",
     "PolicyConfig",
     "PpoConfig",
     "PpoRunConfig",
     "PreferenceDataConfig",
+    "PreferenceStepsConfig",
     "PreferenceTrainingConfig",
     "PromptDataConfig",
     "RankRunConfig",
+    "RankedRunConfig",
     "RankingConfig",
     "RewardConfig",
     "RewardDataConfig",
@@ -61,6 +67,7 @@ __all__ = [
     "RoleConfig",
     "RolloutConfig",
     "RolloutRoleConfig",
+    "RoundsConfig",
     "RunConfig",
     "SftDataConfig",
     "SftRunConfig",

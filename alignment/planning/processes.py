@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from alignment.config import (
     ROLES,
     ClusterConfig,
-    DpoRunConfig,
-    KtoRunConfig,
     PpoRunConfig,
+    RankedRunConfig,
     RankRunConfig,
-    RewardModelRunConfig,
-    SftRunConfig,
 )
 from alignment.config.cluster import RoleConfig, RolloutRoleConfig
 from alignment.config.model import RANK_TYPES, AdapterConfig
@@ -152,7 +149,7 @@ def ppo_processes(
         refuse_splitting(role, getattr(cluster, role), adapter, dtype=config.model.dtype)
     roles = [role for role in ROLES if role != "reward_model" or config.reward.model is not None]
     return [
-        _process(
+        process(
             cluster,
             group,
             {role: _ppo_role(role, group, config, cluster, shapes, engine, gpu_bytes) for role in group},
@@ -177,8 +174,8 @@ def _ppo_role(
         shares = "policy" in group and config.policy.adapter.enabled
         return _reference(config, cluster.reference, shapes, shares_weights=shares)
     if role == "reward_model":
-        return _reward_models(config, cluster.reward_model, shapes)
-    return _sampler(config, cluster, shapes, engine, gpu_bytes, shares_weights="policy" in group)
+        return reward_models(config, cluster.reward_model, shapes)
+    return sampler(config, cluster, shapes, engine, gpu_bytes, shares_weights="policy" in group)
 
 
 def ranking_processes(
@@ -190,17 +187,17 @@ def ranking_processes(
     gpu_bytes: float = 80 * 2**30,
 ) -> list[ProcessMemory]:
     """Every kind of process of a ranking run: what answers, and the reward models. As `ppo_processes`."""
-    memory = {"rollout": _sampler(config, cluster, shapes, engine, gpu_bytes, shares_weights=False)}
+    memory = {"rollout": sampler(config, cluster, shapes, engine, gpu_bytes, shares_weights=False)}
     if config.reward.model is not None:
-        memory["reward_model"] = _reward_models(config, cluster.reward_model, shapes)
+        memory["reward_model"] = reward_models(config, cluster.reward_model, shapes)
     return [
-        _process(cluster, group, {role: memory[role] for role in group}, adapters=[])
+        process(cluster, group, {role: memory[role] for role in group}, adapters=[])
         for group in role_groups(cluster, [role for role in ROLES if role in memory])
     ]
 
 
-def _sampler(
-    config: PpoRunConfig | RankRunConfig,
+def sampler(
+    config: PpoRunConfig | RankedRunConfig,
     cluster: ClusterConfig,
     shapes: Mapping[str, ModelShape],
     engine: str,
@@ -269,8 +266,8 @@ def _reference(
     )
 
 
-def _reward_models(
-    config: PpoRunConfig | RankRunConfig, machines: RoleConfig, shapes: Mapping[str, ModelShape]
+def reward_models(
+    config: PpoRunConfig | RankedRunConfig, machines: RoleConfig, shapes: Mapping[str, ModelShape]
 ) -> RoleMemory:
     micro = _scored_at_once(config, config.reward.micro_batch_limit())
     return one_after_the_other(
@@ -288,107 +285,25 @@ def _reward_models(
     )
 
 
-def _scored_at_once(config: PpoRunConfig | RankRunConfig, limit: MicroBatchLimit) -> MicroBatch:
+def _scored_at_once(config: PpoRunConfig | RankedRunConfig, limit: MicroBatchLimit) -> MicroBatch:
     new = config.rollout.max_new_tokens
     longest = config.data.max_prompt_tokens + new
     return largest_micro_batch(limit, available=sequences_of_a_step(config), longest=longest, answer=new)
 
 
-def reward_shape_names(config: PpoRunConfig | RankRunConfig) -> dict[str, str]:
+def reward_shape_names(config: PpoRunConfig | RankedRunConfig) -> dict[str, str]:
     """The path of every reward model by what its shape is called: `reward_model`, `reward_model/1`, ..."""
     return {f"reward_model{f'/{k}' if k else ''}": path for k, path in enumerate(config.reward.models)}
 
 
-def sequences_of_a_step(config: PpoRunConfig | RankRunConfig) -> int:
+def sequences_of_a_step(config: PpoRunConfig | RankedRunConfig) -> int:
     """Answers that are sampled and scored together."""
-    if isinstance(config, RankRunConfig):
+    if isinstance(config, RankedRunConfig):
         return config.ranking.batch_size * config.ranking.num_samples_per_prompt
     return config.ppo.rollout_batch_size * config.ppo.num_samples_per_prompt
 
 
-def reward_model_processes(
-    config: RewardModelRunConfig, cluster: ClusterConfig, shape: ModelShape
-) -> list[ProcessMemory]:
-    """The learners of a reward model; all answers of a row share a forward. Raises as `_offline_processes`."""
-    sequences = config.data.sequences_per_row
-    return _offline_processes(config, cluster, shape, role="reward_model", sequences=sequences, scalar_head=True)
-
-
-def sft_processes(config: SftRunConfig, cluster: ClusterConfig, shape: ModelShape) -> list[ProcessMemory]:
-    """The learners of a supervised run, every token of an example trained. Raises as `_offline_processes`."""
-    return _offline_processes(config, cluster, shape, role="policy", sequences=1, scalar_head=False)
-
-
-def preference_processes(
-    config: DpoRunConfig | KtoRunConfig, cluster: ClusterConfig, shape: ModelShape
-) -> list[ProcessMemory]:
-    """The learners of a run on pairs or labels, with a frozen copy beside a policy that is trained in full: for the
-    whole run where it is live, while the cache is filled where it is not. Raises as `_offline_processes`."""
-    sequences = 2 if isinstance(config, DpoRunConfig) else 1
-    (learners,) = _offline_processes(config, cluster, shape, role="policy", sequences=sequences, scalar_head=False)
-    if config.training.adapter.enabled or config.reference.mode == "none":
-        return [learners]
-    machines, longest = cluster.policy, config.data.max_tokens
-    micro = largest_micro_batch(
-        config.training.micro_batch_limit(),
-        available=config.training.batch_size,
-        longest=longest,
-        answer=longest,
-        sequences=sequences,
-    )
-    frozen = scorer_memory(
-        shape,
-        micro,
-        dtype=config.model.dtype,
-        scalar_head=False,
-        parts=machines.num_workers if machines.zero_stage == 3 else 1,
-    )
-    return [replace(learners, roles={**learners.roles, "reference": frozen})]
-
-
-def _offline_processes(
-    config: RewardModelRunConfig | SftRunConfig | DpoRunConfig | KtoRunConfig,
-    cluster: ClusterConfig,
-    shape: ModelShape,
-    *,
-    role: str,
-    sequences: int,
-    scalar_head: bool,
-) -> list[ProcessMemory]:
-    """The ranks of one learner, whose rows have `sequences` sequences each.
-
-    Raises:
-        ValueError: a model that cannot be split as its role's machines say.
-    """
-    own, longest = config.training, config.data.max_tokens
-    machines: RoleConfig = getattr(cluster, role)
-    refuse_splitting(role, machines, own.adapter, dtype=config.model.dtype)
-    micro = largest_micro_batch(
-        own.micro_batch_limit(),
-        available=own.batch_size,
-        longest=longest,
-        answer=0 if scalar_head else longest,
-        sequences=sequences,
-    )
-    training = training_of(
-        shape,
-        own.adapter,
-        machines,
-        checkpointing=config.model.gradient_checkpointing,
-        micro_batches=sequences * own.batch_size / (micro.rows * machines.num_workers),
-    )
-    memory = learner_memory(
-        shape,
-        training,
-        micro,
-        dtype=config.model.dtype,
-        scalar_head=scalar_head,
-        on_gpu=machines.gpus_per_worker > 0,
-    )
-    return [_process(cluster, (role,), {role: memory}, adapters=[own.adapter])]
-
-
-def _process(
+def process(
     cluster: ClusterConfig,
     group: tuple[str, ...],
     roles: Mapping[str, RoleMemory],

@@ -12,8 +12,10 @@ from alignment.config import (
     ClusterConfig,
     Config,
     DpoRunConfig,
+    IterativeRunConfig,
     KtoRunConfig,
     PpoRunConfig,
+    RankedRunConfig,
     RankRunConfig,
     RewardModelRunConfig,
     SftRunConfig,
@@ -23,7 +25,15 @@ from alignment.planning.placement import Machines, Placed, place
 from alignment.planning.processes import ProcessMemory
 
 ConfigT = TypeVar("ConfigT", bound=Config)
-RunAnyConfig = PpoRunConfig | RewardModelRunConfig | SftRunConfig | RankRunConfig | DpoRunConfig | KtoRunConfig
+RunAnyConfig = (
+    PpoRunConfig
+    | RewardModelRunConfig
+    | SftRunConfig
+    | RankRunConfig
+    | DpoRunConfig
+    | KtoRunConfig
+    | IterativeRunConfig
+)
 LORA_RANK = 16
 
 
@@ -47,7 +57,7 @@ class Scenario:
     @property
     def frozen(self) -> tuple[str, ...]:
         """The roles that hold weights of their own and do not learn."""
-        if isinstance(self.config, RankRunConfig):
+        if isinstance(self.config, RankedRunConfig):
             return ("reward_model",) if self.config.reward.model is not None else ()
         if not isinstance(self.config, PpoRunConfig):
             return ()
@@ -61,6 +71,8 @@ class Scenario:
 
     def longest_row(self, key: str) -> int:
         """Tokens without which a budget of `key` would not hold one row."""
+        if isinstance(self.config, IterativeRunConfig):
+            return 2 * self.config.max_tokens
         if isinstance(self.config, PpoRunConfig | RankRunConfig):
             return self.config.data.max_prompt_tokens + self.config.rollout.max_new_tokens
         return self.config.data.max_tokens * (1 if isinstance(self.config, SftRunConfig | KtoRunConfig) else 2)

@@ -19,9 +19,9 @@ from alignment.planning.processes import (
     memory_table,
     ppo_processes,
     ranking_processes,
-    reward_model_processes,
     role_groups,
 )
+from alignment.planning.rows import reward_model_processes
 from alignment.planning.shape import SHAPES, llama_shape
 from alignment.planning.suggest import Change, Scenario, changed, changes, fits_after, suggestions
 
