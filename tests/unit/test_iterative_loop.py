@@ -60,11 +60,11 @@ def stop_after(monkeypatch, owner, name, count):
 @pytest.mark.parametrize(
     ("owner", "name", "count"),
     [
-        pytest.param(RoundLog, "add", 2, id="while the first round is answered"),
+        pytest.param(RoundLog, "add", 2, id="while the first round is answered", marks=pytest.mark.slow),
         pytest.param(RoundLog, "add", 4, id="while the second round is answered"),
-        pytest.param(RoundLog, "ranked", 2, id="between pairs and steps"),
+        pytest.param(RoundLog, "ranked", 2, id="between pairs and steps", marks=pytest.mark.slow),
         pytest.param(Run, "finish_step", 4, id="in a step of the second round"),
-        pytest.param(Run, "checkpoint", 5, id="within the last round"),
+        pytest.param(Run, "checkpoint", 5, id="within the last round", marks=pytest.mark.slow),
     ],
 )
 def test_stopped_anywhere_it_ends_with_the_same_bits(tiny, prompts, whole, tmp_path, monkeypatch, owner, name, count):
@@ -94,6 +94,7 @@ def test_what_a_round_tells(whole):
         assert (row["dpo/margin"] == 0) == (row["step"] % 2 == 0)
 
 
+@pytest.mark.slow
 def test_a_reference_that_stays_is_left_behind(tiny, prompts, tmp_path):
     sections = {"reference": {"follow": "never"}, "training": FULL}
     rows = run_through(RoundRun(tiny, prompts, tmp_path / "run", **sections)).metrics()
