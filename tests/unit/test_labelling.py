@@ -50,7 +50,7 @@ PERSON = {"label_by": "person", "labels": "l.jsonl"}
         ({"training": {"adapter": {"type": "prompt"}}}, "training.adapter.type: got prompt"),
         (
             {"training": {"adapter": {"type": "adalora", "r": 16}}},
-            "reference.follow: got round with adapter.type=adal",
+            "reference.follow: got round with adapter",
         ),
         ({"dpo": {"terms": [{"kind": "simpo"}]}}, "reference.follow: got round with dpo.terms"),
         ({"training": {"max_tokens_per_micro_batch": 100}}, "training.max_tokens_per_micro_batch: got 100"),
