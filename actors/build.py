@@ -32,13 +32,16 @@ from alignment.config import (
     AdapterConfig,
     ClusterConfig,
     DpoRunConfig,
+    IterativeRunConfig,
     KtoRunConfig,
     LiveRunConfig,
     PpoRunConfig,
+    RankedRunConfig,
     RankRunConfig,
     RewardModelRunConfig,
     SftRunConfig,
 )
+from alignment.config.preference import ReferenceConfig
 from alignment.types import SftExample
 
 
@@ -46,6 +49,15 @@ from alignment.types import SftExample
 class RankRoles:
     """What `answer_prompts` is handed."""
 
+    reward: RewardHandle
+    rollout: RolloutHandle
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class IterativeRoles:
+    """What `train_in_rounds` is handed."""
+
+    policy: PreferenceHandle
     reward: RewardHandle
     rollout: RolloutHandle
 
@@ -100,17 +112,24 @@ def ppo_actors(config: PpoRunConfig, cluster: ClusterConfig, *, model_path: str,
             device=choose_device(cluster.reference.gpus_per_worker),
             machines=cluster.reference,
         ),
-        **_answering_actors(config, cluster, model_path=model_path, adapter=config.policy.adapter),
+        **_answering_actors(
+            config, cluster, model_path=model_path, adapter=config.policy.adapter, seed=config.run.seed
+        ),
     }
 
 
 def rank_actors(config: RankRunConfig, cluster: ClusterConfig, *, model_path: str) -> dict[str, Actor]:
     """The two actors of a ranking run, not yet set up: a sampler without a policy that could send it weights."""
-    return _answering_actors(config, cluster, model_path=model_path, adapter=None)
+    return _answering_actors(config, cluster, model_path=model_path, adapter=None, seed=config.run.seed)
 
 
 def _answering_actors(
-    config: PpoRunConfig | RankRunConfig, cluster: ClusterConfig, *, model_path: str, adapter: AdapterConfig | None
+    config: PpoRunConfig | RankedRunConfig,
+    cluster: ClusterConfig,
+    *,
+    model_path: str,
+    adapter: AdapterConfig | None,
+    seed: int,
 ) -> dict[str, Actor]:
     """What answers and what scores. `adapter`: the policy's, whose weights the sampler is sent."""
     return {
@@ -129,7 +148,7 @@ def _answering_actors(
             longest=config.data.max_prompt_tokens + config.rollout.max_new_tokens,
             device=choose_device(cluster.rollout.gpus_per_worker),
             model=config.model,
-            seed=config.run.seed,
+            seed=seed,
         ),
     }
 
@@ -178,8 +197,19 @@ def kto_actors(config: KtoRunConfig, cluster: ClusterConfig, *, model_path: str)
     return {"policy": KtoActor(kto=config.kto, **_preference_settings(config, cluster, model_path))}
 
 
+def iterative_actors(config: IterativeRunConfig, cluster: ClusterConfig, *, model_path: str) -> dict[str, Actor]:
+    """The three actors of a run in rounds, not yet set up: what learns from pairs, what answers and what scores."""
+    settings = {**_preference_settings(config, cluster, model_path), "reference": ReferenceConfig()}
+    return {
+        "policy": DpoActor(dpo=config.dpo, **settings),
+        **_answering_actors(
+            config, cluster, model_path=model_path, adapter=config.training.adapter, seed=config.run.seed
+        ),
+    }
+
+
 def _preference_settings(
-    config: DpoRunConfig | KtoRunConfig | LiveRunConfig, cluster: ClusterConfig, path: str
+    config: DpoRunConfig | KtoRunConfig | LiveRunConfig | IterativeRunConfig, cluster: ClusterConfig, path: str
 ) -> dict[str, Any]:
     return {
         "reference": config.reference,
@@ -203,6 +233,19 @@ def ppo_roles(
         policy=PolicyHandle(groups["policy"], weight_route),
         critic=CriticHandle(groups["critic"]),
         reference=ReferenceHandle(groups["reference"]),
+        reward=RewardHandle(groups["reward_model"]),
+        rollout=RolloutHandle(groups["rollout"], engine_limits),
+    )
+
+
+def iterative_roles(
+    groups: Mapping[str, Group],
+    *,
+    weight_route: RouteChoice = "auto",
+    engine_limits: tuple[int, int] | None = None,
+) -> IterativeRoles:
+    return IterativeRoles(
+        policy=PreferenceHandle(groups["policy"], weight_route),
         reward=RewardHandle(groups["reward_model"]),
         rollout=RolloutHandle(groups["rollout"], engine_limits),
     )

@@ -14,6 +14,7 @@ from actors.loading import (
     save_trained,
     tokenizer_of_text,
 )
+from actors.sending import SendingActor
 from actors.worker import WHOLE, Actor, UpdateOnce
 from alignment import adapters
 from alignment.adapters import TrainingMethod
@@ -26,7 +27,7 @@ from alignment.quantization import num_weights, stored_bytes
 from alignment.types import Prompt, Rollout
 
 
-class FineTunedActor(Actor):
+class FineTunedActor(SendingActor):
     """The policy, in full or by an adapter. A kind of it says in `make_learner` what it learns from."""
 
     role = "policy"

@@ -103,7 +103,9 @@ class RolloutHandle(Handle):
         return {"rollout/engine_restarts_count": 0.0} if self.pool is None else self.pool.metrics()
 
 
-class PolicyHandle(Handle):
+class SendingHandle(Handle):
+    """A policy whose weights engines are sent. What changes them counts in `_changes`."""
+
     role = "policy"
 
     def __init__(self, group: Group, weight_route: RouteChoice = "auto") -> None:
@@ -114,20 +116,6 @@ class PolicyHandle(Handle):
     def load(self, folder: Path) -> Pending[Any]:
         self._changes += 1
         return super().load(folder)
-
-    def logprobs(self, rollouts: Sequence[Rollout]) -> Pending[list[Tensor]]:
-        return self.group.scatter(self.role, "logprobs", rollouts, lengths=_lengths(rollouts))
-
-    def update(self, experience: Experience, *, step: int) -> Pending[dict[str, float]]:
-        self._changes += 1
-        return self.group.call(self.role, "update", experience, step=step)
-
-    def update_on_policy(self, experience: Experience, *, step: int) -> Pending[dict[str, float]]:
-        self._changes += 1
-        return self.group.call(self.role, "update_on_policy", experience, step=step)
-
-    def check(self, experience: Experience) -> Pending[dict[str, float]]:
-        return self.group.call(self.role, "check", experience)
 
     def send_weights(self, rollout: Any, *, version: int) -> Pending[int]:
         """Make `rollout`, a RolloutHandle, sample from this policy. The bytes do not pass through the caller."""
@@ -170,6 +158,24 @@ class PolicyHandle(Handle):
         probe = self.group.call(self.role, "probe", version=version)
         steps.append(engines.call(role, "finish_sync", probe, version=version))
         return InOrder(steps)
+
+
+class PolicyHandle(SendingHandle):
+    """The policy of PPO."""
+
+    def logprobs(self, rollouts: Sequence[Rollout]) -> Pending[list[Tensor]]:
+        return self.group.scatter(self.role, "logprobs", rollouts, lengths=_lengths(rollouts))
+
+    def update(self, experience: Experience, *, step: int) -> Pending[dict[str, float]]:
+        self._changes += 1
+        return self.group.call(self.role, "update", experience, step=step)
+
+    def update_on_policy(self, experience: Experience, *, step: int) -> Pending[dict[str, float]]:
+        self._changes += 1
+        return self.group.call(self.role, "update_on_policy", experience, step=step)
+
+    def check(self, experience: Experience) -> Pending[dict[str, float]]:
+        return self.group.call(self.role, "check", experience)
 
     def export(self, folder: Path) -> Pending[Any]:
         return self.group.call(self.role, "export", folder)
@@ -232,10 +238,26 @@ class SftHandle(FineTunedHandle):
         return self.group.scatter(self.role, "nll", examples, lengths=lengths)
 
 
-class PreferenceHandle(FineTunedHandle):
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """A `LogprobWorker` at a temperature."""
+
+    group: Group
+    method: str
+    temperature: float
+
+    def logprobs(self, rollouts: Sequence[Rollout]) -> Pending[list[Tensor]]:
+        lengths = _lengths(rollouts)
+        return self.group.scatter(
+            FineTunedHandle.role, self.method, rollouts, lengths=lengths, temperature=self.temperature
+        )
+
+
+class PreferenceHandle(SendingHandle, FineTunedHandle):
     """The policy while it learns from pairs or labels, and the reference beside it."""
 
     def update(self, records: Sequence[Judgement], *reference: Sequence[Any], step: int) -> Pending[dict[str, float]]:
+        self._changes += 1
         return self.group.call(self.role, "update", records, *reference, step=step)
 
     def logps(self, records: Sequence[Judgement]) -> Pending[list[Any]]:
@@ -252,6 +274,10 @@ class PreferenceHandle(FineTunedHandle):
 
     def follow(self, *, step: int) -> Pending[Any]:
         return self.group.call(self.role, "follow", step=step)
+
+    def token_logprobs(self, method: str, *, temperature: float) -> TokenLogprobs:
+        """`logprobs` of what learns, or `start_logprobs` of what it began as."""
+        return TokenLogprobs(self.group, method, temperature)
 
     def release_reference(self) -> Pending[Any]:
         return self.group.call(self.role, "release_reference")

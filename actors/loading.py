@@ -16,7 +16,7 @@ from alignment.config import (
     LiveTrainingConfig,
     ModelConfig,
     PolicyConfig,
-    PreferenceTrainingConfig,
+    PreferenceStepsConfig,
     RewardModelTrainingConfig,
     SftTrainingConfig,
 )
@@ -35,7 +35,7 @@ Trained = (
     | CriticConfig
     | RewardModelTrainingConfig
     | SftTrainingConfig
-    | PreferenceTrainingConfig
+    | PreferenceStepsConfig
     | LiveTrainingConfig
 )
 """The settings of whatever learns: its adapter, its optimiser, its micro-batches."""

@@ -6,17 +6,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from actors.fine_tuned import FineTunedActor
 from actors.loading import causal_model, split_frozen
 from actors.worker import Actor, UpdateOnce
 from alignment.adapters import TrainingMethod
 from alignment.candidates import candidate_logps
-from alignment.config import DpoConfig, KtoConfig, LiveTrainingConfig, PreferenceTrainingConfig
+from alignment.config import DpoConfig, KtoConfig, LiveTrainingConfig, PreferenceStepsConfig
 from alignment.config.preference import ReferenceConfig
 from alignment.distributed import Ranks
 from alignment.engines.base import Engine
+from alignment.forward import response_logprobs
 from alignment.judgements import LabelledAnswer
 from alignment.learners.answers import answer_logps
+from alignment.learners.base import per_response
 from alignment.learners.dpo import DpoLearner, RefLogps, pair_logps
 from alignment.learners.kto import BcoLearner, KtoLearner
 from alignment.models import HfModel
@@ -24,13 +28,13 @@ from alignment.preference_objectives import PreferenceObjective
 from alignment.preference_terms import Term
 from alignment.reference import AdapterReference, FrozenReference, Reference
 from alignment.shared_prompts import Group, shares_prompts
-from alignment.types import PreferencePair
+from alignment.types import PreferencePair, Rollout
 
 
 class PreferenceActor(FineTunedActor):
     """What actors of pairs and of labels share: the reference, live beside the policy."""
 
-    training: PreferenceTrainingConfig | LiveTrainingConfig
+    training: PreferenceStepsConfig | LiveTrainingConfig
 
     def __init__(self, *, reference: ReferenceConfig, **settings: Any) -> None:
         """`settings`: of `FineTunedActor`."""
@@ -70,6 +74,15 @@ class PreferenceActor(FineTunedActor):
             for group in groups
         ]
 
+    def logprobs(self, rollouts: Sequence[Rollout], *, temperature: float) -> list[Tensor]:
+        """Per rollout (R_i,) float32, of its response tokens."""
+        return self._logprobs(self.model, rollouts, temperature, self.learner.engine.lockstep)
+
+    def start_logprobs(self, rollouts: Sequence[Rollout], *, temperature: float) -> list[Tensor]:
+        """The same of the model that the run began with, see `alignment.reference.Reference.start`."""
+        with self.reference.start() as model:
+            return self._logprobs(model, rollouts, temperature, self._together)
+
     def save(self, folder: Path) -> None:
         super().save(folder)
         self.reference.save(folder, write=self.ranks.rank == 0)
@@ -82,6 +95,15 @@ class PreferenceActor(FineTunedActor):
     def _together(self) -> Ranks | None:
         """The ranks that forwards of the reference are made with."""
         return self.learner.engine.lockstep if self.training.adapter.enabled else self.lockstep
+
+    def _logprobs(
+        self, model: HfModel, rollouts: Sequence[Rollout], temperature: float, together: Ranks | None
+    ) -> list[Tensor]:
+        def forward(ids: Tensor, mask: Tensor, response: Tensor) -> Tensor:
+            return response_logprobs(model, ids, mask, response, temperature=temperature)[0]
+
+        limit = self.training.micro_batch_limit(model.layout)
+        return per_response(rollouts, forward, limit=limit, device=self.device, lockstep=together)
 
     def _load_frozen(self) -> HfModel:
         model = causal_model(self.model_path, self.model_config, self.device, frozen=True)

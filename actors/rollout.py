@@ -12,8 +12,8 @@ from actors.engines.transformers import TransformersEngine
 from actors.engines.vllm_checks import cache_gb, model_length
 from actors.listening import require_server
 from actors.loading import causal_model
-from actors.policy import PolicyActor
 from actors.rendezvous import Rendezvous
+from actors.sending import SendingActor
 from actors.turns import Turns
 from actors.weight_routes import Whereabouts, whereabouts
 from actors.weight_sync import AdapterUpdate, Probe, SyncKind, WeightBucket, check_gap
@@ -74,7 +74,7 @@ class RolloutActor(Actor):
     def setup(self, peers: Mapping[str, Actor]) -> None:
         self.turns = Turns()
         policy = peers.get("policy")
-        self.policy = policy if isinstance(policy, PolicyActor) else None
+        self.policy = policy if isinstance(policy, SendingActor) else None
         self._naps = self.policy is not None and self.engine_kind == "vllm"
         self._asleep = self._discarded = False
         self._followed = 0

@@ -19,16 +19,17 @@ import yaml
 from alignment.config import (
     ClusterConfig,
     DpoRunConfig,
+    IterativeRunConfig,
     KtoRunConfig,
     LiveRunConfig,
     PpoRunConfig,
+    RankedRunConfig,
     RankRunConfig,
     RecommenderRunConfig,
     RewardModelRunConfig,
     SftRunConfig,
 )
 from alignment.config_io import load_config
-from alignment.planning.offline import preference_processes, reward_model_processes, sft_processes
 from alignment.planning.placement import Machines, place, placement_table
 from alignment.planning.processes import (
     ProcessMemory,
@@ -36,6 +37,12 @@ from alignment.planning.processes import (
     ppo_processes,
     ranking_processes,
     reward_shape_names,
+)
+from alignment.planning.rows import (
+    iterative_processes,
+    preference_processes,
+    reward_model_processes,
+    sft_processes,
 )
 from alignment.planning.shape import SHAPES, ModelShape, named_shape, read_shape
 from alignment.planning.speed import (
@@ -128,12 +135,14 @@ def processes_of(scenario: Scenario, shapes: Mapping[str, ModelShape]) -> list[P
     if isinstance(config, SftRunConfig):
         return sft_processes(config, cluster, shapes["policy"])
     engine, gpu_bytes = sampling_engine(config, cluster), scenario.machines.gpu_memory_gb * GB
+    if isinstance(config, IterativeRunConfig):
+        return iterative_processes(config, cluster, shapes, engine=engine, gpu_bytes=gpu_bytes)
     if isinstance(config, RankRunConfig):
         return ranking_processes(config, cluster, shapes, engine=engine, gpu_bytes=gpu_bytes)
     return ppo_processes(config, cluster, shapes, engine=engine, gpu_bytes=gpu_bytes)
 
 
-def sampling_engine(config: PpoRunConfig | RankRunConfig, cluster: ClusterConfig) -> str:
+def sampling_engine(config: PpoRunConfig | RankedRunConfig, cluster: ClusterConfig) -> str:
     """What the recipe names, else the cluster, else vLLM where it is importable here."""
     named = config.rollout.engine if config.rollout.engine != "auto" else cluster.rollout.engine
     return named if named != "auto" else "vllm" if importlib.util.find_spec("vllm") else "transformers"
@@ -142,7 +151,7 @@ def sampling_engine(config: PpoRunConfig | RankRunConfig, cluster: ClusterConfig
 def load_run(file: Path, overrides: list[str]) -> RunAnyConfig:
     """A recipe's config: that of a learner alone has a section `training`, and `dpo` or `kto` beside it, or several
     sources where it is a supervised one's; that of a recommender has a section `films`, and `live` where it learns
-    from choices; that of a ranking has a section `ranking`."""
+    from choices; that of a ranking has a section `ranking`, and `rounds` beside it where the policy learns from it."""
     if not file.is_file():
         raise ValueError(f"--config: got {file}, which is no file, expected a recipe's YAML file; correct the path")
     try:
@@ -153,6 +162,8 @@ def load_run(file: Path, overrides: list[str]) -> RunAnyConfig:
         if "live" in sections:
             return load_config(LiveRunConfig, file=file, overrides=overrides)
         return load_config(RecommenderRunConfig, file=file, overrides=overrides)
+    if "rounds" in sections:
+        return load_config(IterativeRunConfig, file=file, overrides=overrides)
     if "dpo" in sections:
         return load_config(DpoRunConfig, file=file, overrides=overrides)
     if "kto" in sections:
@@ -176,7 +187,7 @@ def config_shapes(config: RunAnyConfig) -> dict[str, ModelShape]:
 
     policy = read_shape(resolve_model(config.model.path, config.model.revision), config.model.revision)
     shapes = dict.fromkeys(("policy", "critic", "reward_model"), policy)
-    if not isinstance(config, PpoRunConfig | RankRunConfig):
+    if not isinstance(config, PpoRunConfig | RankedRunConfig):
         return shapes
     if isinstance(config, PpoRunConfig) and config.critic.path is not None:
         shapes["critic"] = read_shape(

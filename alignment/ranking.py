@@ -133,6 +133,33 @@ def preference_data(
     Args:
         seed: of the bootstrap behind the interval of the mean score.
     """
+    pairs, figures = ranked_pairs(
+        answers, pairs_per_prompt=pairs_per_prompt, min_gap=min_gap, on_cut=on_cut, seed=seed
+    )
+    labels = [
+        label
+        for own in by_prompt(answers).values()
+        for label in labels_of(distinct(own), threshold=label_threshold, on_cut=on_cut)
+    ]
+    return PreferenceData(
+        pairs=pairs,
+        labels=[label_row(answer, desirable) for answer, desirable in labels],
+        figures={
+            **figures,
+            "desirable": sum(desirable for _, desirable in labels),
+            "undesirable": sum(not desirable for _, desirable in labels),
+        },
+    )
+
+
+def ranked_pairs(
+    answers: Sequence[ScoredAnswer], *, pairs_per_prompt: int, min_gap: float, on_cut: OnCut, seed: int = 0
+) -> tuple[list[Row], dict[str, Any]]:
+    """Pairs of scored answers as rows, in the order of prompts, and figures of the answers and of them.
+
+    Args:
+        seed: of the bootstrap behind the interval of the mean score.
+    """
     prompts = by_prompt(answers)
     different = {name: distinct(own) for name, own in prompts.items()}
     pairs = [
@@ -140,23 +167,15 @@ def preference_data(
         for own in different.values()
         for pair in best_pairs(own, most=pairs_per_prompt, min_gap=min_gap, on_cut=on_cut)
     ]
-    labels = [
-        label for own in different.values() for label in labels_of(own, threshold=label_threshold, on_cut=on_cut)
-    ]
-    return PreferenceData(
-        pairs=[pair_row(chosen, rejected) for chosen, rejected in pairs],
-        labels=[label_row(answer, desirable) for answer, desirable in labels],
-        figures={
-            **score_figures(list(prompts.values()), seed=seed),
-            "duplicates": sum(_num_written(own) for own in prompts.values()) - sum(map(len, different.values())),
-            "empty": len(answers) - sum(_num_written(own) for own in prompts.values()),
-            "cut": sum(not answer.finished for answer in answers),
-            "prompts_of_one_score": sum(len({a.score for a in own}) < 2 for own in different.values()),
-            **pair_figures(pairs, num_prompts=len(prompts)),
-            "desirable": sum(desirable for _, desirable in labels),
-            "undesirable": sum(not desirable for _, desirable in labels),
-        },
-    )
+    figures = {
+        **score_figures(list(prompts.values()), seed=seed),
+        "duplicates": sum(_num_written(own) for own in prompts.values()) - sum(map(len, different.values())),
+        "empty": len(answers) - sum(_num_written(own) for own in prompts.values()),
+        "cut": sum(not answer.finished for answer in answers),
+        "prompts_of_one_score": sum(len({a.score for a in own}) < 2 for own in different.values()),
+        **pair_figures(pairs, num_prompts=len(prompts)),
+    }
+    return [pair_row(chosen, rejected) for chosen, rejected in pairs], figures
 
 
 def pair_row(chosen: ScoredAnswer, rejected: ScoredAnswer) -> Row:

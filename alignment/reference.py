@@ -26,6 +26,10 @@ class Reference(Protocol):
         """The model, for the time of a block without gradients."""
         ...
 
+    def start(self) -> AbstractContextManager[HfModel]:
+        """As `model`, but what it was at first. A copy of a whole model that has followed knows it no more."""
+        ...
+
     def follow(self, share: float) -> None:
         """Go `share` of the way to where the policy is now (Gorbatovski 2024, arXiv 2404.09656)."""
         ...
@@ -53,14 +57,19 @@ class AdapterReference:
     @contextmanager
     def model(self) -> Iterator[HfModel]:
         if self._kept is None:
-            with adapters.adapter_disabled(self._policy.model):
-                yield self._policy
+            with self.start() as policy:
+                yield policy
             return
         self._swap(self._kept)
         try:
             yield self._policy
         finally:
             self._swap(self._kept)
+
+    @contextmanager
+    def start(self) -> Iterator[HfModel]:
+        with adapters.adapter_disabled(self._policy.model):
+            yield self._policy
 
     def follow(self, share: float) -> None:
         assert share == 1, "a mean of two low-rank updates has a higher rank"
@@ -110,6 +119,11 @@ class FrozenReference:
 
     @contextmanager
     def model(self) -> Iterator[HfModel]:
+        yield self._loaded()
+
+    @contextmanager
+    def start(self) -> Iterator[HfModel]:
+        assert not self._moved, "what it was is gone"
         yield self._loaded()
 
     @torch.no_grad()

@@ -18,9 +18,11 @@ from pathlib import Path
 from typing import IO, Any
 
 BATCHES = "batches.txt"
-"""What a ranking run has answered so far."""
+"""What a run that ranks its answers has answered so far."""
+PAIRS = "pairs.txt"
+"""Of a run in rounds, the pairs of each."""
 INNER = (
-    *("config.yaml", "inputs.json", "metrics.jsonl", "rollouts.jsonl", BATCHES, "summary.json", ".lock"),
+    *("config.yaml", "inputs.json", "metrics.jsonl", "rollouts.jsonl", BATCHES, PAIRS, "summary.json", ".lock"),
     *("report.json", "report.md", "hacking.md", "hacking.svg", "tensorboard", "checkpoints", "final"),
 )
 
@@ -60,6 +62,10 @@ class RunDirectory:
     @property
     def batches(self) -> Path:
         return self.path / BATCHES
+
+    @property
+    def pairs(self) -> Path:
+        return self.path / PAIRS
 
     @property
     def tensorboard(self) -> Path:
@@ -137,7 +143,7 @@ class RunDirectory:
 
     def forget_start(self) -> None:
         """Remove what a start that trained nothing has written: it may have been refused for its config."""
-        for name in ("config.yaml", "inputs.json", "held_out_before.json", BATCHES):
+        for name in ("config.yaml", "inputs.json", "held_out_before.json", BATCHES, PAIRS):
             (self.path / name).unlink(missing_ok=True)
 
     def append_rollouts(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -158,9 +164,9 @@ class RunDirectory:
 
 
 def trained(path: Path) -> bool:
-    """Whether a run in `path` completed a step."""
-    metrics = path / "metrics.jsonl"
-    return any((path / "checkpoints").glob("step_*")) or (metrics.is_file() and metrics.stat().st_size > 0)
+    """Whether a run in `path` completed a step, or a batch of answers."""
+    logs = (path / "metrics.jsonl", path / BATCHES)
+    return any((path / "checkpoints").glob("step_*")) or any(log.is_file() and log.stat().st_size > 0 for log in logs)
 
 
 def check_run_directory(path: Path) -> None:

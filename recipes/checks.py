@@ -19,7 +19,7 @@ from alignment.config import (
     LiveRunConfig,
     ModelConfig,
     PpoRunConfig,
-    RankRunConfig,
+    RankedRunConfig,
     RewardConfig,
     RewardModelRunConfig,
     RolloutConfig,
@@ -191,7 +191,7 @@ def check_stops(rollout: RolloutConfig, tokenizer: PreTrainedTokenizerBase) -> N
         single_token(tokenizer, stop)
 
 
-def check_reward_models(config: PpoRunConfig | RankRunConfig) -> None:
+def check_reward_models(config: PpoRunConfig | RankedRunConfig) -> None:
     """What scores and is there already: weights, head, template, and the scale of the scores."""
     from actors.hosted_model import scales_of
     from alignment.data.chat import encode_conversation, eos_ids_of_model, load_tokenizer
@@ -210,7 +210,7 @@ def check_reward_models(config: PpoRunConfig | RankRunConfig) -> None:
     scales_of(there, standardize=config.reward.standardize_model)
 
 
-def answer_lengths(config: PpoRunConfig | RankRunConfig) -> dict[str, int]:
+def answer_lengths(config: PpoRunConfig | RankedRunConfig) -> dict[str, int]:
     """What the longest prompt and answer are made of, in tokens."""
     return {
         "data.max_prompt_tokens": config.data.max_prompt_tokens,
@@ -235,7 +235,7 @@ def check_machines(cluster: ClusterConfig, roles: tuple[str, ...], *, local: boo
 
 
 def check_rollout(
-    config: PpoRunConfig | RankRunConfig, cluster: ClusterConfig, adapter: AdapterConfig, *, local: bool
+    config: PpoRunConfig | RankedRunConfig, cluster: ClusterConfig, adapter: AdapterConfig, *, local: bool
 ) -> None:
     """Refuse what the rollout engine would refuse once all models are loaded.
 
@@ -327,7 +327,7 @@ def not_yet_made(paths: Iterable[str | None]) -> dict[str, Path]:
     return {recipe: _final_of(path).parent for path in paths if path is not None and (recipe := upstream_of(path))}
 
 
-def untrained(config: PpoRunConfig | RankRunConfig) -> dict[str, Path]:
+def untrained(config: PpoRunConfig | RankedRunConfig) -> dict[str, Path]:
     """Recipes to be run first, and the run directory of each."""
     return not_yet_made([config.model.path, config.reward.model])
 

@@ -107,6 +107,31 @@ def rank_plan(job: Job[Any], num_parameters: int, prompts: Split[Prompt], first:
     )
 
 
+def iterative_plan(job: Job[Any], num_parameters: int, data: str, first: Iterable[Path]) -> str:
+    """What `--dry-run` prints. `first`: run directories of what would be trained first."""
+    from actors.plan import describe_plan, plan_processes
+
+    config, ranking, rounds = job.config, job.config.ranking, job.config.rounds
+    training, workers = config.training, job.cluster.policy.num_workers
+    in_words = _micro_batches_in_words(training, training.batch_size, workers, 2 * config.max_tokens, "pair")
+    answers = rounds.prompts_per_round * ranking.num_samples_per_prompt
+    return "\n".join(
+        [
+            f"prompts: {data}; {num_parameters / 1e6:.1f} M parameters",
+            f"rollout engine: {engine_in_words(config, job.cluster)}",
+            *(f"{folder}/final is not there yet: it would be trained first" for folder in first),
+            f"{config.num_rounds} rounds x {rounds.prompts_per_round} prompts x {ranking.num_samples_per_prompt} "
+            f"samples = {config.num_rounds * answers} answers",
+            f"{config.num_rounds} rounds x {rounds.steps_per_round} steps x {training.batch_size} pairs, of which "
+            f"{rounds.replay_share:.0%} from earlier rounds",
+            f"{training.batch_size} pairs a step = {in_words}",
+            describe_plan(plan_processes(job.cluster, ("policy", "reward_model", "rollout"))),
+            memory_plan(job),
+            "dry run: no actor was started",
+        ]
+    )
+
+
 def sft_plan(job: Job[Any], num_parameters: int, data: str) -> str:
     """What `--dry-run` prints."""
     from actors.plan import describe_plan, plan_processes

@@ -12,7 +12,7 @@ from actors.build import dpo_actors, kto_actors, preference_role
 from actors.handles import PreferenceHandle
 from actors.plan import learner_checkpoint_bytes
 from actors.preference_training import objective_of
-from alignment.config import DpoRunConfig, KtoRunConfig
+from alignment.config import AdapterConfig, DpoRunConfig, IterativeRunConfig, KtoRunConfig
 from alignment.config_io import dump_config
 from alignment.data.cache import cache_dir
 from alignment.data.hygiene import label_hygiene, pair_hygiene
@@ -202,18 +202,24 @@ def balance(config: KtoRunConfig, tasks: Tasks[Any]) -> tuple[KtoRunConfig, str 
 
 def _check(job: Job) -> tuple[checks.Trainee, RuleEvaluation]:
     """Refuse whatever would fail later; nothing on disk is changed, no actor is started."""
-    config, policy = job.config, job.cluster.policy
+    config = job.config
     model = checks.check_trainee(job, "policy")
-    split = not job.local and policy.engine == "deepspeed" and policy.zero_stage == 3
-    if config.reference.sync_every and config.training.adapter.enabled and split:
-        raise ValueError(
-            "reference.sync_every: got it with an adapter whose parts policy.engine: deepspeed holds at zero_stage 3, "
-            "expected whole ones; set zero_stage: 2, or engine: torch"
-        )
+    if config.reference.sync_every:
+        refuse_split_adapter(job, config.training.adapter, "reference.sync_every")
     evaluation = RuleEvaluation(config.evaluation, model.tokenizer, system_prompt=config.data.system_prompt)
     if evaluation.prompts:
         checks.check_answering(job)
     return model, evaluation
+
+
+def refuse_split_adapter(job: Job, adapter: AdapterConfig, key: str) -> None:
+    """Of a reference that moves, which has a copy of the adapter. `key`: what asks for that."""
+    policy = job.cluster.policy
+    if adapter.enabled and not job.local and policy.engine == "deepspeed" and policy.zero_stage == 3:
+        raise ValueError(
+            f"{key}: got it with an adapter whose parts policy.engine: deepspeed holds at zero_stage 3, "
+            "expected whole ones; set zero_stage: 2, or engine: torch"
+        )
 
 
 def _run(start: Start) -> None:
@@ -226,7 +232,9 @@ def _run(start: Start) -> None:
         print(planning.preference_plan(job, start.num_parameters, data, row=start.row, sequences=sequences))
         return
     print(f"{tasks.summary()}\n{start.hygiene}", flush=True)
-    directory, resume_from = common.open_run_directory(job, num_bytes=disk_bytes(config, start.num_parameters))
+    moves = config.reference.sync_every is not None
+    space = learner_bytes(config, start.num_parameters, reference_moves=moves)
+    directory, resume_from = common.open_run_directory(job, num_bytes=space)
     directory.write_text_atomic(directory.path / "hygiene.txt", start.hygiene + "\n")
     inputs = {
         "model": model_fingerprint(start.model_path),
@@ -343,9 +351,9 @@ def ask_reference(start: Start, policy: PreferenceHandle, run: Run, model: str) 
     return numbers
 
 
-def disk_bytes(config: Config, num_parameters: int) -> int:
+def learner_bytes(config: Config | IterativeRunConfig, num_parameters: int, *, reference_moves: bool) -> int:
     """What the run takes on disk; a reference that moves lies in every checkpoint of a policy trained in full."""
     space = learner_checkpoint_bytes(config.model, config.training.adapter, config.run, num_parameters)
-    if config.reference.sync_every is None or config.training.adapter.enabled:
+    if not reference_moves or config.training.adapter.enabled:
         return space
     return space + (config.run.keep_checkpoints + 2) * num_parameters * (4 if config.model.dtype == "float32" else 2)

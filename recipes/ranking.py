@@ -11,7 +11,7 @@ from typing import Any
 from actors.build import rank_actors, rank_roles
 from actors.engines import choose_engine
 from actors.reward import pool_functions
-from alignment.config import AdapterConfig, RankRunConfig, RewardConfig
+from alignment.config import AdapterConfig, RankedRunConfig, RankRunConfig, RewardConfig
 from alignment.config_io import dump_config
 from alignment.data.chat import load_tokenizer
 from alignment.data.prompts import PromptSet, load_prompts
@@ -87,13 +87,13 @@ def check_plain(prompts: Iterable[Prompt], columns: Iterable[str]) -> None:
                 ) from error
 
 
-def inputs(config: RankRunConfig, prompts: PromptSet) -> dict[str, str]:
-    """A short name for the contents of all that the run reads."""
+def inputs(config: RankedRunConfig, prompts: Sequence[Prompt]) -> dict[str, str]:
+    """A short name for the contents of all that a run reads."""
     scoring = {f"reward model{f' {k}' if k else ''}": path for k, path in enumerate(config.reward.models)}
     models = {"model": config.model.path, **scoring}
     return {
         **{name: model_fingerprint(path, config.model.revision) for name, path in models.items()},
-        "prompts": records_fingerprint(prompts.train),
+        "prompts": records_fingerprint(prompts),
     }
 
 
@@ -112,7 +112,7 @@ def run_ranking(job: common.Job[RankRunConfig]) -> None:
         common.train_first(job, common.main_of(recipe), folder)
     if start.first:
         start = check(job)
-    read = inputs(start.config, start.prompts)
+    read = inputs(start.config, start.prompts.train)
     directory.keep_inputs(read)
     batches = answer(job, start, directory)
     write_rows(job, start, directory, batches, read)

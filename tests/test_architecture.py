@@ -14,6 +14,7 @@ from alignment.config import (
     ClusterConfig,
     Config,
     DpoRunConfig,
+    IterativeRunConfig,
     KtoRunConfig,
     LiveRunConfig,
     PpoRunConfig,
@@ -33,7 +34,7 @@ LAYERS = {
     **dict.fromkeys(["alignment.types", "alignment.config", "alignment.masked", "alignment.distributed"], 0),
     **dict.fromkeys(["alignment.run_directory", "alignment.metrics", "alignment.kl_controller", "rewards"], 0),
     **dict.fromkeys(["alignment.packing", "alignment.judgements", "alignment.ensembles"], 0),
-    "alignment.preference_terms": 0,
+    **dict.fromkeys(["alignment.preference_terms", "alignment.verified_lines"], 0),
     **dict.fromkeys(["alignment.interfaces", "alignment.config_io", "alignment.logprobs", "alignment.kl"], 1),
     "alignment.rollout_correction": 1,
     **dict.fromkeys(["alignment.advantages", "alignment.losses", "alignment.batching", "alignment.adapters"], 1),
@@ -45,6 +46,7 @@ LAYERS = {
     **dict.fromkeys(["alignment.hacking", "alignment.auc", "alignment.reference_cache", "alignment.ranking"], 1),
     **dict.fromkeys(["alignment.ranking_metrics", "alignment.ranking_baselines", "alignment.ranking_report"], 1),
     **dict.fromkeys(["alignment.feedback_log", "alignment.feedback_file"], 1),
+    **dict.fromkeys(["alignment.replay", "alignment.labelling"], 1),
     **dict.fromkeys(
         [
             "alignment.packed",
@@ -318,6 +320,7 @@ def config_class(path: Path) -> type[Config]:
         "dpo_recommender": RecommenderRunConfig,
         "live_": LiveRunConfig,
         "dpo_": DpoRunConfig,
+        "iterative_": IterativeRunConfig,
         "kto_": KtoRunConfig,
         **dict.fromkeys(["sft_", "lora_sft_", "qlora_"], SftRunConfig),
     }

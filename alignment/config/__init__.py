@@ -10,6 +10,7 @@ from alignment.config.base import Config
 from alignment.config.cluster import ROLES, ClusterConfig, RoleConfig, RolloutRoleConfig
 from alignment.config.data import PreferenceDataConfig, PromptDataConfig, SftDataConfig, SftSourceConfig, SourceConfig
 from alignment.config.hacking import HackingConfig
+from alignment.config.iterative import IterativeRunConfig, RoundsConfig
 from alignment.config.model import AdapterConfig, MicroBatchConfig, ModelConfig, OptimizerConfig
 from alignment.config.ppo import CriticConfig, KlConfig, PolicyConfig, PpoConfig, PpoRunConfig
 from alignment.config.preference import (
@@ -17,9 +18,10 @@ from alignment.config.preference import (
     DpoRunConfig,
     KtoConfig,
     KtoRunConfig,
+    PreferenceStepsConfig,
     PreferenceTrainingConfig,
 )
-from alignment.config.ranking import RankingConfig, RankRunConfig
+from alignment.config.ranking import PairingConfig, RankedRunConfig, RankingConfig, RankRunConfig
 from alignment.config.recommender import FilmsConfig, LiveRunConfig, LiveTrainingConfig, RecommenderRunConfig
 from alignment.config.reward import GoldFunctionConfig, RewardConfig, RewardExecutionConfig, RewardFunctionConfig
 from alignment.config.reward_model import RewardDataConfig, RewardModelRunConfig, RewardModelTrainingConfig
@@ -40,6 +42,7 @@ __all__ = [
     "FilmsConfig",
     "GoldFunctionConfig",
     "HackingConfig",
+    "IterativeRunConfig",
     "KlConfig",
     "KtoConfig",
     "KtoRunConfig",
@@ -48,13 +51,16 @@ __all__ = [
     "MicroBatchConfig",
     "ModelConfig",
     "OptimizerConfig",
+    "PairingConfig",
     "PolicyConfig",
     "PpoConfig",
     "PpoRunConfig",
     "PreferenceDataConfig",
+    "PreferenceStepsConfig",
     "PreferenceTrainingConfig",
     "PromptDataConfig",
     "RankRunConfig",
+    "RankedRunConfig",
     "RankingConfig",
     "RecommenderRunConfig",
     "RewardConfig",
@@ -66,6 +72,7 @@ __all__ = [
     "RoleConfig",
     "RolloutConfig",
     "RolloutRoleConfig",
+    "RoundsConfig",
     "RunConfig",
     "SftDataConfig",
     "SftRunConfig",

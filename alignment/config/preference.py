@@ -192,8 +192,8 @@ class ReferenceConfig(Config):
         return self
 
 
-class PreferenceTrainingConfig(MicroBatchConfig):
-    """The stage."""
+class PreferenceStepsConfig(MicroBatchConfig):
+    """Optimiser steps on preferences."""
 
     adapter: AdapterConfig = AdapterConfig()
     """What is trained: every parameter, or one of the methods of docs/peft.md."""
@@ -205,6 +205,16 @@ class PreferenceTrainingConfig(MicroBatchConfig):
     """Rows per forward on one worker, at most. None is 4, and no bound where max_tokens_per_micro_batch is set."""
     max_tokens_per_micro_batch: Positive | None = None
     """Tokens per forward on one worker, at most: of both answers of a pair, padding included. None does not bound."""
+
+    @model_validator(mode="after")
+    def _rate_is_scheduled(self) -> PreferenceStepsConfig:
+        refuse_adaptive_rate(self.optimizer, "training.optimizer")
+        return self
+
+
+class PreferenceTrainingConfig(PreferenceStepsConfig):
+    """The stage."""
+
     validate_every: NonNegative = 0
     """Steps between validations on the held-out rows; 0 validates before the first and after the last step."""
     patience: Positive | None = None
@@ -212,8 +222,7 @@ class PreferenceTrainingConfig(MicroBatchConfig):
     validation is what `final` holds."""
 
     @model_validator(mode="after")
-    def _rate_and_patience(self) -> PreferenceTrainingConfig:
-        refuse_adaptive_rate(self.optimizer, "training.optimizer")
+    def _patience_counts(self) -> PreferenceTrainingConfig:
         refuse_idle_patience(self.patience, self.validate_every)
         return self
 

@@ -23,8 +23,8 @@ class RankRunSectionConfig(Config):
     """Decides what is sampled."""
 
 
-class RankingConfig(Config):
-    """How answers become pairs and labels."""
+class PairingConfig(Config):
+    """How answers become pairs."""
 
     num_samples_per_prompt: Annotated[int, Field(ge=2)] = 4
     """Answers per prompt."""
@@ -34,10 +34,8 @@ class RankingConfig(Config):
     """Pairs of a prompt, at most, those with the largest gap between scores first."""
     min_gap: NonNegativeFloat = 0.0
     """By how much the chosen answer's score is higher, at least; 0 asks for any difference."""
-    label_threshold: FiniteFloat = 0.5
-    """Score from which an answer is desirable."""
     on_cut: OnCut = "reject"
-    """Answers that the limit cut off: `reject` never takes them for chosen or desirable, `skip` takes them for
+    """Answers that the limit cut off: `reject` never takes them for chosen (or desirable), `skip` takes them for
     nothing, `keep` takes them as any other. They are scored in any case."""
     num_to_label: NonNegative = 0
     """Pairs for a person to judge, of which the scores are least sure: one of a prompt at most, in to_label.jsonl."""
@@ -45,24 +43,29 @@ class RankingConfig(Config):
     """What tells them: the smallest `gap` between two scores, or the largest `disagreement` of an ensemble on both."""
 
 
-class RankRunConfig(Config):
-    """Everything of a ranking run but the machines."""
+class RankingConfig(PairingConfig):
+    """How answers become pairs and labels."""
 
-    run: RankRunSectionConfig = RankRunSectionConfig()
-    """The run itself."""
+    label_threshold: FiniteFloat = 0.5
+    """Score from which an answer is desirable."""
+
+
+class RankedRunConfig(Config):
+    """What runs that rank a policy's answers have in common."""
+
     data: PromptDataConfig = PromptDataConfig()
-    """Prompts. Those held out are not answered, and stand in no file of the run."""
+    """Prompts. Those held out are ranked by no run."""
     model: ModelConfig = ModelConfig()
     """The policy that answers."""
     rollout: RolloutConfig = RolloutConfig()
     """Sampling."""
     reward: RewardConfig
     """Scores."""
-    ranking: RankingConfig = RankingConfig()
-    """Pairs and labels."""
+    ranking: PairingConfig = PairingConfig()
+    """Pairs."""
 
     @model_validator(mode="after")
-    def _scores_stand_alone(self) -> RankRunConfig:
+    def _scores_stand_alone(self) -> RankedRunConfig:
         scaled = ["reward.normalize"] * self.reward.normalize
         scaled += [f"reward.functions, {name}: normalize" for name in self.reward.normalized]
         if scaled:
@@ -73,7 +76,7 @@ class RankRunConfig(Config):
         return self
 
     @model_validator(mode="after")
-    def _answers_differ(self) -> RankRunConfig:
+    def _answers_differ(self) -> RankedRunConfig:
         most = self.ranking.num_samples_per_prompt * (self.ranking.num_samples_per_prompt - 1) // 2
         if self.ranking.pairs_per_prompt > most:
             raise ValueError(
@@ -83,7 +86,7 @@ class RankRunConfig(Config):
         return self
 
     @model_validator(mode="after")
-    def _somebody_disagrees(self) -> RankRunConfig:
+    def _somebody_disagrees(self) -> RankedRunConfig:
         if self.ranking.unsure_by == "disagreement" and not self.reward.ensemble.models:
             raise ValueError(
                 "ranking.unsure_by: got disagreement with one reward model at most, expected several; name more in "
@@ -92,6 +95,15 @@ class RankRunConfig(Config):
         return self
 
     @model_validator(mode="after")
-    def _penalty_has_a_start(self) -> RankRunConfig:
+    def _penalty_has_a_start(self) -> RankedRunConfig:
         self.reward.refuse_long_buffer(self.rollout.max_new_tokens)
         return self
+
+
+class RankRunConfig(RankedRunConfig):
+    """Everything of a ranking run but the machines."""
+
+    run: RankRunSectionConfig = RankRunSectionConfig()
+    """The run itself."""
+    ranking: RankingConfig = RankingConfig()
+    """Pairs and labels."""

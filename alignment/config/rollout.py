@@ -90,21 +90,21 @@ class RolloutConfig(Config):
         return self
 
 
-def refuse_adapter_on_other_base(rollout: RolloutConfig, adapter: AdapterConfig) -> None:
+def refuse_adapter_on_other_base(rollout: RolloutConfig, adapter: AdapterConfig, section: str = "policy") -> None:
     """An adapter that is sent alone must be one that vLLM has; a four-bit policy's fits the rounded base, which no
-    engine has."""
+    engine has. `section`: where the config keeps the adapter."""
     if rollout.lora_sync == "adapter" and adapter.type == "lora" and not adapter.r:
         raise ValueError(
-            "rollout.lora_sync: got adapter with policy.adapter.r=0, expected a policy with an adapter; set "
-            "policy.adapter.r, or lora_sync to auto"
+            f"rollout.lora_sync: got adapter with {section}.adapter.r=0, expected a policy with an adapter; set "
+            f"{section}.adapter.r, or lora_sync to auto"
         )
     if rollout.lora_sync == "adapter" and not adapter.served_alone:
         raise ValueError(
-            f"rollout.lora_sync: got adapter with policy.adapter.type={adapter.type}, expected merged: vLLM samples "
-            "with LoRA and rsLoRA adapters only; set it to auto or merged"
+            f"rollout.lora_sync: got adapter with {section}.adapter.type={adapter.type}, expected merged: vLLM "
+            "samples with LoRA and rsLoRA adapters only; set it to auto or merged"
         )
     if rollout.lora_sync == "adapter" and adapter.quantization != "none":
         raise ValueError(
-            f"rollout.lora_sync: got adapter with policy.adapter.quantization={adapter.quantization}, "
+            f"rollout.lora_sync: got adapter with {section}.adapter.quantization={adapter.quantization}, "
             "expected merged: vLLM has the base as it was before rounding; set it to auto or merged"
         )

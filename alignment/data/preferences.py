@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from alignment.config import PreferenceDataConfig
@@ -79,6 +80,15 @@ def read_pair(
         opposite=_pair_id(messages, rejected, chosen),
         told=told + ("later_turns_dropped",) * dropped + ("chosen_longer",) * longer,
     )
+
+
+def encode_pairs(rows: Sequence[dict[str, Any]], encoder: Encoder) -> list[PreferencePair]:
+    """Rows of pairs that a run has made itself; those whose answers are the same within the limit are left out."""
+    pairs = []
+    for place, row in enumerate(rows):
+        with contextlib.suppress(TooLong):
+            pairs.append(read_pair(Row(row, f"pair {place}"), encoder).record)
+    return pairs
 
 
 def _pair_id(messages: list[dict[str, str]], chosen: str, rejected: str) -> str:

@@ -58,7 +58,9 @@ def prompt_id(messages: Sequence[Mapping[str, str]]) -> str:
     return digest(json.dumps([[m["role"], m["content"]] for m in messages], ensure_ascii=False))
 
 
-def prompts_for_step(prompts: Sequence[Prompt], step: int, *, batch_size: int, seed: int) -> list[Prompt]:
+def prompts_for_step(
+    prompts: Sequence[Prompt], step: int, *, batch_size: int, seed: int, key: str = "ppo.rollout_batch_size"
+) -> list[Prompt]:
     """The prompts of one step: a pure function of its arguments, so that a resumed run needs no state.
 
     Every epoch is a seeded permutation; a step that crosses the border takes the rest of one and the beginning of
@@ -66,6 +68,7 @@ def prompts_for_step(prompts: Sequence[Prompt], step: int, *, batch_size: int, s
 
     Args:
         step: from 0.
+        key: of the config, that says how many.
 
     Raises:
         ValueError: a batch larger than the number of prompts.
@@ -73,7 +76,7 @@ def prompts_for_step(prompts: Sequence[Prompt], step: int, *, batch_size: int, s
     count = len(prompts)
     if batch_size > count:
         raise ValueError(
-            f"ppo.rollout_batch_size: got {batch_size}, expected at most the {count} training prompts; "
+            f"{key}: got {batch_size}, expected at most the {count} training prompts; "
             "lower it, lower data.held_out, or add prompts"
         )
     places = range(step * batch_size, (step + 1) * batch_size)

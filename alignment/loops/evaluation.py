@@ -39,8 +39,8 @@ class HeldOut:
     """All held-out answers of one policy state."""
 
     answers: list[Answer]
-    kl: float
-    """Mean over answers of the summed log-ratio to the reference, in nats."""
+    kl: float | None
+    """Mean over answers of the summed log-ratio to the reference, in nats; None where nobody can be asked."""
 
     def save(self, path: Path) -> None:
         save_json(path, asdict(self))
@@ -55,7 +55,7 @@ def evaluate(
     prompts: Sequence[Prompt],
     *,
     policy: LogprobWorker,
-    reference: LogprobWorker,
+    reference: LogprobWorker | None,
     reward: Scorer,
     rollout: Generator,
     greedy: bool = False,
@@ -77,8 +77,8 @@ def evaluate(
     rollouts = rollout.generate(prompts, step=HELD_OUT_STEP, greedy=greedy).result()
     require_current(rollouts, version)
     scoring = reward.score(rollouts)
-    kl = 0.0
-    if version > 0:
+    kl = 0.0 if version == 0 else None
+    if version > 0 and reference is not None:
         own, ref = policy.logprobs(rollouts), reference.logprobs(rollouts)
         gaps = [float((a - b).sum()) for a, b in zip(own.result(), ref.result(), strict=True)]
         kl = sum(gaps) / len(gaps)

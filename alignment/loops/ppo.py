@@ -203,8 +203,7 @@ def finish_step(
     for sign in begun:
         run.progress.message(f"WARNING  step {log.step}: {state.hacking.holding[sign]}; see docs/reward_hacking.md")
     # The KL is that of the weights before this step's update; the update, which goes on from there, is not committed.
-    if kl is not None:
-        stop_on_blow_up(kl, config.kl.limit, log.step)
+    stop_on_blow_up(kl, config.kl.limit, log.step)
     stop_on_signs(state.hacking, begun, config.hacking.stop_on, log.step)
     run.checkpoint(state.step, {"policy": policy, "critic": critic}, state.state_dict())
 
@@ -274,9 +273,9 @@ def experience_of(
     return experience, {**described, "kl/coef": state.kl_coef.value}
 
 
-def stop_on_blow_up(kl: float, limit: float | None, step: int) -> None:
-    """End the run when the policy has left the reference further behind than the user allows."""
-    if limit is not None and not kl <= limit:  # NaN counts as too far
+def stop_on_blow_up(kl: float | None, limit: float | None, step: int) -> None:
+    """End the run when the policy has left the reference further behind than the user allows, as far as is known."""
+    if limit is not None and kl is not None and not kl <= limit:  # NaN counts as too far
         raise RuntimeError(
             f"step {step}: got a KL of {kl:.2f} per sequence to the reference, expected at most kl.limit={limit:g}; "
             "with a new --output-dir raise kl.coef or lower policy.optimizer.lr, or --resume from an earlier step"

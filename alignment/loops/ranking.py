@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,9 +14,9 @@ from alignment.interfaces import Generator, Scorer
 from alignment.loops.run import Run
 from alignment.ranking import ScoredAnswer, prompt_as_asked
 from alignment.rollout_correction import require_current
-from alignment.run_directory import append_lines, fsync_path
 from alignment.scores import kind_of, refuse_unscorable, score_metrics, shape_scores
 from alignment.types import Prompt, Rollout, Score
+from alignment.verified_lines import VerifiedLines
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -109,53 +106,26 @@ def num_batches(num_prompts: int, batch_size: int) -> int:
 
 
 class AnswerLog:
-    """The batches of a run so far: a file with a line for each, which begins with the sha256 of the rest of it.
+    """The batches of a run so far, a verified line each.
 
-    What follows a line that a kill cut short, or that something damaged, is answered again: seeds depend on the
-    prompt alone, so the same answers come.
+    What follows a line that is not whole is answered again: seeds depend on the prompt alone, so the same answers
+    come.
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path, self._lines = path, VerifiedLines(path, "batch")
 
-    def read(self) -> list[AnsweredBatch]:
-        """The batches up to the first line that is not whole; from there on the file is cut."""
-        batches: list[AnsweredBatch] = []
-        if not self.path.exists():
-            return batches
-        end = 0
-        with open(self.path, "rb") as file:
-            for line in file:
-                batch = _batch_of(line, len(batches))
-                if batch is None:
-                    break
-                batches.append(batch)
-                end += len(line)
-        if end < self.path.stat().st_size:
-            os.truncate(self.path, end)
-        return batches
+    def read(self, most: int | None = None) -> list[AnsweredBatch]:
+        """As `VerifiedLines.read`."""
+        return [
+            AnsweredBatch(answers=[ScoredAnswer(**row) for row in saved["answers"]], unscored=saved["unscored"])
+            for saved in self._lines.read(most)
+        ]
 
     def append(self, index: int, batch: AnsweredBatch) -> None:
         """Batch `index`, on disk when this returns."""
         rows = [answer.row() for answer in batch.answers]
-        text = json.dumps({"batch": index, "answers": rows, "unscored": dict(batch.unscored)}, ensure_ascii=False)
-        append_lines(self.path, [f"{_digest(text.encode())} {text}"])
-        fsync_path(self.path)
-
-
-def _batch_of(line: bytes, index: int) -> AnsweredBatch | None:
-    """None for a line that is not batch `index` as it was written."""
-    digest, _, text = line.removesuffix(b"\n").partition(b" ")
-    if not line.endswith(b"\n") or digest != _digest(text).encode():
-        return None
-    saved = json.loads(text)
-    if saved["batch"] != index:
-        return None
-    return AnsweredBatch(answers=[ScoredAnswer(**row) for row in saved["answers"]], unscored=saved["unscored"])
-
-
-def _digest(text: bytes) -> str:
-    return hashlib.sha256(text).hexdigest()
+        self._lines.append(index, {"answers": rows, "unscored": dict(batch.unscored)})
 
 
 def _scored(rollout: Rollout, score: Score, value: float, columns: Sequence[str]) -> ScoredAnswer:

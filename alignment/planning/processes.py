@@ -9,6 +9,7 @@ from alignment.config import (
     ROLES,
     ClusterConfig,
     PpoRunConfig,
+    RankedRunConfig,
     RankRunConfig,
 )
 from alignment.config.cluster import RoleConfig, RolloutRoleConfig
@@ -173,8 +174,8 @@ def _ppo_role(
         shares = "policy" in group and config.policy.adapter.enabled
         return _reference(config, cluster.reference, shapes, shares_weights=shares)
     if role == "reward_model":
-        return _reward_models(config, cluster.reward_model, shapes)
-    return _sampler(config, cluster, shapes, engine, gpu_bytes, shares_weights="policy" in group)
+        return reward_models(config, cluster.reward_model, shapes)
+    return sampler(config, cluster, shapes, engine, gpu_bytes, shares_weights="policy" in group)
 
 
 def ranking_processes(
@@ -186,17 +187,17 @@ def ranking_processes(
     gpu_bytes: float = 80 * 2**30,
 ) -> list[ProcessMemory]:
     """Every kind of process of a ranking run: what answers, and the reward models. As `ppo_processes`."""
-    memory = {"rollout": _sampler(config, cluster, shapes, engine, gpu_bytes, shares_weights=False)}
+    memory = {"rollout": sampler(config, cluster, shapes, engine, gpu_bytes, shares_weights=False)}
     if config.reward.model is not None:
-        memory["reward_model"] = _reward_models(config, cluster.reward_model, shapes)
+        memory["reward_model"] = reward_models(config, cluster.reward_model, shapes)
     return [
         process_of(cluster, group, {role: memory[role] for role in group}, adapters=[])
         for group in role_groups(cluster, [role for role in ROLES if role in memory])
     ]
 
 
-def _sampler(
-    config: PpoRunConfig | RankRunConfig,
+def sampler(
+    config: PpoRunConfig | RankedRunConfig,
     cluster: ClusterConfig,
     shapes: Mapping[str, ModelShape],
     engine: str,
@@ -265,8 +266,8 @@ def _reference(
     )
 
 
-def _reward_models(
-    config: PpoRunConfig | RankRunConfig, machines: RoleConfig, shapes: Mapping[str, ModelShape]
+def reward_models(
+    config: PpoRunConfig | RankedRunConfig, machines: RoleConfig, shapes: Mapping[str, ModelShape]
 ) -> RoleMemory:
     micro = _scored_at_once(config, config.reward.micro_batch_limit())
     return one_after_the_other(
@@ -284,20 +285,20 @@ def _reward_models(
     )
 
 
-def _scored_at_once(config: PpoRunConfig | RankRunConfig, limit: MicroBatchLimit) -> MicroBatch:
+def _scored_at_once(config: PpoRunConfig | RankedRunConfig, limit: MicroBatchLimit) -> MicroBatch:
     new = config.rollout.max_new_tokens
     longest = config.data.max_prompt_tokens + new
     return largest_micro_batch(limit, available=sequences_of_a_step(config), longest=longest, answer=new)
 
 
-def reward_shape_names(config: PpoRunConfig | RankRunConfig) -> dict[str, str]:
+def reward_shape_names(config: PpoRunConfig | RankedRunConfig) -> dict[str, str]:
     """The path of every reward model by what its shape is called: `reward_model`, `reward_model/1`, ..."""
     return {f"reward_model{f'/{k}' if k else ''}": path for k, path in enumerate(config.reward.models)}
 
 
-def sequences_of_a_step(config: PpoRunConfig | RankRunConfig) -> int:
+def sequences_of_a_step(config: PpoRunConfig | RankedRunConfig) -> int:
     """Answers that are sampled and scored together."""
-    if isinstance(config, RankRunConfig):
+    if isinstance(config, RankedRunConfig):
         return config.ranking.batch_size * config.ranking.num_samples_per_prompt
     return config.ppo.rollout_batch_size * config.ppo.num_samples_per_prompt
 

@@ -12,9 +12,11 @@ from alignment.config import (
     ClusterConfig,
     Config,
     DpoRunConfig,
+    IterativeRunConfig,
     KtoRunConfig,
     LiveRunConfig,
     PpoRunConfig,
+    RankedRunConfig,
     RankRunConfig,
     RewardModelRunConfig,
     SftRunConfig,
@@ -25,7 +27,14 @@ from alignment.planning.processes import ProcessMemory
 
 ConfigT = TypeVar("ConfigT", bound=Config)
 RunAnyConfig = (
-    PpoRunConfig | RewardModelRunConfig | SftRunConfig | RankRunConfig | DpoRunConfig | KtoRunConfig | LiveRunConfig
+    PpoRunConfig
+    | RewardModelRunConfig
+    | SftRunConfig
+    | RankRunConfig
+    | DpoRunConfig
+    | KtoRunConfig
+    | LiveRunConfig
+    | IterativeRunConfig
 )
 LORA_RANK = 16
 
@@ -50,7 +59,7 @@ class Scenario:
     @property
     def frozen(self) -> tuple[str, ...]:
         """The roles that hold weights of their own and do not learn."""
-        if isinstance(self.config, RankRunConfig):
+        if isinstance(self.config, RankedRunConfig):
             return ("reward_model",) if self.config.reward.model is not None else ()
         if not isinstance(self.config, PpoRunConfig):
             return ()
@@ -64,6 +73,8 @@ class Scenario:
 
     def longest_row(self, key: str) -> int:
         """Tokens without which a budget of `key` would not hold one row."""
+        if isinstance(self.config, IterativeRunConfig):
+            return 2 * self.config.max_tokens
         if isinstance(self.config, PpoRunConfig | RankRunConfig):
             return self.config.data.max_prompt_tokens + self.config.rollout.max_new_tokens
         return self.config.data.max_tokens * (1 if isinstance(self.config, SftRunConfig | KtoRunConfig) else 2)

@@ -13,7 +13,6 @@ from alignment import plan
 from alignment.config import ROLES, ClusterConfig, PpoRunConfig, RankRunConfig, RewardModelRunConfig, RoleConfig
 from alignment.planning import memory, speed
 from alignment.planning.memory import Training, weight_bytes
-from alignment.planning.offline import reward_model_processes
 from alignment.planning.placement import GB, Machines, place
 from alignment.planning.processes import (
     ProcessMemory,
@@ -22,6 +21,7 @@ from alignment.planning.processes import (
     ranking_processes,
     role_groups,
 )
+from alignment.planning.rows import reward_model_processes
 from alignment.planning.shape import SHAPES, llama_shape
 from alignment.planning.suggest import Change, Scenario, changed, changes, fits_after, suggestions
 

@@ -1,0 +1,119 @@
+"""The loop in rounds with real actors of a tiny model: what it tells, and how it goes on after a stop anywhere."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from tiny_rounds import RoundRun, write_letter_prompts
+from tiny_runs import untimed
+
+from alignment.loops.iterative import RoundLog
+from alignment.loops.run import Run
+from alignment.run_directory import RunDirectory
+
+FULL = {"batch_size": 4, "optimizer": {"lr": 2e-3}}
+
+
+class Stop(Exception):
+    """Stands for a kill at this place."""
+
+
+@pytest.fixture(autouse=True)
+def _same_umask_afterwards():
+    before = os.umask(0o022)
+    yield
+    os.umask(before)
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory):
+    return write_letter_prompts(tmp_path_factory.mktemp("letters") / "prompts.jsonl")
+
+
+def run_through(run: RoundRun) -> RoundRun:
+    with run.stack:
+        assert run.train()
+    return run
+
+
+@pytest.fixture(scope="module")
+def whole(tiny, prompts, tmp_path_factory):
+    """A run that nothing disturbed."""
+    return run_through(RoundRun(tiny, prompts, tmp_path_factory.mktemp("whole") / "run"))
+
+
+def stop_after(monkeypatch, owner, name, count):
+    """Let method `name` raise once it has done its work for the `count`-th time."""
+    own, left = getattr(owner, name), [count]
+
+    def stopped(*args, **kwargs):
+        found = own(*args, **kwargs)
+        left[0] -= 1
+        if not left[0]:
+            raise Stop
+        return found
+
+    monkeypatch.setattr(owner, name, stopped)
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "count"),
+    [
+        pytest.param(RoundLog, "add", 2, id="while the first round is answered", marks=pytest.mark.slow),
+        pytest.param(RoundLog, "add", 4, id="while the second round is answered"),
+        pytest.param(RoundLog, "ranked", 2, id="between pairs and steps", marks=pytest.mark.slow),
+        pytest.param(Run, "finish_step", 4, id="in a step of the second round"),
+        pytest.param(Run, "checkpoint", 5, id="within the last round", marks=pytest.mark.slow),
+    ],
+)
+def test_stopped_anywhere_it_ends_with_the_same_bits(tiny, prompts, whole, tmp_path, monkeypatch, owner, name, count):
+    cut = RoundRun(tiny, prompts, tmp_path / "run")
+    with monkeypatch.context() as patched, cut.stack:
+        stop_after(patched, owner, name, count)
+        with pytest.raises(Stop):
+            cut.train()
+    again = RoundRun(tiny, prompts, tmp_path / "run")
+    again.resume()
+    run_through(again)
+    expected = whole.weights()
+    assert all(torch.equal(p, expected[key]) for key, p in again.weights().items())
+    assert untimed(again) == untimed(whole)
+    for log in ("batches.txt", "pairs.txt"):
+        assert (again.folder / log).read_bytes() == (whole.folder / log).read_bytes()
+
+
+def test_what_a_round_tells(whole):
+    rows = whole.metrics()
+    assert [row["step"] for row in rows] == list(range(6))
+    assert [row["step"] for row in rows if "round/number" in row] == [0, 2, 4]
+    assert {"round/score", "round/share_of_prompts_with_a_pair", "round/chosen_tokens"} <= set(rows[0])
+    assert rows[0]["reward/letters/mean"] == rows[0]["round/score"]
+    assert "held_out/kl" in rows[3], "after two rounds the held-out prompts are answered"
+    # At the first step of a round policy and reference are one, and not at the next.
+    for row in rows:
+        assert (row["dpo/margin"] == 0) == (row["step"] % 2 == 0)
+
+
+@pytest.mark.slow
+def test_a_reference_that_stays_is_left_behind(tiny, prompts, tmp_path):
+    sections = {"reference": {"follow": "never"}, "training": FULL}
+    rows = run_through(RoundRun(tiny, prompts, tmp_path / "run", **sections)).metrics()
+    assert [row["step"] for row in rows if row["dpo/margin"] == 0] == [0]
+
+
+def test_a_round_without_pairs_is_left_out_and_a_second_one_ends_the_run(tiny, tmp_path, capsys):
+    never = write_letter_prompts(tmp_path / "never.jsonl", pattern="no answer has this")
+    run = RoundRun(tiny, never, tmp_path / "run")
+    with run.stack, pytest.raises(RuntimeError, match="got no pair in 2 rounds in a row, expected answers with diff"):
+        run.train()
+    assert "round 0: no pair, so its 2 steps are left out" in capsys.readouterr().out
+    assert run.run.store.complete() == [2]
+    assert [row["step"] for row in run.metrics()] == [0, 2]
+
+
+def test_answers_of_a_round_that_is_over_are_not_made_up(tmp_path):
+    log = RoundLog(RunDirectory(tmp_path / "run"), batches_per_round=3, current=1)
+    with pytest.raises(RuntimeError, match="round 0: got 3 of 3 batches of answers damaged or gone"):
+        log.ranked(0, lambda number, answered: None)
