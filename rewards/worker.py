@@ -95,10 +95,8 @@ def answer(function: RewardFunction, settings: Mapping[str, Any], request: Mappi
         if len(numbers) != expected:
             return {"failure": f"invalid: got {len(numbers)} numbers, expected {expected}, one per response"}
         if not all(COUNT.fullmatch(name) and name not in MEASURED and fits(n) for name, n in part.counts.items()):
-            return {
-                "failure": f"invalid: got counts {repr(part.counts)[:MESSAGE_CHARACTERS]}, expected numbers under names "
-                f"of a-z, 0-9 and _, none of {', '.join(sorted(MEASURED))}"
-            }
+            got, taken = repr(part.counts)[:MESSAGE_CHARACTERS], ", ".join(sorted(MEASURED))
+            return {"failure": f"invalid: got counts {got}, expected numbers under names of a-z, 0-9, _, not {taken}"}
         told = [_plain(number, part.failures.get(i)) for i, number in enumerate(numbers)]
         return {"numbers": told, **({"counts": part.counts} if part.counts else {})}
     except MemoryError:
