@@ -97,7 +97,8 @@ def _total(
 
 
 def _fits(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and bool(abs(value) <= FLOAT32_MAX)
+    real = isinstance(value, Real) and not isinstance(value, bool)
+    return real and bool(abs(value) <= FLOAT32_MAX)
 
 
 def length_penalty(length: int, *, max_new_tokens: int, buffer: int, penalty: float) -> float:

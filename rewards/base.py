@@ -51,7 +51,8 @@ class Part:
 
 def fits(number: Any) -> bool:
     """Whether it is a finite number that float32 can hold."""
-    return isinstance(number, Real) and not isinstance(number, bool) and bool(abs(number) <= FLOAT32_MAX)
+    real = isinstance(number, Real) and not isinstance(number, bool)
+    return real and bool(abs(number) <= FLOAT32_MAX)
 
 
 class RewardFunction(Protocol):
