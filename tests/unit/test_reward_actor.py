@@ -147,7 +147,7 @@ def test_a_gold_rule_is_not_one_that_is_trained_on():
             pool_functions(RewardConfig.model_validate({"functions": [trained], "gold": [gold]}))
     default = {"name": LENGTH, "settings": {"min_words": with_defaults(load_function(LENGTH), {})["min_words"]}}
     with pytest.raises(
-        ValueError, match=r"expected a rule that is not trained on: .*; remove one of the two, or give"
+        ValueError, match=r"expected a rule that is not trained on: .*; remove one of the two, or change"
     ):
         pool_functions(RewardConfig.model_validate({"functions": [{"name": LENGTH}], "gold": [default]}))
 
