@@ -33,7 +33,7 @@ class HostedModel:
             own: of the model's path and revision.
             lockstep: the ranks that it is split over, if any.
         """
-        self.device, self.lockstep = device, lockstep
+        self.path, self.device, self.lockstep = own.path, device, lockstep
         self.mean, self.std = scale
         self.tokenizer = load_tokenizer(own.path, own.revision)
         self.eos_ids = eos_ids_of_model(self.tokenizer, own.path, own.revision)
@@ -47,6 +47,9 @@ class HostedModel:
 
         Whether it really finished is the missing-EOS penalty's business. None for a text that its own tokenizer makes
         longer than the model's positions.
+
+        Raises:
+            ValueError: a score that is NaN or infinite.
         """
         sequences = [
             encode_conversation(
@@ -57,15 +60,19 @@ class HostedModel:
             for rollout in rollouts
         ]
         fits = [self.num_positions is None or len(sequence) <= self.num_positions for sequence in sequences]
-        scores = iter(
-            score_sequences(
-                self.model,
-                [sequence for sequence, fit in zip(sequences, fits, strict=True) if fit],
-                limit=limit_of(self.model.layout),
-                device=self.device,
-                lockstep=self.lockstep,
-            )
+        raw = score_sequences(
+            self.model,
+            [sequence for sequence, fit in zip(sequences, fits, strict=True) if fit],
+            limit=limit_of(self.model.layout),
+            device=self.device,
+            lockstep=self.lockstep,
         )
+        if odd := [score for score in raw if not math.isfinite(score)]:
+            raise ValueError(
+                f"reward model {self.path!r}: got {odd[0]} as the score of {len(odd)} of {len(raw)} answers, expected "
+                "finite numbers; its weights or its dtype do not hold: train it again, or set model.dtype to float32"
+            )
+        scores = iter(raw)
         return [(next(scores) - self.mean) / self.std if fit else None for fit in fits]
 
 

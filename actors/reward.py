@@ -15,7 +15,7 @@ from alignment.config.reward import GOLD, MODEL_PART
 from alignment.ensembles import score_ensemble
 from alignment.scores import combine
 from alignment.types import Rollout, Score
-from rewards.base import Part, check_settings, check_time_limit, load_function, refuse_reserved
+from rewards.base import Part, check_settings, check_time_limit, load_function, refuse_reserved, with_defaults
 from rewards.pool import PoolFunction, RewardPool
 
 TOO_LONG = "length: longer than the positions of"
@@ -114,7 +114,7 @@ def pool_functions(reward: RewardConfig) -> dict[str, PoolFunction]:
     """The functions of a config by their parts, gold ones too, as the processes run them.
 
     Raises:
-        ValueError: one that does not exist, or whose settings or time limit cannot be.
+        ValueError: one that does not exist, or whose settings or time limit cannot be; a gold one that is trained on.
     """
     execution, functions = reward.execution, {}
     for one in (*reward.functions, *reward.gold):
@@ -125,6 +125,13 @@ def pool_functions(reward: RewardConfig) -> dict[str, PoolFunction]:
         check_settings(one.name, function, settings, key=key)
         check_time_limit(one.name, function, settings, time_limit=limit, samples_per_call=samples, key=key)
         functions[one.key] = PoolFunction(name=one.name, settings=settings, time_limit=limit, samples_per_call=samples)
+    trained = [(one.name, with_defaults(load_function(one.name), one.settings)) for one in reward.functions]
+    for one in reward.gold:
+        if (one.name, with_defaults(load_function(one.name), one.settings)) in trained:
+            raise ValueError(
+                f"reward.gold: got {one.name} with settings that it has in reward.functions too, expected a rule that "
+                "is not trained on: what is optimised measures nothing; remove one of the two, or change its settings"
+            )
     return functions
 
 

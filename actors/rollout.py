@@ -143,7 +143,8 @@ class RolloutActor(Actor):
         if self.endpoint is not None:
             self.endpoint.close()
             self.endpoint = None
-        self.engine.close()
+        if hasattr(self, "engine"):  # setup may have failed before there was one
+            self.engine.close()
 
     def generate(
         self,

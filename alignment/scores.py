@@ -43,8 +43,8 @@ def combine(
         The total of each response, None where a part is None; and its unweighted, uncut parts by name.
 
     Raises:
-        ValueError: names that differ, no parts, a wrong length, something that is no finite number, or a total that
-            float32, in which the learners compute, cannot hold.
+        ValueError: names that differ, no parts, a wrong length, or a number or a total that float32, in which the
+            learners compute, cannot hold.
     """
     if not parts or set(parts) != set(weights):
         raise ValueError(
@@ -56,10 +56,10 @@ def combine(
             got = len(numbers) if isinstance(numbers, Sequence) else type(numbers).__name__
             raise ValueError(f"reward {name!r}: got {got} numbers, expected a list of {expected}, one per response")
         for index, number in enumerate(numbers):
-            if number is not None and not _is_finite_number(number):
+            if number is not None and not _fits(number):
                 raise ValueError(
-                    f"reward {name!r}, response {index}: got {number!r}, expected a finite number, or None where it "
-                    "cannot score; correct the function"
+                    f"reward {name!r}, response {index}: got {number!r}, expected a finite number that float32 can "
+                    "hold, or None where it cannot score; correct the function"
                 )
     breakdown = [
         {name: None if numbers[i] is None else float(numbers[i]) for name, numbers in parts.items()}  # type: ignore[arg-type]
@@ -96,8 +96,9 @@ def _total(
     return total
 
 
-def _is_finite_number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+def _fits(value: Any) -> bool:
+    real = isinstance(value, Real) and not isinstance(value, bool)
+    return real and bool(abs(value) <= FLOAT32_MAX)
 
 
 def length_penalty(length: int, *, max_new_tokens: int, buffer: int, penalty: float) -> float:
@@ -233,7 +234,8 @@ def score_metrics(scores: Sequence[Score]) -> dict[str, float]:
         if numbers:
             mean = sum(numbers) / len(numbers)
             metrics[f"reward/{name}/mean"] = mean
-            metrics[f"reward/{name}/std"] = math.sqrt(sum((number - mean) ** 2 for number in numbers) / len(numbers))
+            # Not by squares, which overflow where the deviations do not.
+            metrics[f"reward/{name}/std"] = math.hypot(*(number - mean for number in numbers)) / len(numbers) ** 0.5
         metrics[f"reward/{name}/unscored_count"] = float(len(scores) - len(numbers))
         if name.startswith(GOLD):
             both = [(s.total, x) for s in scores if s.total is not None and (x := s.parts[name]) is not None]

@@ -19,6 +19,7 @@ import json
 import pkgutil
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, get_type_hints
 
@@ -30,6 +31,10 @@ whole conversation before it, `{"role", "content"}` each, of which its prompt is
 RESERVED = ("prompts", "responses", *SAMPLED)
 NO_REWARDS = frozenset({"base", "pool", "worker", "jail"})
 """Modules of the package that hold no reward functions."""
+MEASURED = frozenset({"mean", "std", "unscored_count", "clipped_share", "proxy_spearman"})
+"""What a run measures of every part: no function counts under these names."""
+FLOAT32_MAX = 3.4028234663852886e38
+"""Learners compute in float32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,9 +44,15 @@ class Part:
     numbers: Sequence[float | None]
     """One per response."""
     failures: dict[int, str] = field(default_factory=dict)
-    """Why there is none, by the index of the response: `KIND: what happened`."""
+    """Why there is none, by the index of the response: `KIND: what happened`, with a KIND of a-z and _."""
     counts: dict[str, float] = field(default_factory=dict)
-    """What it took, e.g. `request_count`: amounts that add up over calls, processes and actors."""
+    """What it took, e.g. `request_count`: amounts that add up over calls, processes and actors. None of MEASURED."""
+
+
+def fits(number: Any) -> bool:
+    """Whether it is a finite number that float32 can hold."""
+    real = isinstance(number, Real) and not isinstance(number, bool)
+    return real and bool(abs(number) <= FLOAT32_MAX)
 
 
 class RewardFunction(Protocol):

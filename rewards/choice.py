@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from itertools import islice
+from string import ascii_uppercase
 from typing import Any
 
 from rewards.reading import final_answer, plain
@@ -75,7 +76,7 @@ def choice(
         choices: the options of each row, a list or a mapping from letters; without it they are read off the prompt.
 
     Returns:
-        None where the row has no letter to compare with.
+        None where the row has no letter to compare with, or one that none of its `choices` has.
     """
     given = choices or [None] * len(prompts)
     return [_score(*row) for row in zip(prompts, responses, answer, given, strict=True)]
@@ -131,7 +132,7 @@ def settled(response: str, options: Sequence[str] = (), *, several: bool = False
 def _score(prompt: str, response: str, answer: Any, choices: Any) -> float | None:
     options = _options(prompt, choices)
     gold = _gold(answer, options)
-    if not gold:
+    if not gold or not gold <= _letters(choices, options):
         return None
     return float(settled(response, options, several=len(gold) > 1) == gold)
 
@@ -144,6 +145,14 @@ def _options(prompt: str, choices: Any) -> tuple[str, ...]:
     if isinstance(choices, Sequence) and choices:
         return tuple(str(one) for one in choices)
     return _parsed(prompt)
+
+
+def _letters(choices: Any, options: Sequence[str]) -> frozenset[str]:
+    """The letters that an answer may be: any where the options were only read off a text."""
+    if isinstance(choices, str) or not choices:
+        return frozenset(ascii_uppercase)
+    named = {str(key).upper() for key in choices} if isinstance(choices, Mapping) else set()
+    return frozenset({*ascii_uppercase[: len(options)], *named})
 
 
 @lru_cache(maxsize=256)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import secrets
 import selectors
 import signal
 import socket
@@ -58,6 +59,8 @@ class _Call:
     message: bytes
     again: bool
     """Whether it is made because an earlier one failed."""
+    id: str
+    """Random; its answer repeats it. What a child that a function forked says late is the answer to nothing."""
 
 
 class RewardPool:
@@ -133,13 +136,14 @@ class RewardPool:
         again: bool = False,
     ) -> _Call:
         message = {
+            "call": (own := secrets.token_hex(8)),
             "part": part,
             "prompts": [prompts[i] for i in indices],
             "responses": [responses[i] for i in indices],
             "columns": {name: [values[i] for i in indices] for name, values in columns.items()},
         }
         try:
-            return _Call(part, indices, encode(message), again)
+            return _Call(part, indices, encode(message), again, own)
         except TypeError as error:
             raise ValueError(
                 f"reward.functions: got a column with values that are no plain data ({error}), expected text, "
@@ -176,20 +180,21 @@ class RewardPool:
 
     def _settled(self, worker: _Worker) -> Iterator[tuple[_Call, Mapping[str, Any]]]:
         """The answer to the worker's call, if it had one. A worker that failed is ended; another takes its place."""
-        call, answers = worker.call, worker.answers
-        worker.answers = []
+        answers, worker.answers = worker.answers, []
         for answer in answers:
-            if "refused" in answer:
+            if "refused" in answer and not worker.ready:
                 self._drop(worker)
                 raise ValueError(f"reward.functions: {answer['refused']}")
-            if "ready" in answer:
+            if "ready" in answer and not worker.ready:
                 worker.rest()
-            elif call is not None:
+            elif (call := worker.call) is not None and answer.get("call") == call.id:
                 worker.rest()
                 yield call, answer
-        if answers:
+            else:
+                worker.failure = "crash: an answer to another call"
+        if answers and not worker.failure:
             return
-        started = worker.ready
+        started, call = worker.ready, worker.call
         failure = self._drop(worker)
         if not started:
             raise RuntimeError(f"a process for reward functions did not start: {failure}")

@@ -19,11 +19,9 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from rewards.base import Part, at_most, only_where, reads_columns
+from rewards.base import Part, at_most, fits, only_where, reads_columns
 from rewards.connection import Growth, connection, longest_post, settings_of
 from rewards.transport import BadAnswerError, JsonClient, RemoteError
-
-FLOAT32_MAX = 3.4028234663852886e38
 
 
 class RemoteReward:
@@ -172,8 +170,7 @@ def check_scores(answer: Any, expected: int, place: str) -> list[float | None]:
             f"{place}: got {len(scores)} scores, expected {expected}, one per response; correct the server"
         )
     for index, score in enumerate(scores):
-        number = isinstance(score, int | float) and not isinstance(score, bool) and abs(score) <= FLOAT32_MAX
-        if score is not None and not number:
+        if score is not None and not fits(score):
             got = f"{score!r}" if isinstance(score, bool | float) else f"a {type(score).__name__} that does not fit"
             raise BadAnswerError(
                 f"{place}: got {got} as score {index}, expected a finite number that float32 can hold, or null; "

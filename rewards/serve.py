@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import signal
 import socket
 import sys
@@ -133,7 +134,12 @@ def make_service(arguments: argparse.Namespace, token: str | None) -> RewardServ
         dtype=arguments.dtype,
         standardize=not arguments.raw,
     )
-    model.score([model.encoder.encode("Hello", "Good day.")])
+    (trial,) = model.score([model.encoder.encode("Hello", "Good day.")])
+    if not math.isfinite(trial):
+        raise ValueError(
+            f"reward model {arguments.model!r}: got {trial} as the score of a trial text, expected a finite number; "
+            "its weights or its dtype do not hold: train it again, or pass --dtype float32"
+        )
     metrics = ServeMetrics()
     batcher = Batcher(
         model.score,

@@ -7,23 +7,25 @@ from __future__ import annotations
 
 import ctypes
 import json
-import math
 import os
 import random
+import re
 import resource
 import signal
 import socket
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
-from numbers import Real
 from typing import Any
 
-from rewards.base import Part, RewardFunction, load_function
+from rewards.base import MEASURED, Part, RewardFunction, fits, load_function
 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 MESSAGE_CHARACTERS = 300
 """Of an exception's message that are passed on."""
+KIND = re.compile("[a-z_]{1,32}")
+COUNT = re.compile("[a-z][a-z0-9_]{0,63}")
+"""Kinds of failures and names of counts end up in the names of metrics."""
 
 
 def encode(message: Any) -> bytes:
@@ -37,6 +39,7 @@ def encode(message: Any) -> bytes:
 
 
 def main() -> None:
+    own = os.getpid()
     channel = socket.socket(fileno=int(sys.argv[1]))
     channel.set_inheritable(False)
     end_with_parent(int(sys.argv[2]))
@@ -48,11 +51,19 @@ def main() -> None:
     try:
         functions = {part: (load_function(one["name"]), one["settings"]) for part, one in start["functions"].items()}
     except Exception as error:
-        channel.sendall(encode({"refused": _described(error)}))
+        _say(channel, {"refused": _described(error)}, own)
         return
-    channel.sendall(encode({"ready": True}))
+    _say(channel, {"ready": True}, own)
     while (request := _receive(channel)) is not None:
-        channel.sendall(encode(answer(*functions[request["part"]], request)))
+        said = answer(*functions[request["part"]], request)
+        _say(channel, {"call": request["call"], **said}, own)
+
+
+def _say(channel: socket.socket, message: Any, own: int) -> None:
+    """Send it, unless this is a child that a function forked and let return: that one ends here, unheard."""
+    if os.getpid() != own:
+        os._exit(1)
+    channel.sendall(encode(message))
 
 
 def end_with_parent(parent: int) -> None:
@@ -73,35 +84,38 @@ def keep_descendants() -> None:
 def answer(function: RewardFunction, settings: Mapping[str, Any], request: Mapping[str, Any]) -> dict[str, Any]:
     """`{"numbers": [...]}`, a number or a failure for each response, with `counts` where the function has some; or
     `{"failure": ...}` for all of them."""
-    prompts, responses = request["prompts"], request["responses"]
+    own, expected = os.getpid(), len(request["responses"])  # before the function changes what it is given
     random.seed(0)  # the same numbers whichever process is asked, and whatever it was asked before
     try:
-        said = function(prompts, responses, **request["columns"], **settings)
+        said = function(request["prompts"], request["responses"], **request["columns"], **settings)
         part = said if isinstance(said, Part) else Part(said)
         numbers = part.numbers
         if not isinstance(numbers, Sequence) or isinstance(numbers, str):
             return {"failure": f"invalid: got {type(numbers).__name__}, expected a list of numbers"}
-        if len(numbers) != len(responses):
-            return {"failure": f"invalid: got {len(numbers)} numbers, expected {len(responses)}, one per response"}
-        if not all(isinstance(n, Real) and math.isfinite(n) for n in part.counts.values()):
-            return {"failure": f"invalid: got counts {repr(part.counts)[:MESSAGE_CHARACTERS]}, expected numbers"}
+        if len(numbers) != expected:
+            return {"failure": f"invalid: got {len(numbers)} numbers, expected {expected}, one per response"}
+        if not all(COUNT.fullmatch(name) and name not in MEASURED and fits(n) for name, n in part.counts.items()):
+            got, taken = repr(part.counts)[:MESSAGE_CHARACTERS], ", ".join(sorted(MEASURED))
+            return {"failure": f"invalid: got counts {got}, expected numbers under names of a-z, 0-9, _, not {taken}"}
         told = [_plain(number, part.failures.get(i)) for i, number in enumerate(numbers)]
         return {"numbers": told, **({"counts": part.counts} if part.counts else {})}
     except MemoryError:
         return {"failure": "memory: more than reward.execution.memory_mb"}
     except BaseException as error:  # of code that anyone may write: the one place for a broad catch
+        if os.getpid() != own:  # a child that the function forked ends as it would elsewhere
+            raise
         return {"failure": f"error: {_described(error)}"}
 
 
 def _plain(number: Any, failure: str | None) -> float | str:
     if number is None:
-        return (failure or "none: the function gave no number")[:MESSAGE_CHARACTERS]
-    try:
-        if isinstance(number, Real) and not isinstance(number, bool) and math.isfinite(number):
-            return float(number)
-    except OverflowError:
-        pass
-    return f"invalid: got {repr(number)[:MESSAGE_CHARACTERS]}, expected a finite number or None"
+        told = failure or "none: the function gave no number"
+        if not KIND.fullmatch(told.partition(":")[0]):
+            told = f"invalid: got the reason {told!r}, expected KIND: WHAT HAPPENED with a KIND of a-z and _"
+        return told[:MESSAGE_CHARACTERS]
+    if fits(number):
+        return float(number)
+    return f"invalid: got {repr(number)[:MESSAGE_CHARACTERS]}, expected a finite number that float32 can hold, or None"
 
 
 def _described(error: BaseException) -> str:

@@ -90,6 +90,16 @@ def write_tiny_reward_model(folder: Path, seed: int = 1) -> Path:
     return folder
 
 
+def write_broken_reward_model(folder: Path) -> Path:
+    """One whose head is NaN, as after a run that blew up."""
+    from transformers import AutoModelForSequenceClassification
+
+    model = AutoModelForSequenceClassification.from_pretrained(write_tiny_reward_model(folder))
+    model.score.weight.data.fill_(float("nan"))
+    model.save_pretrained(folder)
+    return folder
+
+
 def write_prompts(path: Path, count: int = 24) -> Path:
     rows = [{"question": f"What about topic {i}?", "topic": i} for i in range(count)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

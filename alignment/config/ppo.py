@@ -194,6 +194,11 @@ class PpoRunConfig(Config):
                 f"hacking.stop_on: got {of_gold[0]} without a gold function, expected one: nothing else can tell it; "
                 "name one in reward.gold, or remove the sign"
             )
+        if "clipped" in self.hacking.stop_on and self.reward.clip is None and not self.reward.clips:
+            raise ValueError(
+                "hacking.stop_on: got clipped without a clip, expected one: nothing is cut that could tell it; set "
+                "reward.clip or the clip of a function, or remove the sign"
+            )
         return self
 
     @model_validator(mode="after")

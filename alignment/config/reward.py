@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -15,6 +16,14 @@ MODEL_PART = "reward_model"
 """The part that the reward model gives."""
 GOLD = "gold/"
 """What the names of the parts begin with that are measured and never trained on."""
+PART = re.compile(r"\w[\w.:-]*(/\w[\w.:-]*)*")
+"""A part's name stands in the names of metrics."""
+TAKEN = frozenset(
+    {"mean", "clipped_share", "disagreement", "unscored", "gold_unscored", "unscorable_count", "shaped_score"}
+)
+"""Metrics `reward/NAME` of the run itself, which no part's may be taken for."""
+LEAST_MEMORY_MB = 64
+"""Functions of the package start in 20 to 30; the rest is what they work with."""
 
 
 class FunctionConfig(Config):
@@ -30,6 +39,16 @@ class FunctionConfig(Config):
     """Seconds for one call; None takes reward.execution.time_limit."""
     samples_per_call: Positive | None = None
     """Answers per call; None takes reward.execution.samples_per_call."""
+
+    @field_validator("part")
+    @classmethod
+    def _is_a_name_of_metrics(cls, part: str | None) -> str | None:
+        if part is not None and (not PART.fullmatch(part) or part.partition("/")[0] in TAKEN):
+            raise ValueError(
+                f"got {part!r}, expected letters, digits, _, ., : and -, with / between such words, and none that "
+                f"begins with {', '.join(sorted(TAKEN))}, as metrics of the run do; rename it"
+            )
+        return part
 
     @property
     def key(self) -> str:
@@ -97,6 +116,15 @@ class RewardExecutionConfig(Config):
     """Answers per call, at most. A call that fails is made again for each answer alone."""
     memory_mb: Positive = 8192
     """Address space of a process, in MB."""
+
+    @field_validator("memory_mb")
+    @classmethod
+    def _a_process_can_start(cls, memory_mb: int) -> int:
+        if memory_mb < LEAST_MEMORY_MB:
+            raise ValueError(
+                f"got {memory_mb}, expected at least {LEAST_MEMORY_MB}: a process does not start in less; raise it"
+            )
+        return memory_mb
 
 
 class EnsembleConfig(Config):

@@ -136,6 +136,26 @@ def test_a_sign_that_cannot_come_does_not_end_a_run():
     PpoRunConfig(reward=REWARD, hacking={"stop_on": ["length"]})
     with pytest.raises(ValidationError, match=r"hacking\.stop_on: got parted without a gold function"):
         PpoRunConfig(reward=REWARD, hacking={"stop_on": ["length", "parted"]})
+    with pytest.raises(ValidationError, match=r"hacking\.stop_on: got clipped without a clip, expected one: .*; set"):
+        PpoRunConfig(reward=REWARD, hacking={"stop_on": ["clipped"]})
+    cut = {"functions": [{"name": "text:no_refusal", "clip": [0.0, 1.0]}]}
+    for reward in (cut, {"model": "m", "clip": 2.0}):
+        PpoRunConfig(reward=RewardConfig.model_validate(reward), hacking={"stop_on": ["clipped"]})
+
+
+@pytest.mark.parametrize("kind", [RewardFunctionConfig, GoldFunctionConfig])
+def test_the_name_of_a_part_is_one_of_metrics_that_are_not_the_runs_own(kind):
+    for part in ("short", "text:no_refusal", "style/short.v-2", "长度"):
+        assert kind(name="text:no_refusal", part=part).part == part
+    for part in ("", "a\nb", "a b", "/a", "a/", "a//b", "unscored", "unscored/timeout", "disagreement", "mean"):
+        with pytest.raises(ValidationError, match=r"got .*, expected letters, digits, .* as metrics .*; rename it"):
+            kind(name="text:no_refusal", part=part)
+
+
+def test_a_reward_process_has_the_memory_to_start():
+    assert RewardConfig.model_validate({"model": "m", "execution": {"memory_mb": 64}}).execution.memory_mb == 64
+    with pytest.raises(ValidationError, match=r"got 63, expected at least 64: a process does not start .*; raise it"):
+        RewardConfig.model_validate({"model": "m", "execution": {"memory_mb": 63}})
 
 
 @pytest.mark.parametrize(("minibatch_size", "fits"), [(16, True), (8, True), (1, True), (7, False), (32, False)])

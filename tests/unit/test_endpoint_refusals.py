@@ -125,6 +125,14 @@ def test_a_taken_port_is_refused_and_free_again_once_the_actor_stops(tiny, servi
         assert caller.connect_ex(("127.0.0.1", port)) == errno.ECONNREFUSED
 
 
+def test_an_actor_whose_setup_failed_is_closed(tiny):
+    actor = rollout_actor(tiny, free_port())
+    actor.model_path = str(tiny / "nowhere")
+    with pytest.raises((OSError, ValueError), match="nowhere"):
+        actor.setup({})
+    actor.close()
+
+
 def test_only_the_first_of_many_engines_serves(tiny):
     port = free_port()
     actor = rollout_actor(tiny, port)

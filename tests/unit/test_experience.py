@@ -197,6 +197,12 @@ def test_every_part_and_every_failure_is_counted():
     }
 
 
+def test_numbers_beyond_float32_do_not_end_the_run():
+    scores = [Score(total=0.5, parts={"gold/a": number}) for number in (1e200, -1e200)]
+    metrics = score_metrics(scores)
+    assert (metrics["reward/gold/a/mean"], metrics["reward/gold/a/std"]) == (0.0, pytest.approx(1e200))
+
+
 def test_gold_is_ranked_against_the_total_and_its_failures_are_counted_apart():
     totals, golds = [1.0, 2.0, 3.0, None], [0.9, 0.5, None, None]
     failures = [{}, {}, {"gold/g": "error: x"}, {"a": "timeout: y", "gold/g": "error: z"}]

@@ -6,14 +6,15 @@ import shutil
 from pathlib import Path
 
 import pytest
-from tiny import byte_tokenizer, tiny_config, write_tiny_reward_model
+from tiny import byte_tokenizer, tiny_config, write_broken_reward_model, write_tiny_reward_model
 
-from actors.reward import RewardModelActor
+from actors.reward import RewardModelActor, pool_functions
 from actors.reward_training import write_statistics
 from alignment.config import ModelConfig, RewardConfig
 from alignment.data.prompts import make_prompt
 from alignment.scores import score_metrics
 from alignment.types import Rollout
+from rewards.base import load_function, with_defaults
 
 LENGTH = "text:length_between"
 STARTED: list[RewardModelActor] = []
@@ -135,6 +136,27 @@ def test_settings_are_checked_before_anything_is_scored():
         ValueError, match=r"got a setting 'min_word' of text:length_between, .* did you mean 'min_words'"
     ):
         actor_of(functions=[{"name": "text:length_between", "settings": {"min_word": 3}}])
+
+
+def test_a_gold_rule_is_not_one_that_is_trained_on():
+    """A setting that says what is so by default makes no other rule."""
+    trained = {"name": LENGTH, "settings": {"min_words": 1, "max_words": 5}}
+    pool_functions(RewardConfig.model_validate({"functions": [trained], "gold": [{"name": LENGTH}]}))
+    for gold in (trained, {**trained, "part": "other"}):
+        with pytest.raises(ValueError, match=r"reward\.gold: got text:length_between with settings that it has in"):
+            pool_functions(RewardConfig.model_validate({"functions": [trained], "gold": [gold]}))
+    default = {"name": LENGTH, "settings": {"min_words": with_defaults(load_function(LENGTH), {})["min_words"]}}
+    with pytest.raises(
+        ValueError, match=r"expected a rule that is not trained on: .*; remove one of the two, or change"
+    ):
+        pool_functions(RewardConfig.model_validate({"functions": [{"name": LENGTH}], "gold": [default]}))
+
+
+def test_a_model_that_gives_no_finite_score_is_named(tmp_path):
+    good, bad = write_tiny_reward_model(tmp_path / "good"), write_broken_reward_model(tmp_path / "bad")
+    actor = actor_of(model=str(good), ensemble={"models": [str(bad)]})
+    with pytest.raises(ValueError, match=r"reward model '\S*/bad': got nan as the score of 2 of 2 answers, .*: train"):
+        actor.score([rollout("Rest."), rollout("Walk more.")])
 
 
 def other_tokenizer(folder: Path, seed: int) -> Path:

@@ -220,6 +220,13 @@ def test_without_choices_the_prompt_is_read():
     assert score("ibuprofen", choices="A. Aspirin\nB. Ibuprofen") == 1.0
 
 
+def test_a_letter_that_no_choice_has_is_no_gold():
+    assert [score("The answer is Z", "Z", choices) for choices in (["x", "y"], {"A": "x", "B": "y"})] == [None, None]
+    assert score("A and C", "AC", ["x", "y"]) is None
+    assert score("The answer is C", "C", {"A": "x", "C": "y"}) == 1.0
+    assert score("The answer is Z", "Z", None) == 1.0  # nobody knows the options
+
+
 @pytest.mark.parametrize(
     ("text", "options"),
     [

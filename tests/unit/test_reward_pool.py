@@ -19,6 +19,7 @@ HOSTILE = '''
 """What goes wrong in reward functions, each told to by the text of an answer."""
 
 import ctypes
+import json
 import os
 import random
 import signal
@@ -86,7 +87,7 @@ def one(text):
 
 def odd(prompts, responses, **columns):
     kinds = {"nan": float("nan"), "inf": float("-inf"), "bool": True, "text": "1.0", "list": [1.0], "none": None}
-    return [kinds[text] if text in kinds else 10**400 if text == "big" else int(text) for text in responses]
+    return [kinds[text] if text in kinds else 10**400 if text == "big" else float(text) for text in responses]
 
 
 def short(prompts, responses, **columns):
@@ -101,6 +102,46 @@ def telling(prompts, responses, **columns):
     failures = {i: f"shy: {text}" for i, text in enumerate(responses) if text == "no"}
     counts = {"seen_count": float("nan") if "count badly" in responses else len(responses)}
     return Part([None if i in failures else 1.0 for i in range(len(responses))], failures, counts)
+
+
+def fork(prompts, responses, *, how, **columns):
+    """Its child ends when it is told to, or goes on as if it were the function itself."""
+    if not (child := os.fork()):
+        if how[0] == "exit":
+            sys.exit(0)
+        if how[0] == "raise":
+            raise ValueError("of the child")
+        return [999.0] * len(responses)
+    _, status = os.waitpid(child, 0)
+    return [float(text) + os.waitstatus_to_exitcode(status) for text in responses]
+
+
+def speak(prompts, responses, **columns):
+    """Says something more than its answer."""
+    body = json.dumps({"numbers": [999.0] * len(responses), "call": "another"}).encode()
+    channel = int(sys.argv[1])
+    if responses[0] == "speak":
+        os.write(channel, len(body).to_bytes(4, "big") + body)
+    return [float(text) if text != "speak" else 1.0 for text in responses]
+
+
+def mutate(prompts, responses, **columns):
+    responses.clear()
+    return []
+
+
+def grow(prompts, responses, **columns):
+    responses.append("one more")
+    prompts.clear()
+    return [1.0] * len(responses)
+
+
+def reasons(prompts, responses, **columns):
+    return Part([None] * len(responses), {i: text for i, text in enumerate(responses)})
+
+
+def count(prompts, responses, *, name, **columns):
+    return Part([0.5] * len(responses), {}, {name[0]: 777.0})
 
 
 def whole(prompts, responses, *, note, **columns):
@@ -204,12 +245,13 @@ def test_a_daemon_ends_with_the_function_that_left_it(opened, tmp_path):
 
 
 def test_numbers_that_are_none_are_named_one_by_one(opened):
-    part = ask(opened("odd"), ["1", "nan", "inf", "bool", "text", "list", "none", "big", "-2"])
-    assert part.numbers == [1.0, *[None] * 7, -2.0]
+    part = ask(opened("odd"), ["1", "nan", "inf", "bool", "text", "list", "none", "big", "-2", "1e200", "3.4e38"])
+    assert part.numbers == [1.0, *[None] * 7, -2.0, None, 3.4e38]
+    assert part.failures[9] == "invalid: got 1e+200, expected a finite number that float32 can hold, or None"
     assert part.failures[6] == "none: the function gave no number"
     told = [part.failures[i] for i in (1, 2, 3, 4, 5)]
     assert told == [
-        f"invalid: got {shown}, expected a finite number or None"
+        f"invalid: got {shown}, expected a finite number that float32 can hold, or None"
         for shown in ("nan", "-inf", "True", "'1.0'", "[1.0]")
     ]
     assert part.failures[7].startswith("invalid: got 1000")
@@ -310,3 +352,44 @@ def test_a_function_may_give_reasons_and_counts_which_are_added_up(opened, num_w
     bad = pool.score(["q"] * 2, ["a", "count badly"], {}).result()["part"]
     assert bad.numbers == [1.0, None]
     assert bad.failures[1].startswith("invalid: got counts {'seen_count': nan}")
+
+
+@pytest.mark.parametrize(("how", "code"), [("exit", 0), ("raise", 1), ("return", 1)])
+def test_a_child_that_a_function_forked_never_answers(opened, how, code):
+    """The function itself sees how it ended."""
+    pool = opened("fork", samples_per_call=2)
+    for first in (0, 10):
+        responses = [str(first + i) for i in range(4)]
+        assert ask(pool, responses, how=[how] * 4) == Part([first + i + code for i in range(4)], {})
+    assert len(pool._workers) == 1
+
+
+def test_what_is_no_answer_to_the_call_is_never_taken_for_one(opened):
+    """The process that said it is replaced, and the others' answers are their own."""
+    part = ask(opened("speak", samples_per_call=1), ["1", "speak", "2", "3"])
+    assert part.numbers == [1.0, None, 2.0, 3.0]
+    assert part.failures[1].startswith("crash: an answer to another call: the process ended with ")
+
+
+@pytest.mark.parametrize(("name", "got"), [("mutate", 0), ("grow", 2)])
+def test_a_function_that_changes_what_it_is_given_scores_nothing(opened, name, got):
+    part = ask(opened(name), ["1", "2", "3"])
+    assert part.numbers == [None] * 3
+    assert part.failures == dict.fromkeys(range(3), f"invalid: got {got} numbers, expected 1, one per response")
+
+
+def test_a_reason_begins_with_its_kind(opened):
+    part = ask(opened("reasons"), ["shy: no", "lost_it", "my own words", "gold/x:mean: no", "", "Shy: no", "a" * 33])
+    kinds = [part.failures[i].partition(":")[0] for i in range(7)]
+    assert kinds == ["shy", "lost_it", "invalid", "invalid", "none", "invalid", "invalid"]
+    assert part.failures[2] == (
+        "invalid: got the reason 'my own words', expected KIND: WHAT HAPPENED with a KIND of a-z and _"
+    )
+
+
+@pytest.mark.parametrize("name", ["mean", "std", "unscored_count", "clipped_share", "proxy_spearman", "a/mean", ""])
+def test_a_function_does_not_count_under_a_name_that_the_run_measures(opened, name):
+    part = ask(opened("count"), ["1"], name=[name])
+    assert (part.numbers, part.counts) == ([None], {})
+    assert part.failures[0].startswith(f"invalid: got counts {{{name!r}: 777.0}}, expected numbers under names of a-z")
+    assert ask(opened("count"), ["1"], name=["request_count"]) == Part([0.5], {}, {"request_count": 777.0})

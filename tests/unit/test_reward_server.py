@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 from reward_servers import ROOT, Served, reward_server
+from tiny import write_broken_reward_model
 
 from actors.reward import RewardModelActor
 from alignment.config import ModelConfig, RewardConfig
@@ -251,10 +252,13 @@ def test_it_refuses_before_it_loads_anything(arguments, said):
         (["MODEL", "--host", "0.0.0.0"], "--host: got 0.0.0.0 without a token"),
         (["POLICY"], "no weights for ['score.weight']"),
         (["/nowhere"], "reward model '/nowhere': got none that can be loaded"),
+        (["BROKEN"], "broken': got nan as the score of a trial text, expected a finite number"),
     ],
 )
-def test_a_refusal_is_exit_status_2_and_says_what_to_do(tiny, arguments, said):
+def test_a_refusal_is_exit_status_2_and_says_what_to_do(tiny, tmp_path, arguments, said):
     folders = {"MODEL": str(tiny / "reward"), "POLICY": str(tiny / "policy")}
+    if arguments[0] == "BROKEN":
+        folders["BROKEN"] = str(write_broken_reward_model(tmp_path / "broken"))
     command = [sys.executable, "-m", "rewards.serve", "--port", "0", *(folders.get(a, a) for a in arguments)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
