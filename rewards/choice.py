@@ -8,6 +8,7 @@ from functools import lru_cache
 from itertools import islice
 from typing import Any
 
+from rewards.base import only_rows
 from rewards.reading import final_answer, plain
 
 MAX_OPTION_PROMPT = 8_000
@@ -57,6 +58,12 @@ _GOLD = re.compile(r"^\W*([A-Za-z](?:\s*[,、]?\s*[A-Z])*)(?=[.):、,]|\s*$|\s)"
 _SPACES = re.compile(r"[\W_]+")
 
 
+def check_choice(*, prompt: str, answer: Any, choices: Any) -> bool:
+    """Whether a row has letters to compare an answer with."""
+    return bool(_gold(answer, _options(prompt, choices)))
+
+
+@only_rows(check_choice)
 def choice(
     prompts: list[str],
     responses: list[str],
