@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, JsonValue, ValidationError
 from pydantic.fields import FieldInfo
 
 from alignment.config import SourceConfig
@@ -355,8 +355,8 @@ def _annotation_name(annotation: Any) -> str:
         return f"[{', '.join(_annotation_name(part) for part in arguments)}]"
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return f"{{{', '.join(annotation.model_fields)}}}"
-    names = {type(None): "null", str: "text", float: "number", int: "integer", bool: "true|false", Any: "value"}
-    return names[annotation]
+    names = {type(None): "null", str: "text", float: "number", int: "integer", bool: "true|false"}
+    return {**names, Any: "value", JsonValue: "value"}[annotation]
 
 
 def _default_name(default: Any) -> str:

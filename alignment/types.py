@@ -29,6 +29,8 @@ class Prompt:
     """The rendered template up to and including the generation prompt."""
     columns: Mapping[str, Any] = field(default_factory=dict)
     """Every other column of the row, handed to reward functions by name."""
+    where: str = field(default="", compare=False)
+    """`file:line` of its row, for messages; empty where it came from none."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

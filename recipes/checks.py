@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -295,16 +295,20 @@ def check_splitting(model: ModelConfig, cluster: ClusterConfig, adapters: Mappin
         refuse_splitting(role, machines, adapter, dtype=model.dtype)
 
 
-def check_reward_functions(reward: RewardConfig, prompts: Iterable[Prompt]) -> None:
-    """Every function, gold ones too, exists, takes its settings, has the time that they need, and its columns."""
+def check_reward_functions(reward: RewardConfig, prompts: Collection[Prompt]) -> None:
+    """Every function, gold ones too, exists, takes its settings, has the time that they need, its columns and rows."""
     from actors.reward import pool_functions
     from alignment.config.reward import GOLD
-    from rewards.base import check_columns, load_function
+    from rewards.base import check_columns, check_rows, load_function
 
     columns = {name for prompt in prompts for name in prompt.columns}
     for part, function in pool_functions(reward).items():
-        key = "reward.gold" if part.startswith(GOLD) else "reward.functions"
-        check_columns(function.name, load_function(function.name), columns, function.settings, key=key)
+        is_gold = part.startswith(GOLD)
+        key, limit = ("reward.gold", 1.0) if is_gold else ("reward.functions", reward.max_unscorable)
+        loaded = load_function(function.name)
+        check_columns(function.name, loaded, columns, function.settings, key=key)
+        rows = ((one.where or f"prompt {one.id}", one.messages[-1]["content"], one.columns) for one in prompts)
+        check_rows(function.name, loaded, rows, function.settings, max_unscorable=limit, key=key)
 
 
 def upstream_of(path: str) -> str | None:

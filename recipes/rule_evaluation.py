@@ -52,7 +52,8 @@ class RuleEvaluation:
             np.array([int(digest(prompt.id), 16) for prompt in every], np.uint64), config.num_prompts
         )
         self.prompts = [prompt for prompt, is_out in zip(every, out, strict=True) if is_out]
-        self.reward = RewardConfig(functions=config.functions, execution=config.execution)
+        # Answers that a rule cannot score are left out of its mean, however many.
+        self.reward = RewardConfig(functions=config.functions, execution=config.execution, max_unscorable=1.0)
         checks.check_reward_functions(self.reward, self.prompts)
 
     def answers(self, policy: FineTunedHandle) -> HeldOut:

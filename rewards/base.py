@@ -12,12 +12,14 @@ Each response is scored for itself: answers are handed over in portions, and one
 
 from __future__ import annotations
 
+import ast
 import difflib
 import importlib
 import inspect
 import json
 import pkgutil
-from collections.abc import Callable, Collection, Mapping, Sequence
+import sys
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
 from pathlib import Path
@@ -71,15 +73,23 @@ def load_function(name: str) -> RewardFunction:
     module_name, colon, function_name = name.partition(":")
     modules = sorted(m.name for m in pkgutil.iter_modules([str(Path(__file__).parent)]) if m.name not in NO_REWARDS)
     if not colon or not function_name:
-        raise ValueError(f"reward function: got {name!r}, expected MODULE:FUNCTION such as text:finished_sentence")
+        raise ValueError(
+            f"reward function: got {name!r}, expected MODULE:FUNCTION such as text:finished_sentence; put the module "
+            "below rewards/ that has the function in front of it"
+        )
     if module_name not in modules:
-        raise ValueError(f"reward function: got module {module_name!r}, {_choice(module_name, modules)}")
+        raise ValueError(
+            f"reward function: got module {module_name!r}, {_choice(module_name, _with_rewards(modules))}"
+        )
     module = importlib.import_module(f"rewards.{module_name}")
     functions = {
         key: value
         for key, value in inspect.getmembers(module, inspect.isfunction)
         if value.__module__ == module.__name__ and _takes_texts(value)
     }
+    if not functions:
+        known = _choice(module_name, _with_rewards(modules))
+        raise ValueError(f"reward function: got module {module_name!r}, which has no reward functions, {known}")
     if function_name not in functions:
         raise ValueError(
             f"reward function: got {function_name!r} in rewards.{module_name}, {_choice(function_name, functions)}"
@@ -98,6 +108,21 @@ def only_where(check: Callable[..., object]) -> Callable[[Function], Function]:
 
     def mark(function: Function) -> Function:
         vars(function)["check"] = check
+        return function
+
+    return mark
+
+
+def only_rows(check: Callable[..., object]) -> Callable[[Function], Function]:
+    """Let `check(**values)` look at every row before a run starts: it refuses what the function would refuse, and
+    returns False for a row of which no answer could have a score.
+
+    Its parameters are columns and settings of the function by name, None for a column that the row does not have, and
+    `prompt`, the text that an answer answers.
+    """
+
+    def mark(function: Function) -> Function:
+        vars(function)["row"] = check
         return function
 
     return mark
@@ -132,7 +157,8 @@ def check_settings(
     `key`: of the config that names the function.
 
     Raises:
-        ValueError: an unknown setting, one that is given by every call, a wrong type, or what the check refuses.
+        ValueError: an unknown setting, one that is given by every call, a wrong type, a number that is not finite, or
+            what the check refuses.
     """
     from pydantic import TypeAdapter, ValidationError  # which the processes that run the functions do without
 
@@ -143,9 +169,18 @@ def check_settings(
             known = sorted(set(own) - set(SAMPLED))
             expected = _choice(setting, known) if known else "expected none: it has no settings; remove it"
             raise ValueError(f"{key}: got a setting {setting!r} of {name}, {expected}")
+        if not _is_finite(value):
+            raise ValueError(
+                f"{key}: got {setting}: {value!r} as a setting of {name}, expected finite numbers; correct it"
+            )
         try:
             TypeAdapter(hints.get(setting, Any)).validate_json(json.dumps(value), strict=True)
         except ValidationError as error:
+            if _takes_column(own[setting]):
+                raise ValueError(
+                    f"{key}: got {setting}: {value!r} as a setting of {name}, expected a column {setting!r} in the "
+                    "data, which has one value per row; remove the setting and give the rows that column"
+                ) from None
             raise ValueError(
                 f"{key}: got {setting}: {value!r} as a setting of {name}, expected "
                 f"{inspect.formatannotation(hints[setting])} ({error.errors()[0]['msg']}); correct it"
@@ -154,7 +189,10 @@ def check_settings(
         taken = inspect.signature(check).parameters
         everything = any(p.kind is p.VAR_KEYWORD for p in taken.values())
         whole = with_defaults(function, settings)
-        check(**{setting: value for setting, value in whole.items() if everything or setting in taken})
+        try:
+            check(**{setting: value for setting, value in whole.items() if everything or setting in taken})
+        except ValueError as error:
+            raise ValueError(f"{key}: {name}: {error}") from error
 
 
 def check_time_limit(
@@ -225,11 +263,51 @@ def check_columns(
                 f"{key}: got {name} for data with the columns {sorted(columns)}, expected column "
                 f"{parameter.name!r}, which it compares answers with; add that column, or choose another function"
             )
-        if parameter.default not in (parameter.empty, None) and parameter.name in columns:
+        if not _takes_column(parameter) and parameter.name in columns:
             raise ValueError(
                 f"{key}: got a column {parameter.name!r} in the data, expected none of that name: it is a "
                 f"setting of {name}, {parameter.default!r} by default; rename the column"
             )
+
+
+def check_rows(
+    name: str,
+    function: Callable[..., Any],
+    rows: Iterable[tuple[str, str, Mapping[str, Any]]],
+    settings: Mapping[str, Any],
+    *,
+    max_unscorable: float,
+    key: str = "reward.functions",
+) -> None:
+    """Refuse rows by which the function `name` would fail, and too many of which no answer could have a score.
+
+    Args:
+        rows: where each stands, for messages; its prompt; its columns.
+        max_unscorable: share of the rows that may have no score.
+        key: of the config that names the function.
+
+    Raises:
+        ValueError: naming the first such row.
+    """
+    check = getattr(function, "row", None)
+    if check is None:
+        return
+    whole, without, count = with_defaults(function, settings), [], 0
+    for where, prompt, columns in rows:
+        count += 1
+        values = {"prompt": prompt, **columns, **whole}
+        try:
+            if check(**{wanted: values.get(wanted) for wanted in inspect.signature(check).parameters}) is False:
+                without.append(where)
+        except ValueError as error:
+            raise ValueError(f"{where}: {key}: {name}: {error}") from error
+    if len(without) > max_unscorable * count:
+        needed = " or ".join(repr(p.name) for p in _own_parameters(function) if p.default is p.empty)
+        raise ValueError(
+            f"{without[0]}: {key}: got {len(without)} of {count} rows, this one first, without {needed} that {name} "
+            f"can compare an answer with, expected at most {max_unscorable:.0%}; mend or remove them, or raise "
+            "reward.max_unscorable"
+        )
 
 
 def refuse_reserved(columns: Collection[str]) -> None:
@@ -252,6 +330,29 @@ def _own_parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
     """Those beside the prompts, the responses and `**columns`."""
     named = list(inspect.signature(function).parameters.values())[2:]
     return [p for p in named if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+
+
+def _takes_column(parameter: inspect.Parameter) -> bool:
+    return parameter.default is parameter.empty or parameter.default is None
+
+
+def _is_finite(value: Any) -> bool:
+    """Whether all numbers in a value of JSON are finite floats, or integers no larger than those."""
+    if isinstance(value, int | float):
+        return abs(value) <= sys.float_info.max
+    inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+    return all(map(_is_finite, inner))
+
+
+def _with_rewards(modules: Iterable[str]) -> list[str]:
+    """Those that have reward functions, read and not imported: some need packages that are not installed."""
+    there = []
+    for module in modules:
+        tree = ast.parse(Path(__file__).with_name(f"{module}.py").read_text(encoding="utf-8"))
+        functions = (one for one in tree.body if isinstance(one, ast.FunctionDef))
+        if any([arg.arg for arg in one.args.args[:2]] == ["prompts", "responses"] for one in functions):
+            there.append(module)
+    return there
 
 
 def _takes_texts(function: Callable[..., Any]) -> bool:

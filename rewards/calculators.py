@@ -15,7 +15,8 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import Any
 
-from rewards.numbers import as_quantity, final_number
+from rewards.base import only_where
+from rewards.numbers import as_quantity, check_tolerance, final_number
 from rewards.quantities import numbers_in
 from rewards.reading import plain
 
@@ -26,6 +27,14 @@ MAX_EQUATIONS = 8
 """And four more for each step."""
 
 
+def check_credit(*, partial: float, relative_tolerance: float) -> None:
+    """Raises ValueError for credit that is no share, or a tolerance below 0."""
+    if not 0 <= partial <= 1:
+        raise ValueError(f"got partial {partial:g}, expected a share of a right answer, from 0 to 1; correct it")
+    check_tolerance(relative_tolerance=relative_tolerance)
+
+
+@only_where(check_credit)
 def calculated(
     prompts: list[str],
     responses: list[str],

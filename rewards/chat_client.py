@@ -17,6 +17,11 @@ from rewards.transport import BadAnswerError, JsonClient, RefusedError
 
 log = logging.getLogger(__name__)
 
+OWN = frozenset(
+    {"model", "messages", "temperature", "max_tokens", "seed", "response_format", "n", "stream", "stream_options"}
+)
+"""Keys of a request's body that the client sets, or whose other values it could not read the answer of."""
+
 Messages = Sequence[Mapping[str, str]]
 
 
@@ -109,7 +114,15 @@ class ChatClient:
             json_schema: whether the endpoint can hold replies to a schema; None finds out.
             extra: more of the request's body, e.g. `{"chat_template_kwargs": {"enable_thinking": False}}`.
             connection: settings of `rewards.transport.JsonClient`.
+
+        Raises:
+            ValueError: a key in `extra` that is the client's own, or a setting that cannot be.
         """
+        if taken := sorted(OWN & set(extra or {})):
+            raise ValueError(
+                f"judge: got extra with {', '.join(taken)}, expected none of {', '.join(sorted(OWN))}: the client "
+                "sets what it sends of them; remove it, or use the setting of that name"
+            )
         self._client = JsonClient(f"{url.rstrip('/')}/chat/completions", **connection)
         self._model, self._temperature, self._max_tokens = model, temperature, max_tokens
         self._can_constrain, self._extra = json_schema, dict(extra or {})

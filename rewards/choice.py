@@ -9,6 +9,7 @@ from itertools import islice
 from string import ascii_uppercase
 from typing import Any
 
+from rewards.base import only_rows
 from rewards.reading import final_answer, plain
 
 MAX_OPTION_PROMPT = 8_000
@@ -58,6 +59,12 @@ _GOLD = re.compile(r"^\W*([A-Za-z](?:\s*[,、]?\s*[A-Z])*)(?=[.):、,]|\s*$|\s)"
 _SPACES = re.compile(r"[\W_]+")
 
 
+def check_choice(*, prompt: str, answer: Any, choices: Any) -> bool:
+    """Whether a row has letters to compare an answer with."""
+    return bool(_gold(answer, _options(prompt, choices)))
+
+
+@only_rows(check_choice)
 def choice(
     prompts: list[str],
     responses: list[str],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import ssl
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,6 +17,17 @@ def connection(*, token_file: str, ca_file: str, **settings: Any) -> dict[str, A
     """
     # Workers that are turned away together do not come back together.
     return {"token_file": token_file or None, "ca_file": ca_file or None, "seed": os.getpid(), **settings}
+
+
+def trust(ca_file: str | None) -> ssl.SSLContext:
+    """Whose certificates are taken: those of a file, or the system's. Raises ValueError for a file without any."""
+    try:
+        return ssl.create_default_context(cafile=ca_file)
+    except OSError as error:
+        raise ValueError(
+            f"remote.ca_file: got {ca_file!r} ({type(error).__name__}), expected a file of certificates in PEM "
+            "format; correct the path, or the file"
+        ) from error
 
 
 def settings_of(function: Callable[..., Any], values: Mapping[str, Any]) -> dict[str, Any]:

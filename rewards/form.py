@@ -11,16 +11,27 @@ from typing import Any
 from jsonschema import Draft202012Validator, exceptions, validators
 from referencing import Registry
 
+from rewards.base import only_rows, only_where
 from rewards.patterns import MAX_CHARS, bounded
 from rewards.reading import final_answer
 
 MAX_JSON_CHARS = 100_000
+LANGUAGES = ("zh", "en")
+"""Those that an answer can be told to be in."""
 _FENCED = re.compile(r"\s*```(?i:json)?[ \t]*\n(.*)```\s*\Z", re.S)
 _HAN = bytes(range(0xE4, 0xEA))
 """First bytes, in UTF-8, of U+4000 to U+9FFF: Chinese characters and little else."""
 _BLANKED = bytes(code if chr(code).isalpha() and code < 128 else 32 for code in range(256))
 
 
+def check_pattern(*, pattern: Any, whole: bool) -> bool:
+    """Whether a row has a pattern. Raises ValueError for one that `matches` refuses or that is no text."""
+    if pattern is not None and not isinstance(pattern, str):
+        raise ValueError(f"pattern: got {pattern!r}, expected the text of a regular expression; correct the row")
+    return bool(pattern) and bool(bounded(pattern, anchored=whole))
+
+
+@only_rows(check_pattern)
 def matches(
     prompts: list[str],
     responses: list[str],
@@ -54,6 +65,13 @@ def matches(
     return scores
 
 
+def check_schema(*, json_schema: Any) -> None:
+    """Raises ValueError for a schema that `valid_json` refuses."""
+    if json_schema is not None:
+        _validator(_schema_text(json_schema))
+
+
+@only_rows(check_schema)
 def valid_json(
     prompts: list[str], responses: list[str], *, json_schema: list[Any] | None = None, **columns: Any
 ) -> list[float | None]:
@@ -73,6 +91,13 @@ def valid_json(
     return [_json_score(response, schema) for response, schema in zip(responses, schemas, strict=True)]
 
 
+def check_tags(*, tags: Sequence[str]) -> None:
+    """Raises ValueError for no tags, an empty one, or one twice, which no answer can have once."""
+    if not tags or not all(tags) or len(set(tags)) < len(tags):
+        raise ValueError(f"got tags {list(tags)}, expected one or more names, each once; correct them")
+
+
+@only_where(check_tags)
 def tagged_sections(
     prompts: list[str], responses: list[str], *, tags: Sequence[str] = ("think", "answer"), **columns: Any
 ) -> list[float | None]:
@@ -83,6 +108,16 @@ def tagged_sections(
     return [_sections_score(response, tags) for response in responses]
 
 
+def check_language(*, default_language: str) -> None:
+    """Raises ValueError for a language that cannot be told."""
+    if _language(default_language) not in LANGUAGES:
+        raise ValueError(
+            f"got default_language {default_language!r}, expected one of {', '.join(LANGUAGES)}, which alone can be "
+            "told; choose one of them"
+        )
+
+
+@only_where(check_language)
 def in_language(
     prompts: list[str],
     responses: list[str],
@@ -101,12 +136,16 @@ def in_language(
     """
     scores: list[float | None] = []
     for response, wanted in zip(responses, language or [None] * len(responses), strict=True):
-        name = str(default_language if wanted is None else wanted).lower().partition("-")[0]
+        name = _language(default_language if wanted is None else wanted)
         share = chinese_share(final_answer(response))
-        scores.append({"zh": share, "en": 1 - share}[name] if name in ("zh", "en") and share is not None else None)
-        if share is None and name in ("zh", "en"):
+        scores.append({"zh": share, "en": 1 - share}[name] if name in LANGUAGES and share is not None else None)
+        if share is None and name in LANGUAGES:
             scores[-1] = 0.0
     return scores
+
+
+def _language(given: Any) -> str:
+    return str(given).lower().partition("-")[0]
 
 
 def chinese_share(text: str) -> float | None:
@@ -118,7 +157,7 @@ def chinese_share(text: str) -> float | None:
 
 
 def _json_score(response: str, schema: Any) -> float:
-    given = _validator(schema if isinstance(schema, str) else json.dumps(schema)) if schema is not None else None
+    given = _validator(_schema_text(schema)) if schema is not None else None
     try:
         value = parse_json(response)
     except ValueError:
@@ -132,6 +171,10 @@ def _json_score(response: str, schema: Any) -> float:
         return 1.0 if validator.is_valid(value) else 0.5
     except (RecursionError, OverflowError):  # nested, or with a number, beyond what can be checked
         return 0.5
+
+
+def _schema_text(schema: Any) -> str:
+    return schema if isinstance(schema, str) else json.dumps(schema)
 
 
 def parse_json(response: str) -> Any:

@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from rewards.base import only_rows
 from rewards.form import chinese_share, parse_json
 from rewards.reading import plain
 
@@ -32,6 +33,15 @@ _OPENING, _CLOSING = "\"'“「『", "\"'”」』"
 Check = Callable[..., bool]
 
 
+def check_instructions(*, instruction_id_list: Any, kwargs: Any) -> bool:
+    """Whether a row has instructions. Raises ValueError for those that cannot be checked."""
+    wanted = _row(instruction_id_list, kwargs)
+    for name, options in wanted:
+        _met(name, "a word", options)
+    return bool(wanted)
+
+
+@only_rows(check_instructions)
 def instructions_met(
     prompts: list[str], responses: list[str], *, instruction_id_list: list[Any], kwargs: list[Any], **columns: Any
 ) -> list[float | None]:
@@ -50,6 +60,7 @@ def instructions_met(
     return _scores(responses, instruction_id_list, kwargs, lambda met: sum(met) / len(met))
 
 
+@only_rows(check_instructions)
 def all_instructions_met(
     prompts: list[str], responses: list[str], *, instruction_id_list: list[Any], kwargs: list[Any], **columns: Any
 ) -> list[float | None]:
@@ -71,17 +82,23 @@ def _row(ids: Any, given: Any) -> list[tuple[str, dict[str, Any]]]:
     """Name and settings of each instruction of a row."""
     if not ids:
         return []
+    if isinstance(ids, str) or not isinstance(ids, Sequence):
+        raise ValueError(f"instruction_id_list: got {ids!r}, expected a list of names; correct the row")
     settings = given if given is not None else [{}] * len(ids)
-    if isinstance(ids, str) or not isinstance(settings, Sequence) or len(settings) != len(ids):
+    if not isinstance(settings, Sequence) or len(settings) != len(ids) or not all(map(_are_settings, settings)):
         raise ValueError(
             f"kwargs: got {str(settings)[:100]} for {ids}, expected a mapping for each of its instructions; correct it"
         )
     wanted = []
     for name, options in zip(ids, settings, strict=True):
-        if name not in CHECKS:
+        if not isinstance(name, str) or name not in CHECKS:
             raise ValueError(f"instruction_id_list: got {name!r}, expected one of {sorted(CHECKS)}; correct the row")
         wanted.append((name, {key: value for key, value in (options or {}).items() if value is not None}))
     return wanted
+
+
+def _are_settings(options: Any) -> bool:
+    return options is None or isinstance(options, Mapping)
 
 
 def _met(name: str, text: str, options: Mapping[str, Any]) -> bool:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import functools
 import json
-import os
+import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -181,14 +181,20 @@ def make_judge(
 
 
 def check_judge(*, cache: str, **settings: Any) -> None:
-    """What `make_judge` refuses, and a cache that cannot be written; makes no folder."""
+    """What `make_judge` refuses, and a cache that cannot be written; leaves no folder."""
     make_judge(cache="", **settings)
+    if not cache:
+        return
     folder = Path(cache).expanduser()
     there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    if cache and not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+    try:
+        with tempfile.TemporaryDirectory(dir=there):  # modes do not tell of all that cannot be written to
+            pass
+    except OSError as error:
         raise ValueError(
-            f"judge.cache: got {cache!r}, and {there} is no folder that can be written to, expected one; correct it"
-        )
+            f"judge.cache: got {cache!r}, and {there} is no folder that can be written to ({error.strerror}), "
+            "expected one; correct it"
+        ) from error
 
 
 @functools.cache

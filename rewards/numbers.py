@@ -9,6 +9,7 @@ from functools import lru_cache
 from numbers import Rational, Real
 from typing import Any
 
+from rewards.base import only_where
 from rewards.quantities import Quantity, parse_quantity, stated_quantities
 from rewards.reading import final_answer, plain
 from rewards.units import SHARE, Unit, convert, unit
@@ -46,6 +47,13 @@ class Gold:
         return (self.lower is None or value >= self.lower) and (self.upper is None or value <= self.upper)
 
 
+def check_tolerance(*, relative_tolerance: float) -> None:
+    """Raises ValueError for one below 0."""
+    if relative_tolerance < 0:
+        raise ValueError(f"got relative_tolerance {relative_tolerance:g}, expected 0 or more; raise it")
+
+
+@only_where(check_tolerance)
 def final_number(
     prompts: list[str],
     responses: list[str],
@@ -88,6 +96,13 @@ def final_number(
     return scores
 
 
+def check_reach(*, reach: float) -> None:
+    """Raises ValueError for one that is not above 0."""
+    if not reach > 0:
+        raise ValueError(f"reach: got {reach}, expected a number above 0; set it to 0.25, say")
+
+
+@only_where(check_reach)
 def near_number(
     prompts: list[str],
     responses: list[str],
@@ -109,8 +124,7 @@ def near_number(
     Returns:
         None where the row has no number to compare with.
     """
-    if not reach > 0:
-        raise ValueError(f"reach: got {reach}, expected a number above 0; set it to 0.25, say")
+    check_reach(reach=reach)
     scores: list[float | None] = []
     for response, value, named in zip(responses, answer, unit or [None] * len(answer), strict=True):
         gold = read_gold(value, None, None, None, named, relative_tolerance=0.0)

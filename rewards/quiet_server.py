@@ -9,6 +9,10 @@ if TYPE_CHECKING:
     import uvicorn
 
 
+MAX_CONNECTIONS = 1024
+"""At a time: where so many are open, a request is answered 503."""
+
+
 def missing_packages() -> list[str]:
     """Those of the extra `serve` that are not installed."""
     return [name for name in ("fastapi", "uvicorn") if importlib.util.find_spec(name) is None]
@@ -35,6 +39,7 @@ def quiet_config(
         log_level=log_level,
         access_log=False,
         server_header=False,
+        limit_concurrency=MAX_CONNECTIONS,
         timeout_graceful_shutdown=grace,
         ssl_certfile=certificate,
         ssl_keyfile=key,

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from rewards.base import only_where
+from rewards.base import only_rows, only_where
 
 JAIL = Path(__file__).with_name("jail.py")
 GRACE = 10.0
@@ -108,6 +108,14 @@ def check_sandbox(*, time_limit: float = 5.0, memory_mb: int = 256, processes: i
         raise ValueError(f"sandbox: got a trial program that says {said!r}, expected {CONTAINED.strip()!r}; {remedy}")
 
 
+def check_tests(*, tests: Any) -> bool:
+    """Whether a row has tests. Raises ValueError for one of another form."""
+    if tests is not None and not isinstance(tests, list | tuple):
+        raise ValueError(f"tests: got {str(tests)[:200]!r}, expected a list of tests; correct the row")
+    return bool([read_test(one) for one in tests or ()])
+
+
+@only_rows(check_tests)
 @only_where(check_sandbox)
 def passes_tests(
     prompts: list[str],

@@ -18,9 +18,7 @@ def require_vader() -> None:
         ValueError: the package is not installed.
     """
     if importlib.util.find_spec("vaderSentiment") is None:
-        raise ValueError(
-            "sentiment:vader: got no package vaderSentiment, expected it installed; pip install 'raylign[sentiment]'"
-        )
+        raise ValueError("got no package vaderSentiment, expected it installed; pip install 'raylign[sentiment]'")
 
 
 @only_where(require_vader)

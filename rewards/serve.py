@@ -13,6 +13,7 @@ import logging
 import math
 import signal
 import socket
+import ssl
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,6 +31,7 @@ GRACE = 30
 """Seconds that requests under way get when the server stops."""
 BACKLOG = 1024
 """Connections that the kernel keeps for a busy server."""
+MAX_PORT = 65535
 BATCH_TOKENS = {"cpu": 384, "other": 2048}
 """Enough that reading the weights costs little beside the products; more would leave a processor's caches."""
 
@@ -70,8 +72,8 @@ def check_arguments(arguments: argparse.Namespace) -> str | None:
     """The token to ask for, if any.
 
     Raises:
-        ValueError: an address that others reach without a token, half of what TLS needs, a missing package, or a
-            number that cannot be.
+        ValueError: an address that others reach without a token, half of what TLS needs, or what it cannot use, a
+            missing package, a model folder or a device that is not there, or a number that cannot be.
     """
     if missing := missing_packages():
         raise ValueError(
@@ -86,20 +88,62 @@ def check_arguments(arguments: argparse.Namespace) -> str | None:
         )
     if (arguments.tls_cert is None) != (arguments.tls_key is None):
         raise ValueError("--tls-cert, --tls-key: got one of them, expected both or none; add the other")
-    for option, path in (("--tls-cert", arguments.tls_cert), ("--tls-key", arguments.tls_key)):
-        if path is not None and not Path(path).is_file():
-            raise ValueError(f"{option}: got {path!r}, expected a file in PEM format; correct the path")
+    if arguments.tls_cert is not None:
+        check_tls(arguments.tls_cert, arguments.tls_key)
+    check_numbers(arguments)
+    check_model(arguments.model)
+    check_device(arguments.device)
+    return token
+
+
+def check_numbers(arguments: argparse.Namespace) -> None:
+    """Raises ValueError for a number that cannot be."""
+    if not 0 <= arguments.port <= MAX_PORT:
+        raise ValueError(f"--port: got {arguments.port}, expected 0 to {MAX_PORT}; choose one of them")
     numbers = ("max_batch_rows", "max_batch_tokens", "max_waiting", "max_responses", "max_body_mb")
-    if low := [name for name in numbers if (number := getattr(arguments, name)) is not None and number <= 0]:
-        raise ValueError(f"--{low[0].replace('_', '-')}: got {getattr(arguments, low[0])}, expected more than 0")
+    for name in numbers:
+        number = getattr(arguments, name)
+        if number is not None and not 0 < number < math.inf:
+            raise ValueError(f"--{name.replace('_', '-')}: got {number}, expected more than 0 and finite; correct it")
     if arguments.max_responses > arguments.max_waiting:
         raise ValueError(
             f"--max-waiting: got {arguments.max_waiting} with --max-responses {arguments.max_responses}, expected at "
             "least as many: a full request would never be taken; raise it"
         )
-    if arguments.max_wait_ms < 0:
-        raise ValueError(f"--max-wait-ms: got {arguments.max_wait_ms:g}, expected 0 or more; raise it")
-    return token
+    if not 0 <= arguments.max_wait_ms < math.inf:
+        raise ValueError(f"--max-wait-ms: got {arguments.max_wait_ms:g}, expected 0 or more and finite; correct it")
+
+
+def check_tls(certificate: str, key: str) -> None:
+    """Raises ValueError for files that cannot be read, or that do not belong together."""
+    for option, path in (("--tls-cert", certificate), ("--tls-key", key)):
+        if not Path(path).is_file():
+            raise ValueError(f"{option}: got {path!r}, expected a file in PEM format; correct the path")
+    try:
+        # The empty password keeps a key that has one from asking at the terminal.
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, password="")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "reason", None) or type(error).__name__
+        raise ValueError(
+            f"--tls-cert, --tls-key: got {certificate!r} and {key!r} ({reason}), expected a certificate and its "
+            "private key, both in PEM format and without password; correct them"
+        ) from error
+
+
+def check_model(path: str) -> None:
+    """Raises ValueError for what can be no hub name and is no folder."""
+    there = Path(path)
+    if not there.is_dir() and (there.exists() or path.startswith((".", "/", "~")) or path.count("/") > 1):
+        raise ValueError(f"model: got {path!r}, expected a model folder; correct the path, or give a hub name")
+
+
+def check_device(name: str) -> None:
+    """Raises ValueError for one that is not on this machine."""
+    import torch
+
+    there = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0))]
+    if name not in there and not (name == "cuda" and len(there) > 1):
+        raise ValueError(f"--device: got {name!r}, expected one of {', '.join(there)}, which are here; choose another")
 
 
 def bind(host: str, port: int) -> socket.socket:

@@ -20,6 +20,7 @@ from starlette.requests import ClientDisconnect
 from rewards.admission import Admission, RefusalError, refuse
 from rewards.batcher import Batcher, BusyError
 from rewards.serve_metrics import ServeMetrics
+from rewards.transport import strict_json
 
 log = logging.getLogger(__name__)
 
@@ -83,8 +84,12 @@ class RewardService:
     def _parse(self, data: bytes) -> ScoreBody:
         try:
             body = ScoreBody.model_validate_json(data)
+            strict_json(data.decode())
         except ValidationError as fault:
             raise RefusalError(400, "bad_body", explain(fault)) from None
+        except (ValueError, RecursionError):
+            message = "body: expected JSON without NaN, infinity or a key twice; correct it"
+            raise RefusalError(400, "bad_body", message) from None
         count, most = len(body.responses), self.limits.responses
         lengths = {"prompts": len(body.prompts), **{f"columns.{k}": len(v) for k, v in body.columns.items()}}
         for name, length in lengths.items():

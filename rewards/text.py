@@ -6,6 +6,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from rewards.base import only_where
+
 _WORD = re.compile(r"[^\W_\u3400-\u9fff]+(?:['’-][^\W_\u3400-\u9fff]+)*|[\u3400-\u9fff]")
 _FINISHED = re.compile(r"[.!?。！？…][\"'”’)\]）」』*]*$")
 _REFUSALS = re.compile(
@@ -35,6 +37,16 @@ def finished_sentence(prompts: list[str], responses: list[str], **columns: Any) 
     return [float(bool(words(r)) and bool(_FINISHED.search(r.rstrip()))) for r in responses]
 
 
+def check_lengths(*, min_words: int, max_words: int) -> None:
+    """Raises ValueError for limits that leave no room."""
+    if not 0 <= min_words <= max_words or max_words < 1:
+        raise ValueError(
+            f"got min_words {min_words} and max_words {max_words}, expected 0 <= min_words <= max_words and max_words "
+            "of 1 or more; correct them"
+        )
+
+
+@only_where(check_lengths)
 def length_between(
     prompts: list[str], responses: list[str], *, min_words: int = 15, max_words: int = 60, **columns: Any
 ) -> list[float | None]:

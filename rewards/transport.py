@@ -29,6 +29,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
+from rewards.connection import trust
+
 log = logging.getLogger(__name__)
 
 PASSING = frozenset({408, 429})
@@ -125,8 +127,7 @@ class JsonClient:
                 f"max_answer_bytes {max_answer_bytes}, expected a time-out and a size above 0 and nothing negative; "
                 "correct them"
             )
-        if ca_file is not None and not Path(ca_file).is_file():
-            raise ValueError(f"remote.ca_file: got {ca_file!r}, expected a file of certificates; correct the path")
+        trust(ca_file)
         self._token_env, self._token_file, self._ca_file = token_env, token_file, ca_file
         self._timeout, self._retries, self._backoff, self._max_wait = timeout, retries, backoff, max_wait
         self._max_answer_bytes = max_answer_bytes
@@ -226,8 +227,7 @@ class JsonClient:
         host, port = self._parts.hostname or "", self._parts.port
         if self._parts.scheme == "http":
             return http.client.HTTPConnection(host, port, timeout=self._timeout)
-        context = ssl.create_default_context(cafile=self._ca_file)
-        return http.client.HTTPSConnection(host, port, timeout=self._timeout, context=context)
+        return http.client.HTTPSConnection(host, port, timeout=self._timeout, context=trust(self._ca_file))
 
     def _check_status(self, response: http.client.HTTPResponse) -> None:
         status = response.status

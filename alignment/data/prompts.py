@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -117,6 +118,6 @@ def _prompt(row: Row, config: PromptDataConfig, tokenizer: PreTrainedTokenizerBa
         if config.system_prompt is not None and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": config.system_prompt}, *messages]
         columns = {name: inner for name, inner in row.values.items() if name != config.prompt_key}
-        return make_prompt(tokenizer, messages, columns)
+        return replace(make_prompt(tokenizer, messages, columns), where=row.where)
     except ValueError as error:
         raise ValueError(f"{row.where}: {config.prompt_key!r}: {error}") from error

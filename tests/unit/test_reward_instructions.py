@@ -150,7 +150,7 @@ def test_a_row_without_instructions_is_not_scored(ids):
         (["keywords:existence"], [{"keywords": "rest"}], "expected its settings"),
         (["keywords:forbidden_words"], [{"forbidden_words": "rest"}], "expected its settings"),
         (["keywords:existence"], [], "expected a mapping for each"),
-        ("keywords:existence", [{}], "expected a mapping for each"),
+        ("keywords:existence", [{}], "expected a list of names"),
         (["keywords:frequency"], [{"keyword": "x", "frequency": 1, "relation": "about"}], "got relation 'about'"),
         (["language:response_language"], [{"language": "fr"}], "got language 'fr'"),
     ],

@@ -15,12 +15,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import uvicorn
 from reward_servers import ROOT, Served, reward_server
 from tiny import write_broken_reward_model
 
 from actors.reward import RewardModelActor
 from alignment.config import ModelConfig, RewardConfig
 from alignment.types import Prompt, Rollout
+from rewards import quiet_server
 from rewards.remote import RemoteReward
 from rewards.serve import check_arguments, parse_arguments
 from rewards.transport import RefusedError, UnavailableError
@@ -141,6 +143,11 @@ def test_nobody_is_served_without_the_token(served, token):
     ("body", "status", "said"),
     [
         (b"{not json", 400, "valid JSON"),
+        (b'{"prompts": ["a"], "responses": ["b"], "responses": ["c"]}', 400, "a key twice; correct it"),
+        (b'{"prompts": ["a"], "responses": ["b"], "columns": {"t": [NaN]}}', 400, "JSON without NaN"),
+        (b'{"prompts": ["\\ud800"], "responses": ["b"]}', 400, "valid JSON"),
+        (b"[" * 100_000, 400, "valid JSON"),
+        (b"\xff", 400, "valid JSON"),
         ([], 400, "two lists of texts"),
         ({"prompts": ["a"]}, 400, "responses: expected"),
         ({"prompts": ["a"], "responses": [1]}, 400, "responses.0: expected"),
@@ -228,6 +235,29 @@ def test_it_listens_on_loopback_alone(served):
         assert caller.connect_ex(("127.0.0.2", port)) != 0
 
 
+def test_connections_are_bounded(monkeypatch):
+    monkeypatch.setattr(quiet_server, "MAX_CONNECTIONS", 3)
+
+    async def app(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"0")]})
+        await send({"type": "http.response.body", "body": b""})
+
+    server = uvicorn.Server(quiet_server.quiet_config(app, grace=1, log_level="critical"))
+    listening = socket.create_server(("127.0.0.1", 0))
+    url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+    running = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+    running.start()
+    try:
+        assert ask(url, {})[0] == 200
+        with socket.create_connection(listening.getsockname()) as one, socket.create_connection(one.getpeername()):
+            one.sendall(b"POST / HTTP/1.1\r\n")
+            assert ask(url, {})[0] == 503
+    finally:
+        server.should_exit = True
+        running.join(timeout=60)
+    assert not running.is_alive()
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -236,8 +266,16 @@ def test_it_listens_on_loopback_alone(served):
         (["--token-env", "NOT_SET"], "environment variable NOT_SET: got nothing"),
         (["--tls-cert", "x"], "expected both or none"),
         (["--tls-cert", "/x", "--tls-key", "/y"], "--tls-cert: got '/x', expected a file"),
-        (["--max-batch-rows", "0"], "--max-batch-rows: got 0"),
+        (["--max-batch-rows", "0"], "--max-batch-rows: got 0, expected more than 0 and finite; correct it"),
+        (["--max-body-mb", "nan"], "--max-body-mb: got nan, expected more than 0 and finite"),
+        (["--max-body-mb", "inf"], "--max-body-mb: got inf, expected more than 0 and finite"),
         (["--max-wait-ms", "-1"], "--max-wait-ms: got -1"),
+        (["--max-wait-ms", "nan"], "--max-wait-ms: got nan, expected 0 or more"),
+        (["--port", "99999"], "--port: got 99999, expected 0 to 65535; choose one of them"),
+        (["--port", "-1"], "--port: got -1, expected 0 to 65535"),
+        (["--device", "foo"], "--device: got 'foo', expected one of cpu"),
+        (["--device", "cuda:99"], "--device: got 'cuda:99', expected one of cpu"),
+        (["--tls-cert", __file__, "--tls-key", __file__], "expected a certificate and its private key, both in PEM"),
         (["--max-waiting", "10"], "--max-waiting: got 10 with --max-responses 1024"),
     ],
 )
@@ -251,8 +289,9 @@ def test_it_refuses_before_it_loads_anything(arguments, said):
     [
         (["MODEL", "--host", "0.0.0.0"], "--host: got 0.0.0.0 without a token"),
         (["POLICY"], "no weights for ['score.weight']"),
-        (["/nowhere"], "reward model '/nowhere': got none that can be loaded"),
         (["BROKEN"], "broken': got nan as the score of a trial text, expected a finite number"),
+        (["/nowhere"], "model: got '/nowhere', expected a model folder; correct the path, or give a hub name"),
+        (["MODEL", "--device", "foo"], "--device: got 'foo', expected one of cpu"),
     ],
 )
 def test_a_refusal_is_exit_status_2_and_says_what_to_do(tiny, tmp_path, arguments, said):
