@@ -110,23 +110,29 @@ def test_killed_anywhere_it_ends_with_the_same_bits(folder, local, tmp_path, own
 
 
 @pytest.mark.slow
-def test_a_round_waits_for_a_person_and_goes_on_with_the_lines_that_come_back(folder, tmp_path, capsys):
+def test_a_round_waits_for_a_person_and_goes_on_with_the_lines_that_come_back(folder, tmp_path):
+    def start(*more):
+        command = [sys.executable, str(ROOT / "recipes" / "iterative_dpo.py"), *given, *more]
+        return subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, cwd=ROOT)
+
     labels, output = tmp_path / "labelled.jsonl", tmp_path / "run"
     more = ["--rounds.label_by", "person", "--rounds.labels", str(labels), "--ranking.num_to_label", "4"]
     given = flags(folder, output, "--local", "--run.num_steps", "4", "--rounds.evaluate_every", "0", *more)
     for number in (0, 1):
-        assert iterative_dpo.main(given) == 0
-        assert f"round {number} waits: 4 pairs in {output}/to_label.jsonl" in capsys.readouterr().out
+        waiting = start()
+        assert waiting.returncode == 0, waiting.stderr
+        assert f"round {number} waits: 4 pairs in {output}/to_label.jsonl" in waiting.stdout
         assert not (output / "final").exists()
         asked = [json.loads(line) for line in (output / "to_label.jsonl").read_text().splitlines()]
         with open(labels, "a") as file:
             file.writelines(json.dumps({**row, "ranks": [2, 1]}) + "\n" for row in asked[1:])
     tied = labels.read_text() + json.dumps(asked[0]) + "\n"
     (tmp_path / "tied.jsonl").write_text(tied)
-    refused = [*given, "--rounds.labels", str(tmp_path / "tied.jsonl")]
-    assert iterative_dpo.main(refused) == 2
-    assert "tied.jsonl:7: 'ranks': got [1, 1], expected [1, 2] or [2, 1]" in capsys.readouterr().err
-    assert iterative_dpo.main(given) == 0
+    refused = start("--rounds.labels", str(tmp_path / "tied.jsonl"))
+    assert refused.returncode == 2
+    assert "tied.jsonl:7: 'ranks': got [1, 1], expected [1, 2] or [2, 1]" in refused.stderr
+    done = start()
+    assert done.returncode == 0, done.stderr
     assert [row["round/pairs"] for row in numbers(output) if "round/pairs" in row] == [3.0, 3.0]
     assert (output / "summary.json").exists()
 
