@@ -19,9 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from alignment.config import DpoRunConfig
 from alignment.data.tasks import load_pair_tasks
 from alignment.types import PreferencePair
-from benchmarks.preference_steps import LONGEST, Layout, Values, Work, run
-
-APART, SHARED = ("--dpo.share_prompts", "false"), ("--dpo.share_prompts", "true")
+from benchmarks.preference_steps import LONGEST, Values, Work, layouts_of, run
 
 
 def rows_of(values: Values, pair: PreferencePair) -> Iterator[tuple[Values, float]]:
@@ -46,12 +44,7 @@ WORK = Work(
     read=read,
     rows_of=rows_of,
     rival_row=rival_row,
-    layouts={
-        "cached, prompts shared": Layout(reference="cached", flags=SHARED),
-        "live, prompts shared": Layout(reference="live", flags=SHARED),
-        "cached, answers apart": Layout(reference="cached", flags=APART),
-        "live, answers apart": Layout(reference="live", flags=APART),
-    },
+    layouts=layouts_of("dpo"),
 )
 
 if __name__ == "__main__":

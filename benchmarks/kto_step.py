@@ -21,9 +21,7 @@ from alignment.data.formats import read_messages
 from alignment.data.tasks import load_label_tasks
 from alignment.judgements import LabelledAnswer
 from alignment.types import PreferencePair
-from benchmarks.preference_steps import LONGEST, Layout, Values, Work, run
-
-APART, SHARED = ("--kto.share_prompts", "false"), ("--kto.share_prompts", "true")
+from benchmarks.preference_steps import LONGEST, Values, Work, layouts_of, run
 
 
 def rows_of(values: Values, pair: PreferencePair) -> Iterator[tuple[Values, float]]:
@@ -59,12 +57,7 @@ WORK = Work(
     read=read,
     rows_of=rows_of,
     rival_row=rival_row,
-    layouts={
-        "cached, prompts shared": Layout(reference="cached", flags=SHARED),
-        "live, prompts shared": Layout(reference="live", flags=SHARED),
-        "cached, answers apart": Layout(reference="cached", flags=APART),
-        "live, answers apart": Layout(reference="live", flags=APART),
-    },
+    layouts=layouts_of("kto"),
 )
 
 if __name__ == "__main__":

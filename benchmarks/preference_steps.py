@@ -57,6 +57,15 @@ class Layout:
     flags: tuple[str, ...]
 
 
+def layouts_of(section: str) -> dict[str, Layout]:
+    """Ours: the reference cached and live, prompts shared and not, by the config's section that says so."""
+    return {
+        f"{reference}, {name}": Layout(reference=reference, flags=(f"--{section}.share_prompts", shared))
+        for name, shared in (("prompts shared", "true"), ("answers apart", "false"))
+        for reference in ("cached", "live")
+    }
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Work:
     """A kind of step that is measured."""

@@ -19,8 +19,8 @@ class ModelConfig(Config):
     """Commit hash of a hub model; reaches its weights, config and tokenizer."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
     """Weights and matrix products; losses, and what is trained, are float32 whatever this is. `auto` is bfloat16 where
-    the machines multiply it natively (GPUs, processors with AVX-512 BF16 or AMX: about three times as fast there),
-    float32 elsewhere; a recipe settles it before anything starts. float16 is for inference only."""
+    the machines multiply it natively (GPUs, processors with AVX-512 BF16 or AMX), float32 elsewhere; a recipe settles
+    it before anything starts. float16 is for inference only."""
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
     """`auto` takes flash-attn when it is installed and the device and dtype fit, else SDPA."""
     batch_layout: Literal["auto", "padded", "packed"] = "auto"

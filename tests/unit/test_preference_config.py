@@ -57,9 +57,14 @@ def test_of_labels(sections, reason):
 
 
 def test_what_is_allowed_beside_them():
-    DpoRunConfig.model_validate({"reference": {"sync_every": 4, "sync_share": 0.6}})
-    DpoRunConfig.model_validate({"reference": {"sync_every": 4}, "training": LORA})
-    DpoRunConfig.model_validate({"dpo": {"terms": [{"kind": "cpo"}, {"kind": "sft"}]}, "reference": {"mode": "none"}})
-    KtoRunConfig.model_validate({"training": {"batch_size": 1}, "kto": {"loss": "bco"}})
+    full = DpoRunConfig.model_validate({"reference": {"sync_every": 4, "sync_share": 0.6}})
+    assert full.reference.sync_share == 0.6
+    lora = DpoRunConfig.model_validate({"reference": {"sync_every": 4}, "training": LORA})
+    assert (lora.reference.sync_every, lora.reference.sync_share) == (4, 1.0)
+    alone = {"dpo": {"terms": [{"kind": "cpo"}, {"kind": "sft"}]}, "reference": {"mode": "none"}}
+    assert not DpoRunConfig.model_validate(alone).dpo.uses_reference
+    one = KtoRunConfig.model_validate({"training": {"batch_size": 1}, "kto": {"loss": "bco"}})
+    assert one.training.batch_size == 1
     held_out = {"sources": [{"path": "a", "held_out": {"path": "b"}}], "held_out": 0}
-    DpoRunConfig.model_validate({"training": {"validate_every": 2}, "data": held_out})
+    elsewhere = DpoRunConfig.model_validate({"training": {"validate_every": 2}, "data": held_out})
+    assert elsewhere.data.sources[0].held_out.path == "b"
