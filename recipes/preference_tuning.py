@@ -91,6 +91,15 @@ class Start:
         """What a record is called."""
         return "pair" if isinstance(self.job.config, DpoRunConfig) else "answer"
 
+    @property
+    def inputs(self) -> dict[str, str]:
+        """Fingerprints of what the run reads, by name."""
+        return {
+            "model": model_fingerprint(self.model_path, self.job.config.model.revision),
+            f"{self.row}s": records_fingerprint([*self.tasks.train, *self.tasks.held_out]),
+            **(self.own.inputs if self.own else {}),
+        }
+
 
 def run_dpo(
     job: common.Job[Any], make_own: Callable[[common.Job[Any], checks.Trainee], OwnEvaluation] | None = None
@@ -236,11 +245,7 @@ def _run(start: Start) -> None:
     space = learner_bytes(config, start.num_parameters, reference_moves=moves)
     directory, resume_from = common.open_run_directory(job, num_bytes=space)
     directory.write_text_atomic(directory.path / "hygiene.txt", start.hygiene + "\n")
-    inputs = {
-        "model": model_fingerprint(start.model_path),
-        f"{start.row}s": records_fingerprint([*tasks.train, *tasks.held_out]),
-        **(start.own.inputs if start.own else {}),
-    }
+    inputs = start.inputs
     directory.keep_inputs(inputs)
 
     with job.groups(actors_of(job, start.model_path)) as groups:
