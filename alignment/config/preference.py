@@ -184,8 +184,8 @@ class ReferenceConfig(Config):
     """Steps after which the reference becomes the policy, again and again (TR-DPO, Gorbatovski 2024); None leaves it.
     Only with live."""
     sync_share: Share = 1.0
-    """How far it goes there: 1 all the way, less keeps the rest of the old reference. With an adapter only 1: a
-    mean of two low-rank updates has a higher rank."""
+    """How far it goes there: 1 all the way, less keeps the rest of the old reference, with model.dtype float32 alone.
+    With an adapter only 1: a mean of two low-rank updates has a higher rank."""
 
     @model_validator(mode="after")
     def _only_a_live_one_moves(self) -> ReferenceConfig:

@@ -9,9 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import write_tiny_model
 from tiny_preference_runs import PreferenceRun, label_tasks, pair_tasks
 
-from recipes.preference_tuning import Start, ask_reference
+from alignment.config import ClusterConfig, DpoRunConfig, KtoRunConfig, ModelConfig
+from recipes.preference_tuning import Start, ask_reference, refuse_unshared
+from recipes.settling import settle
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 
@@ -55,3 +58,31 @@ def test_cached_numbers_are_named_by_the_revision_of_the_model(tiny, tmp_path, m
     expected = {"kind": row, "dtype": "float32", "attention": "auto", "batch_layout": "auto"}
     own = {"length_alpha": "1.0"} if row == "pair" else {}
     assert made_of == {**expected, "quantization": "none", "share_prompts": "False", **own}
+
+
+@pytest.mark.parametrize(("kind", "section"), [(DpoRunConfig, "dpo"), (KtoRunConfig, "kto")])
+def test_attention_is_one_that_takes_a_mask_where_prompts_are_shared(kind, section):
+    for share, asked, expected in (
+        (True, "auto", "sdpa"),
+        (False, "auto", "auto"),
+        (True, "eager", "eager"),
+        (True, "flash_attention_2", "flash_attention_2"),
+    ):
+        config = kind.model_validate(
+            {section: {"share_prompts": share}, "model": {"attention": asked, "dtype": "bfloat16"}}
+        )
+        assert settle(config, ClusterConfig()).model.attention == expected
+
+
+def test_models_that_cannot_share_prompts_are_refused_by_their_config(tiny, tmp_path):
+    lora = DpoRunConfig().training.adapter
+    whole = ModelConfig(path=str(tiny / "policy"))
+    refuse_unshared(whole, lora)
+    flash = whole.model_copy(update={"attention": "flash_attention_2"})
+    with pytest.raises(ValueError, match=r"attention: got flash_attention_2 .*; set model\.attention: sdpa, or share"):
+        refuse_unshared(flash, lora)
+    with pytest.raises(ValueError, match=r"share_prompts: got true with adapter\.type=prefix"):
+        refuse_unshared(whole, lora.model_copy(update={"type": "prefix"}))
+    narrow = ModelConfig(path=str(write_tiny_model(tmp_path, "mistral", sliding_window=4)))
+    with pytest.raises(ValueError, match="do not all look back to the first token, expected full attention"):
+        refuse_unshared(narrow, lora)
