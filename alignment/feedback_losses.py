@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,13 +115,16 @@ class RewardShift:
         return sum(seen) / len(seen) if seen else 0.0
 
     def update(self, *, desirable: float | None, undesirable: float | None) -> None:
-        """Take in the mean rewards of a global batch; None where a class has none."""
+        """Take in the mean rewards of a global batch; None where a class has none. One that is not finite would stay
+        in the running mean for ever, and is left out."""
         self.desirable = self._moved(self.desirable, desirable)
         self.undesirable = self._moved(self.undesirable, undesirable)
 
     def _moved(self, mean: float | None, new: float | None) -> float | None:
-        if mean is None or new is None:
-            return mean if new is None else new
+        if new is None or not math.isfinite(new):
+            return mean
+        if mean is None:
+            return new
         return self.decay * mean + (1 - self.decay) * new
 
     def state_dict(self) -> dict[str, Any]:

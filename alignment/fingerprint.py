@@ -15,11 +15,11 @@ def model_fingerprint(path: str, revision: str | None = None) -> str:
     """sha256 of a model folder: of small files all bytes, of large ones the size and evenly spread samples.
 
     Another training, another shard or a truncated file shows; one changed number in gigabytes may not. A hub name
-    stands for itself and its revision.
+    stands for itself and the commit that its revision is of in the cache, or else the revision.
     """
     folder = Path(path)
     if not folder.is_dir():
-        return f"{path}@{revision}"
+        return f"{path}@{_cached_commit(path, revision) or revision}"
     total = hashlib.sha256()
     for file in sorted(folder.iterdir()):
         if file.is_file() and not file.name.startswith("."):
@@ -36,6 +36,14 @@ def records_fingerprint(records: Iterable[object]) -> str:
     for record in records:
         total.update(repr(record).encode() + b"\n")
     return total.hexdigest()
+
+
+def _cached_commit(name: str, revision: str | None) -> str | None:
+    """Of a branch or tag as the cache last saw it: `main` of today may be another model tomorrow."""
+    from huggingface_hub import try_to_load_from_cache
+
+    config = try_to_load_from_cache(name, "config.json", revision=revision)
+    return Path(config).parent.name if isinstance(config, str) else None
 
 
 def _parts(file: Path, size: int) -> Iterable[bytes]:

@@ -177,6 +177,12 @@ def length_desensitised_logps(
     return torch.where(beyond, alpha * logprobs, logprobs).sum(1)
 
 
+def counted_lengths(chosen_lengths: Tensor, rejected_lengths: Tensor, *, alpha: float) -> tuple[Tensor, Tensor]:
+    """Tokens as `length_desensitised_logps` counts them, (P,) each: what a mean over tokens divides its sum by."""
+    common = torch.minimum(chosen_lengths, rejected_lengths)
+    return common + alpha * (chosen_lengths - common), common + alpha * (rejected_lengths - common)
+
+
 def _compared(logps: Tensor, ref_logps: Tensor | None, lengths: Tensor | None) -> Tensor:
     """Log-ratio to the reference, by token where lengths are given."""
     ratio = as_float(logps)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from alignment.aggregation import Metrics
 from alignment.preference_losses import chosen_sft_loss, cpo_loss, dpo_loss, orpo_loss, simpo_loss
-from alignment.preference_terms import REFERENCE_FREE, Term
+from alignment.preference_terms import Term, refuse_odd_terms, use_reference
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +22,7 @@ class PairLogps:
     """Sums over the tokens of an answer; with `length_alpha` below 1, weighted ones."""
     chosen_lengths: Tensor
     rejected_lengths: Tensor
+    """Tokens that those sums count, see `counted_lengths`."""
     ref_chosen: Tensor | None = None
     ref_rejected: Tensor | None = None
     chosen_sft: Tensor | None = None
@@ -42,15 +43,11 @@ class PreferenceObjective:
     """Weight of an answer's tokens beyond the length of the other, see `length_desensitised_logps`."""
 
     def __post_init__(self) -> None:
-        if not any(term.kind != "sft" for term in self.terms):
-            kinds = [term.kind for term in self.terms]
-            raise ValueError(f"terms: got {kinds}, expected one at least that compares answers; add sigmoid")
-        if len({(term.kind, term.per_token) for term in self.terms}) < len(self.terms):
-            raise ValueError("terms: got one kind twice, expected each once; add up their weights")
+        refuse_odd_terms(self.terms)
 
     @property
     def uses_reference(self) -> bool:
-        return any(term.kind not in REFERENCE_FREE for term in self.terms)
+        return use_reference(self.terms)
 
     def loss(self, logps: PairLogps, *, denominator: float, num_tokens: float) -> tuple[Tensor, Metrics]:
         """`(loss, metrics)` of a micro-batch.

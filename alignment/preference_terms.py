@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, Protocol, get_args
 
 Kind = Literal["sigmoid", "robust", "ipo", "hinge", "cpo", "simpo", "orpo", "sft"]
 REFERENCE_FREE = ("cpo", "simpo", "orpo", "sft")
@@ -25,3 +26,29 @@ class Term:
             raise ValueError(f"kind: got {self.kind!r}, expected one of {get_args(Kind)}; choose one of them")
         if self.per_token and self.kind in REFERENCE_FREE:
             raise ValueError(f"per_token: got it with {self.kind}, expected a kind with a reference; remove it")
+
+
+class AnyTerm(Protocol):
+    """A `Term`, or a config of one."""
+
+    @property
+    def kind(self) -> Kind: ...
+    @property
+    def per_token(self) -> bool: ...
+
+
+def use_reference(terms: Sequence[AnyTerm]) -> bool:
+    """Whether any of them compares with a reference."""
+    return any(term.kind not in REFERENCE_FREE for term in terms)
+
+
+def refuse_odd_terms(terms: Sequence[AnyTerm], name: str = "terms") -> None:
+    """
+    Raises:
+        ValueError: none of them compares answers, or one comes twice.
+    """
+    kinds = [term.kind for term in terms]
+    if set(kinds) <= {"sft"}:
+        raise ValueError(f"{name}: got {kinds}, expected one at least that compares answers; add sigmoid")
+    if len({(term.kind, term.per_token) for term in terms}) < len(kinds):
+        raise ValueError(f"{name}: got {kinds}, expected each once; add up their weights")

@@ -31,7 +31,8 @@ class Reference(Protocol):
         ...
 
     def follow(self, share: float) -> None:
-        """Go `share` of the way to where the policy is now (Gorbatovski 2024, arXiv 2404.09656)."""
+        """Go `share` of the way to where the policy is now (Gorbatovski 2024, arXiv 2404.09656). Below float32 a share
+        of a small step is lost in rounding: 1 alone is of use there."""
         ...
 
     def release(self) -> None:

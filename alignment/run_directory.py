@@ -143,7 +143,8 @@ class RunDirectory:
 
     def forget_start(self) -> None:
         """Remove what a start that trained nothing has written: it may have been refused for its config."""
-        for name in ("config.yaml", "inputs.json", "held_out_before.json", BATCHES, PAIRS):
+        before = [path.name for path in self.path.glob("*_before.json")]
+        for name in ("config.yaml", "inputs.json", *before, BATCHES, PAIRS):
             (self.path / name).unlink(missing_ok=True)
 
     def append_rollouts(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:

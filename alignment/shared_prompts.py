@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +26,8 @@ from alignment.packing import computed_tokens
 Ids = Sequence[int]
 Group = tuple[Ids, Sequence[Ids]]
 """Ids of a prompt, and of its answers."""
+MASKED_ATTENTION = ("sdpa", "eager")
+"""Implementations that take a mask of their caller's."""
 EVERYONE, NOBODY = -2, -1
 """Owners of what all groups of a row begin with, and of padding."""
 
@@ -158,6 +161,13 @@ def saved_tokens(groups: Sequence[Group]) -> float:
     return 1 - together / computed_tokens(apart, "padded")
 
 
+def sees_all(config: Any) -> bool:
+    """Whether every layer's attention reaches back to the first token, as far as a config of transformers tells."""
+    own = config.get_text_config()
+    kinds = set(getattr(own, "layer_types", None) or ["full_attention"])
+    return kinds == {"full_attention"} and not getattr(own, "sliding_window", None)
+
+
 @torch.no_grad()
 def shares_prompts(model: HfModel) -> bool:
     """Whether answers that share a prompt have the log-probabilities that each has alone. They have not where a layer
@@ -165,10 +175,7 @@ def shares_prompts(model: HfModel) -> bool:
     if active_virtual_tokens(model.model) is not None:
         return False
     config = model.model.config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if kinds != {"full_attention"} or getattr(config, "sliding_window", None):
-        return False
-    if getattr(config, "_attn_implementation", None) not in ("sdpa", "eager"):
+    if not sees_all(config) or getattr(config, "_attn_implementation", None) not in MASKED_ATTENTION:
         return False
     draw = torch.Generator().manual_seed(0)
     prompt, first, second = (torch.randint(config.vocab_size, (n,), generator=draw).tolist() for n in (9, 13, 6))

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alignment.config import (
-    ROLES,
     AdapterConfig,
     ClusterConfig,
     DpoRunConfig,
@@ -94,21 +93,6 @@ def resolve_reward(reward: RewardConfig, model: ModelConfig) -> RewardConfig:
     more = tuple(resolve_model(path, model.at(path, None).revision) for path in reward.ensemble.models)
     ensemble = reward.ensemble.model_copy(update={"models": more})
     return reward.model_copy(update={"model": where, "revision": own.revision, "ensemble": ensemble})
-
-
-def settle_dtype(config: ConfigT, cluster: ClusterConfig) -> ConfigT:
-    """`model.dtype: auto` as what it stands for on these machines, so that config.yaml and a resumed run say which.
-
-    Without GPUs the processor that runs the recipe speaks for those of all workers.
-    """
-    model = getattr(config, "model", None)
-    if not isinstance(model, ModelConfig) or model.dtype != "auto":
-        return config
-    from alignment.models import multiplies_bfloat16
-
-    on_gpu = any(getattr(cluster, role).gpus_per_worker > 0 for role in ROLES)
-    dtype = "bfloat16" if on_gpu or multiplies_bfloat16() else "float32"
-    return config.model_copy(update={"model": model.model_copy(update={"dtype": dtype})})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -25,6 +25,7 @@ from alignment.config_io import describe, dump_config, load_config
 from alignment.memory import MemoryMeter
 from alignment.run_directory import BATCHES, RunDirectory, trained
 from recipes import checks
+from recipes.settling import settle
 
 if TYPE_CHECKING:
     from alignment.interfaces import Saves
@@ -194,7 +195,7 @@ def parse(name: str, config_class: type[ConfigT], argv: list[str] | None) -> Job
     cluster = load_config(ClusterConfig, file=known.cluster, overrides=[])
     return Job(
         name=name,
-        config=checks.settle_dtype(config, cluster),
+        config=settle(config, cluster),
         cluster=cluster,
         cluster_file=known.cluster,
         output_dir=known.output_dir,

@@ -12,7 +12,8 @@ from actors.build import dpo_actors, kto_actors, preference_role
 from actors.handles import PreferenceHandle
 from actors.plan import learner_checkpoint_bytes
 from actors.preference_training import objective_of
-from alignment.config import AdapterConfig, DpoRunConfig, IterativeRunConfig, KtoRunConfig
+from alignment.config import AdapterConfig, DpoRunConfig, IterativeRunConfig, KtoRunConfig, ModelConfig
+from alignment.config.model import VIRTUAL_TOKEN_TYPES
 from alignment.config_io import dump_config
 from alignment.data.cache import cache_dir
 from alignment.data.hygiene import label_hygiene, pair_hygiene
@@ -26,8 +27,10 @@ from alignment.loops.preferences import AskReference, logps_of, of_parts, train_
 from alignment.loops.run import Run
 from alignment.model_card import write_model_card
 from alignment.reference_cache import cached_numbers
+from alignment.shared_prompts import MASKED_ATTENTION, sees_all
 from recipes import checks, common, planning
 from recipes.rule_evaluation import RuleEvaluation
+from recipes.settling import shares_prompts
 
 Job = common.Job[Any]
 Config = DpoRunConfig | KtoRunConfig
@@ -90,6 +93,15 @@ class Start:
     def row(self) -> str:
         """What a record is called."""
         return "pair" if isinstance(self.job.config, DpoRunConfig) else "answer"
+
+    @property
+    def inputs(self) -> dict[str, str]:
+        """Fingerprints of what the run reads, by name."""
+        return {
+            "model": model_fingerprint(self.model_path, self.job.config.model.revision),
+            f"{self.row}s": records_fingerprint([*self.tasks.train, *self.tasks.held_out]),
+            **(self.own.inputs if self.own else {}),
+        }
 
 
 def run_dpo(
@@ -204,12 +216,41 @@ def _check(job: Job) -> tuple[checks.Trainee, RuleEvaluation]:
     """Refuse whatever would fail later; nothing on disk is changed, no actor is started."""
     config = job.config
     model = checks.check_trainee(job, "policy")
+    if shares_prompts(config):
+        refuse_unshared(config.model.at(model.path, config.model.revision), config.training.adapter)
+    if config.reference.sync_share < 1 and config.model.dtype != "float32":
+        raise ValueError(
+            f"reference.sync_share: got {config.reference.sync_share:g} with model.dtype {config.model.dtype}, "
+            "expected float32: a part of a small step is lost in rounding, and the reference stays; set model.dtype: "
+            "float32, or sync_share: 1"
+        )
     if config.reference.sync_every:
         refuse_split_adapter(job, config.training.adapter, "reference.sync_every")
     evaluation = RuleEvaluation(config.evaluation, model.tokenizer, system_prompt=config.data.system_prompt)
     if evaluation.prompts:
         checks.check_answering(job)
     return model, evaluation
+
+
+def refuse_unshared(model: ModelConfig, adapter: AdapterConfig) -> None:
+    """What the learner would refuse of share_prompts once the weights are loaded. `model`: of a resolved path."""
+    from transformers import AutoConfig
+
+    if model.attention not in ("auto", *MASKED_ATTENTION):
+        raise ValueError(
+            f"model.attention: got {model.attention} with share_prompts, expected one that takes a mask; set "
+            "model.attention: sdpa, or share_prompts: false"
+        )
+    if adapter.type in VIRTUAL_TOKEN_TYPES:
+        raise ValueError(
+            f"share_prompts: got true with adapter.type={adapter.type}, expected no virtual tokens in front of a "
+            "sequence; set it to false, or type to lora"
+        )
+    if not sees_all(AutoConfig.from_pretrained(model.path, revision=model.revision)):
+        raise ValueError(
+            f"share_prompts: got true with {model.path}, whose layers do not all look back to the first token, "
+            "expected full attention; set it to false"
+        )
 
 
 def refuse_split_adapter(job: Job, adapter: AdapterConfig, key: str) -> None:
@@ -235,12 +276,8 @@ def _run(start: Start) -> None:
     moves = config.reference.sync_every is not None
     space = learner_bytes(config, start.num_parameters, reference_moves=moves)
     directory, resume_from = common.open_run_directory(job, num_bytes=space)
-    directory.write_text_atomic(directory.path / "hygiene.txt", start.hygiene + "\n")
-    inputs = {
-        "model": model_fingerprint(start.model_path),
-        f"{start.row}s": records_fingerprint([*tasks.train, *tasks.held_out]),
-        **(start.own.inputs if start.own else {}),
-    }
+    directory.write_text_atomic(directory.path / "hygiene.txt", f"{tasks.summary()}\n{start.hygiene}\n")
+    inputs = start.inputs
     directory.keep_inputs(inputs)
 
     with job.groups(actors_of(job, start.model_path)) as groups:

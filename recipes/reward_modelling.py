@@ -70,7 +70,7 @@ def run_reward_model(job: common.Job[RewardModelRunConfig]) -> None:
     space = learner_checkpoint_bytes(config.model, config.training.adapter, config.run, start.num_parameters)
     directory, resume_from = common.open_run_directory(job, num_bytes=space)
     inputs = {
-        "model": model_fingerprint(start.model_path),
+        "model": model_fingerprint(start.model_path, config.model.revision),
         data.kind: records_fingerprint([*data.train, *data.held_out]),
     }
     directory.keep_inputs(inputs)

@@ -73,7 +73,8 @@ def run_sft(job: common.Job[SftRunConfig], ask: Ask | None = None) -> None:
     print(f"examples: {start.data.summary()}", flush=True)
     space = learner_checkpoint_bytes(config.model, config.training.adapter, config.run, start.num_parameters)
     directory, resume_from = common.open_run_directory(job, num_bytes=space)
-    inputs = {"model": model_fingerprint(start.model_path), "examples": start.data.fingerprint()}
+    model = model_fingerprint(start.model_path, config.model.revision)
+    inputs = {"model": model, "examples": start.data.fingerprint()}
     directory.keep_inputs(inputs)
 
     calibration = start.data.batch(0, config.training.calibration_examples)

@@ -21,7 +21,7 @@ from alignment.config.model import (
 )
 from alignment.config.reward import RewardExecutionConfig, RewardFunctionConfig
 from alignment.config.run import RunConfig
-from alignment.preference_terms import REFERENCE_FREE, SMOOTHED, Kind, Term
+from alignment.preference_terms import SMOOTHED, Kind, Term, refuse_odd_terms, use_reference
 
 Share = Annotated[float, Field(gt=0, le=1)]
 
@@ -114,6 +114,9 @@ class TermConfig(Config):
         return self
 
 
+DEFAULT_MARGIN = 1.0
+
+
 class DpoConfig(Config):
     """The loss of pairs."""
 
@@ -123,8 +126,8 @@ class DpoConfig(Config):
     """How much a log-ratio counts: the higher, the closer the policy stays to the reference."""
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
     """Share of pairs whose preference may be the wrong way round; of sigmoid, robust, cpo and simpo."""
-    margin: NonNegativeFloat = 1.0
-    """By how much simpo wants beta times the gap to be positive."""
+    margin: NonNegativeFloat = DEFAULT_MARGIN
+    """By how much simpo wants beta times the gap to be positive; of simpo alone."""
     length_alpha: Annotated[float, Field(ge=0, le=1)] = 1.0
     """Weight of an answer's tokens beyond the length of the other (LD-DPO); 1 is DPO."""
     share_prompts: bool = False
@@ -132,19 +135,21 @@ class DpoConfig(Config):
 
     @property
     def uses_reference(self) -> bool:
-        return any(term.kind not in REFERENCE_FREE for term in self.terms)
+        return use_reference(self.terms)
 
     @model_validator(mode="after")
     def _terms_compare(self) -> DpoConfig:
+        refuse_odd_terms(self.terms, "dpo.terms")
         kinds = [term.kind for term in self.terms]
-        if set(kinds) == {"sft"}:
-            raise ValueError("dpo.terms: got sft alone, expected one at least that compares answers; add sigmoid")
-        if len({(term.kind, term.per_token) for term in self.terms}) < len(kinds):
-            raise ValueError(f"dpo.terms: got {kinds}, expected each once; add up their weights")
         if self.label_smoothing and not set(kinds) & set(SMOOTHED):
             raise ValueError(
                 f"dpo.label_smoothing: got {self.label_smoothing:g} with terms {kinds}, expected 0: none of them "
                 f"reads it; set it to 0, or use one of {', '.join(SMOOTHED)}"
+            )
+        if self.margin != DEFAULT_MARGIN and "simpo" not in kinds:
+            raise ValueError(
+                f"dpo.margin: got {self.margin:g} with terms {kinds}, expected {DEFAULT_MARGIN:g}: simpo alone reads "
+                "it; leave it out, or use simpo"
             )
         return self
 
@@ -179,8 +184,8 @@ class ReferenceConfig(Config):
     """Steps after which the reference becomes the policy, again and again (TR-DPO, Gorbatovski 2024); None leaves it.
     Only with live."""
     sync_share: Share = 1.0
-    """How far it goes there: 1 all the way, less keeps the rest of the old reference. With an adapter only 1: a
-    mean of two low-rank updates has a higher rank."""
+    """How far it goes there: 1 all the way, less keeps the rest of the old reference, with model.dtype float32 alone.
+    With an adapter only 1: a mean of two low-rank updates has a higher rank."""
 
     @model_validator(mode="after")
     def _only_a_live_one_moves(self) -> ReferenceConfig:

@@ -65,15 +65,24 @@ def answer_logps(
     sums = torch.zeros(len(answers))
     units = by_prompt(answers) if share_prompts else [[i] for i in range(len(answers))]
     lengths = torch.tensor([len(answers[own[0]][0]) + sum(len(answers[i][1]) for i in own) for own in units])
-    batches = micro_batches(torch.arange(len(units)), lengths, sharing_limit(limit) if share_prompts else limit)
-    nothing = torch.zeros(1, 2, dtype=torch.int64, device=device)
-    for _ in range(missing_passes(len(batches), lockstep)):
-        response_logprobs(model, nothing, nothing == 0, nothing == 1, temperature=1.0)
-    for index in batches:
+    for index in forward_batches(model, lengths, sharing_limit(limit) if share_prompts else limit, device, lockstep):
         places = [i for unit in index.tolist() for i in units[unit]]
         logprobs, _ = answer_logprobs(model, [answers[i] for i in places], device, share_prompts=share_prompts)
         sums[places] = logprobs.sum(1).cpu()
     return sums.tolist()
+
+
+@torch.no_grad()
+def forward_batches(
+    model: CausalModel, lengths: Tensor, limit: MicroBatchLimit, device: torch.device | str, lockstep: Ranks | None
+) -> list[Tensor]:
+    """Places of the rows of each forward without gradient; `lengths` as for `own_micro_batches`. Where ranks make
+    passes together, this one has taken part, with nothing, in those that others have more."""
+    batches = micro_batches(torch.arange(len(lengths)), lengths, limit)
+    nothing = torch.zeros(1, 2, dtype=torch.int64, device=device)
+    for _ in range(missing_passes(len(batches), lockstep)):
+        response_logprobs(model, nothing, nothing == 0, nothing == 1, temperature=1.0)
+    return batches
 
 
 def sharing_limit(limit: MicroBatchLimit) -> MicroBatchLimit:

@@ -9,16 +9,14 @@ import torch
 from torch import Tensor
 
 from alignment.adapters import TrainingMethod
-from alignment.batching import micro_batches
 from alignment.distributed import Ranks
 from alignment.engines.base import Engine
-from alignment.forward import response_logprobs
-from alignment.learners.answers import Answer, answer_logprobs, refuse_unshared, sharing_limit
-from alignment.learners.base import Learner, missing_passes
+from alignment.learners.answers import Answer, answer_logprobs, forward_batches, refuse_unshared, sharing_limit
+from alignment.learners.base import Learner
 from alignment.logprobs import sequence_logps
 from alignment.models import CausalModel
 from alignment.packing import MicroBatchLimit
-from alignment.preference_losses import length_desensitised_logps
+from alignment.preference_losses import counted_lengths, length_desensitised_logps
 from alignment.preference_objectives import PairLogps, PreferenceObjective
 from alignment.types import PreferencePair
 
@@ -113,11 +111,7 @@ def pair_logps(
     reference among them. `lockstep`: as for `alignment.learners.base.per_response`."""
     found = torch.zeros(len(pairs), 2)
     limit = sharing_limit(limit) if share_prompts else limit
-    batches = micro_batches(torch.arange(len(pairs)), _lengths(pairs, share_prompts), limit)
-    nothing = torch.zeros(1, 2, dtype=torch.int64, device=device)
-    for _ in range(missing_passes(len(batches), lockstep)):
-        response_logprobs(model, nothing, nothing == 0, nothing == 1, temperature=1.0)
-    for index in batches:
+    for index in forward_batches(model, _lengths(pairs, share_prompts), limit, device, lockstep):
         logps = _pair_logps(model, [pairs[i] for i in index.tolist()], length_alpha, device, share_prompts)
         found[index] = torch.stack([logps.chosen, logps.rejected], 1).cpu()
     return [(chosen, rejected) for chosen, rejected in found.tolist()]
@@ -130,10 +124,10 @@ def held_out_metrics(
     ref_logps: RefLogps | None,
 ) -> dict[str, float]:
     """`validation/NAME` of loss, accuracy, margin and rewards of a whole set of pairs, from what `pair_logps` says of
-    both models. An sft term is then weighted as `length_alpha` weighs answers."""
+    both models. An sft term is then weighted as `length_alpha` weighs answers, and is their mean."""
     reference = _reference(pairs, ref_logps, needed=objective.uses_reference)
     chosen, rejected = torch.tensor(logps).unbind(1)
-    lengths = _answer_lengths(pairs, "cpu")
+    lengths = counted_lengths(*answer_lengths_of(pairs), alpha=objective.length_alpha)
     ref = () if reference is None else reference.unbind(1)
     found = PairLogps(chosen, rejected, *lengths, *ref)
     loss, metrics = objective.loss(found, denominator=len(pairs), num_tokens=float(lengths[0].sum()))
@@ -150,16 +144,17 @@ def _pair_logps(
     answers: list[Answer] = [(pair.prompt_ids, pair.chosen_ids) for pair in pairs]
     answers += [(pair.prompt_ids, pair.rejected_ids) for pair in pairs]
     logprobs, response = answer_logprobs(model, answers, device, share_prompts=share_prompts)
-    chosen_lengths, rejected_lengths = _answer_lengths(pairs, device)
+    chosen_lengths, rejected_lengths = answer_lengths_of(pairs, device)
     chosen, rejected = sequence_logps(logprobs, response).chunk(2)
     if length_alpha == 1:
         return PairLogps(chosen, rejected, chosen_lengths, rejected_lengths)
     common = torch.minimum(chosen_lengths, rejected_lengths).repeat(2)
     weighted = length_desensitised_logps(logprobs, response, common, alpha=length_alpha).chunk(2)
-    return PairLogps(weighted[0], weighted[1], chosen_lengths, rejected_lengths, chosen_sft=chosen)
+    counted = counted_lengths(chosen_lengths, rejected_lengths, alpha=length_alpha)
+    return PairLogps(weighted[0], weighted[1], *counted, chosen_sft=chosen)
 
 
-def _answer_lengths(pairs: Sequence[PreferencePair], device: torch.device | str) -> tuple[Tensor, Tensor]:
+def answer_lengths_of(pairs: Sequence[PreferencePair], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
     """(P,) tokens of the chosen and of the rejected answers."""
     chosen = torch.tensor([len(pair.chosen_ids) for pair in pairs], device=device)
     return chosen, torch.tensor([len(pair.rejected_ids) for pair in pairs], device=device)

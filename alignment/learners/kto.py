@@ -27,15 +27,18 @@ from alignment.learners.base import Learner, Tally
 from alignment.logprobs import sequence_logps
 from alignment.models import CausalModel
 from alignment.packing import MicroBatchLimit
+from alignment.shared_prompts import by_prompt
 
 FeedbackLoss = Callable[..., tuple[Tensor, Metrics]]
 
 
 def mismatched(records: Sequence[LabelledAnswer]) -> list[LabelledAnswer]:
-    """Each prompt of a global batch with the next record's answer, the last with the first one's.
+    """Each prompt of a global batch with an answer that was given for another: the next record's, the last with the
+    first one's, where all prompts differ.
 
-    Of two records or more none meets its own answer. Where two of a batch have the same answer, or neighbours the same
-    prompt, the answer is one that was given for it: shuffled data makes that rare.
+    Records of one prompt are put together, and the list is turned by as many places as the most frequent prompt has
+    records: each answer then comes once. Where more than half of the records are of one prompt, the others' answers
+    come again; where all are, each meets the next one's. No record meets its own answer, unless another has the same.
 
     Raises:
         ValueError: fewer than two.
@@ -45,9 +48,20 @@ def mismatched(records: Sequence[LabelledAnswer]) -> list[LabelledAnswer]:
             f"batch_size: got {len(records)} labelled answers, expected two at least, so that an answer meets another "
             "prompt; raise it"
         )
+    groups = by_prompt(_answers(records))
+    order = [place for group in groups for place in group]
+    most, start = max(map(len, groups)), 0
+    partners = [0] * len(records)
+    for group in groups:
+        size = len(group)
+        rest = len(order) - size
+        for rank, place in enumerate(group):
+            ahead = size + (most - size + rank) % rest if rest else rank + 1
+            partners[place] = order[(start + ahead) % len(order)]
+        start += size
     return [
-        dataclasses.replace(record, id=f"{record.id}/mismatched", answer_ids=other.answer_ids)
-        for record, other in zip(records, [*records[1:], records[0]], strict=True)
+        dataclasses.replace(record, id=f"{record.id}/mismatched", answer_ids=records[partner].answer_ids)
+        for record, partner in zip(records, partners, strict=True)
     ]
 
 
@@ -178,9 +192,11 @@ class BcoLearner(FeedbackLearner):
         tally = self._begin()
         self._learn(tally, records, ref_logps, partial(bco_loss, reward_shift=self.shift.value))
         metrics = self._finish(tally, "bco")
-        self.shift.update(
-            desirable=metrics.get("bco/rewards/desirable"), undesirable=metrics.get("bco/rewards/undesirable")
-        )
+        # A batch whose step was skipped has numbers that no later one may stand on.
+        if not metrics["bco/skipped_count"]:
+            self.shift.update(
+                desirable=metrics.get("bco/rewards/desirable"), undesirable=metrics.get("bco/rewards/undesirable")
+            )
         return metrics
 
     def state_dict(self) -> dict[str, Any]:

@@ -109,7 +109,18 @@ def scored_answers(rollouts: Sequence[Rollout], scores: Sequence[Score]) -> list
 
 
 def compare(before: HeldOut, after: HeldOut, *, seed: int) -> dict[str, dict[str, Any]]:
-    """`{metric: {before, after, n, gain_ci95, higher_is_better}}` over the `n` items that both have a number for."""
+    """`{metric: {before, after, n, gain_ci95, higher_is_better}}` over the `n` items that both have a number for.
+
+    Raises:
+        ValueError: they answer different prompts.
+    """
+    asked, asked_again = ([answer.prompt_id for answer in state.answers] for state in (before, after))
+    if asked != asked_again:
+        same = len(set(asked) & set(asked_again))
+        raise ValueError(
+            f"held-out answers: got {len(asked)} before and {len(asked_again)} after with {same} prompts in common, "
+            "expected the same prompts in one order; start again in another --output-dir"
+        )
     table: dict[str, dict[str, Any]] = {}
     for name in before.answers[0].scores if before.answers else ():
         pairs = [

@@ -12,8 +12,9 @@ from alignment.auc import auc, auc_gain
 from alignment.bootstrap import paired_bootstrap
 from alignment.feedback_losses import bco_loss, kto_loss
 from alignment.judgements import LabelledAnswer
-from alignment.learners.dpo import held_out_metrics
+from alignment.learners.dpo import answer_lengths_of, held_out_metrics
 from alignment.learners.kto import mismatched
+from alignment.preference_losses import counted_lengths
 from alignment.preference_objectives import PreferenceObjective
 from alignment.types import PreferencePair
 
@@ -95,13 +96,9 @@ class PairStage:
         return rows
 
     def _likelihood(self, records: Sequence[PreferencePair], judged: Judged) -> list[float]:
-        alpha, wins = self.objective.length_alpha, []
-        for pair, (chosen, rejected) in zip(records, judged.logps[0], strict=True):
-            lengths = len(pair.chosen_ids), len(pair.rejected_ids)
-            # Tokens as the sums have counted them.
-            counted = [min(lengths) + alpha * (length - min(lengths)) for length in lengths]
-            wins.append(_win(chosen / counted[0] - rejected / counted[1]))
-        return wins
+        counted = torch.stack(counted_lengths(*answer_lengths_of(records), alpha=self.objective.length_alpha), 1)
+        means = torch.tensor(judged.logps[0], dtype=torch.float64) / counted
+        return [_win(chosen - rejected) for chosen, rejected in means.tolist()]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

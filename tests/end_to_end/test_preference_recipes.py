@@ -6,6 +6,7 @@ import json
 import os
 
 import pytest
+from tiny import write_tiny_model
 
 from alignment import plan
 from recipes import dpo_chinese, dpo_medical, kto_medical
@@ -37,7 +38,7 @@ training: {{batch_size: 8, validate_every: 2, optimizer: {{lr: 2.0e-3}}}}
 def dpo(tiny, tmp_path, monkeypatch) -> list[str]:
     monkeypatch.setenv("RAYLIGN_CACHE", str(tmp_path / "cache"))
     rows = [{"prompt": f"Topic {i}?", "chosen": f"Well, {i}. Rest.", "rejected": "Sorry!"} for i in range(24)]
-    return flags_of(tiny, tmp_path, "dpo", rows)
+    return flags_of(tiny, tmp_path, "dpo", [*rows, rows[0]])
 
 
 @pytest.fixture
@@ -64,6 +65,7 @@ def test_a_run_on_pairs_leaves_a_table_a_card_and_no_text_on_the_screen(tmp_path
     assert summary["held_out"]["implicit_margin"]["after"] == pytest.approx(margin, rel=1e-5)
     assert "warning: longer answers win" in (run / "hygiene.txt").read_text()
     assert "own: 18 pairs of 18 prompts" in told.out
+    assert (run / "hygiene.txt").read_text().startswith("own: 18 train, 6 held out (rows 25, duplicates 1,")
     assert "records computed and written" in told.out + told.err
     for text in (told.out, told.err, (run / "hygiene.txt").read_text(), (run / "final" / "README.md").read_text()):
         assert "Topic" not in text
@@ -101,6 +103,10 @@ ASKED = ["--evaluation.source.path", "ROWS"]
     [
         (["--reference.mode", "none"], "reference.mode: got none with dpo.terms"),
         (["--data.sources", "[{path: nowhere.jsonl}]"], "'nowhere.jsonl', which matches no file"),
+        (
+            ["--reference.sync_every", "2", "--reference.sync_share", "0.01", "--model.dtype", "bfloat16"],
+            "reference.sync_share: got 0.01 with model.dtype bfloat16, expected float32",
+        ),
         (["--data.held_out", "24"], "leaves none to train on"),
         (["--model.path", "runs/nowhere/final"], "runs/nowhere/final"),
         (
@@ -117,6 +123,15 @@ def test_refusals_of_pairs_before_the_start(tmp_path, dpo, capsys, flags, reason
     given = [flag.replace("ROWS", str(tmp_path / "rows.jsonl")) for flag in flags]
     assert dpo_chinese.main([*dpo, *given]) == 2
     assert reason in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_model_with_a_limited_view_is_refused_before_the_start(tmp_path, dpo, capsys):
+    folder = write_tiny_model(tmp_path / "narrow", "mistral", sliding_window=4)
+    shared = [*dpo, "--dpo.share_prompts", "true", "--dry-run"]
+    assert dpo_chinese.main([*shared, "--model.path", str(folder)]) == 2
+    assert "do not all look back to the first token" in capsys.readouterr().err
+    assert dpo_chinese.main(shared) == 0
     assert not (tmp_path / "run").exists()
 
 
@@ -150,4 +165,5 @@ def test_prompts_that_are_answered_for_the_table_are_not_trained_on(tmp_path, dp
     more = ["--evaluation.num_prompts", "5", "--evaluation.functions", '[{name: "text:finished_sentence"}]']
     more += ["--data.held_out", "2", "--evaluation.source.path", f"{tmp_path}/rows.jsonl"]
     assert dpo_medical.main([*dpo, "--dry-run", *more]) == 0
-    assert "own: 19 train, 2 held out (rows 24, chosen longer 24, held out too 3)" in capsys.readouterr().out
+    expected = "own: 19 train, 2 held out (rows 25, duplicates 1, chosen longer 24, held out too 3)"
+    assert expected in capsys.readouterr().out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -14,8 +15,10 @@ from alignment.adapters import adapter_disabled
 from alignment.learners.answers import answer_batch
 from alignment.learners.dpo import held_out_metrics, pair_logps
 from alignment.logprobs import token_logprobs
+from alignment.loops.preference_stages import Judged, PairStage
 from alignment.losses import dpo_loss
 from alignment.packing import MicroBatchLimit
+from alignment.types import PreferencePair
 
 EVERYTHING = objective_of(
     ("sigmoid", 1.0, False), ("ipo", 0.01, True), ("orpo", 1.0, False), ("sft", 0.5, False), length_alpha=0.5
@@ -130,6 +133,38 @@ def test_update_is_the_loss_of_plain_logits(folders, alpha, sft):
     assert len(expected) == len(found)
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["simpo", "orpo", ("sigmoid", 1.0, True), ("ipo", 1.0, True)])
+def test_means_divide_by_the_tokens_that_length_alpha_counts(kind):
+    """Every token of both answers has log-probability -1: whatever the lengths, neither answer is the better one."""
+    pair = PreferencePair(id="0", prompt_ids=(1,), chosen_ids=(5,) * 20, rejected_ids=(6,) * 10)
+    for alpha, chosen in ((0.0, -10.0), (0.25, -12.5), (1.0, -20.0)):
+        objective = objective_of(kind, length_alpha=alpha, margin=0.0)
+        found = held_out_metrics(objective, [pair], [(chosen, -10.0)], [(0.0, 0.0)])
+        assert found["validation/margin"] == pytest.approx(0, abs=1e-6)
+        told = PairStage(objective).table([pair], *[Judged(logps=[[(chosen, -10.0)]], reference=[])] * 2, seed=0)
+        assert told["likelihood_accuracy"]["after"] == 0.5
+
+
+def test_the_learner_divides_by_the_tokens_that_length_alpha_counts(folders):
+    """With alpha 0 tokens beyond the shorter answer's length change nothing, of the mean either."""
+    pairs = pairs_of(6)
+    assert any(len(pair.chosen_ids) != len(pair.rejected_ids) for pair in pairs)
+    cut = []
+    for pair in pairs:
+        common = min(len(pair.chosen_ids), len(pair.rejected_ids))
+        cut.append(
+            dataclasses.replace(pair, chosen_ids=pair.chosen_ids[:common], rejected_ids=pair.rejected_ids[:common])
+        )
+    told = [
+        dpo_learner(folders[0], objective=objective_of("simpo", beta=2.0, length_alpha=alpha)).update(
+            rows, None, step=0
+        )
+        for rows, alpha in ((pairs, 0.0), (cut, 1.0))
+    ]
+    for name in ("dpo/loss", "dpo/margin", "dpo/grad_norm"):
+        assert told[0][name] == pytest.approx(told[1][name], rel=1e-4)
 
 
 @pytest.mark.parametrize(

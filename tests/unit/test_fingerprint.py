@@ -51,6 +51,21 @@ def test_a_hub_name_stands_for_itself():
     assert model_fingerprint("org/name", "abc") != model_fingerprint("org/name", "abd")
 
 
+def test_a_branch_stands_for_the_commit_that_the_cache_has_of_it(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    own = tmp_path / "models--org--name"
+    (own / "refs").mkdir(parents=True)
+    names = []
+    for commit in ("a" * 40, "b" * 40):
+        (own / "snapshots" / commit).mkdir(parents=True)
+        (own / "snapshots" / commit / "config.json").write_text("{}")
+        (own / "refs" / "main").write_text(commit)
+        names.append(model_fingerprint("org/name"))
+    assert names == ["org/name@" + "a" * 40, "org/name@" + "b" * 40]
+    assert model_fingerprint("org/name", "main") == names[1]
+    assert model_fingerprint("org/name", "a" * 40) == names[0]
+
+
 def test_records_differ_by_content_and_order():
     first, second = (Prompt(id=str(i), messages=(), prompt_ids=(1, i)) for i in range(2))
     assert records_fingerprint([first, second]) == records_fingerprint([first, second])

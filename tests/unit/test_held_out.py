@@ -46,6 +46,13 @@ def test_only_items_with_both_numbers_are_compared_and_ranked():
     assert [line.split()[1] for line in shown.splitlines() if line.startswith("PROMPT")] == ["q0", "q3"]
 
 
+def test_answers_to_other_prompts_are_not_compared():
+    with pytest.raises(
+        ValueError, match="got 2 before and 3 after with 2 prompts in common, expected the same prompts"
+    ):
+        compare(held_out(1.0, 2.0), held_out(1.0, 2.0, 3.0), seed=1)
+
+
 def test_a_warning_counts_by_kind_what_the_budget_does_not_cover():
     assert unscored_warning(held_out(1.0, None), 0.5) == ""
     said = unscored_warning(held_out(1.0, None, None), 0.5)

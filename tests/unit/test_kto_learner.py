@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from tiny_judgements import GOOD, WORST
 from tiny_learners import gradients
 from tiny_preferences import feedback_learner, feedback_update, labels_of, loaded, reference_of
 
+from alignment.feedback_losses import RewardShift
 from alignment.learners.answers import answer_logps
 from alignment.learners.kto import BcoLearner, KtoLearner, mismatched
 from alignment.logprobs import token_logprobs
@@ -35,6 +37,31 @@ def test_no_record_meets_its_own_answer(count):
     assert [other.prompt_ids for other in others] == [record.prompt_ids for record in records]
     assert sorted(other.answer_ids for other in others) == sorted(record.answer_ids for record in records)
     assert all(other.answer_ids != record.answer_ids for other, record in zip(others, records, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("prompts", "partners"),
+    [
+        ("abcd", [1, 2, 3, 0]),
+        ("aabb", [2, 3, 0, 1]),  # neighbours of one prompt, as held-out rows are in a file's order
+        ("abab", [1, 0, 3, 2]),
+        ("aaabbc", [3, 4, 5, 0, 1, 2]),
+        ("aab", [2, 2, 1]),  # more than half: b's answer comes again
+        ("aaaab", [4, 4, 4, 4, 3]),
+        ("aaa", [1, 2, 0]),
+    ],
+)
+def test_answers_meet_other_prompts_where_there_are_some(prompts, partners):
+    records = [
+        dataclasses.replace(record, id=str(i), prompt_ids=(ord(prompt), 1), answer_ids=(50 + i,))
+        for i, (prompt, record) in enumerate(zip(prompts, labels_of(len(prompts)), strict=True))
+    ]
+    others = mismatched(records)
+    assert [other.answer_ids[0] - 50 for other in others] == partners
+    assert [other.prompt_ids for other in others] == [record.prompt_ids for record in records]
+    prompt_of = {record.answer_ids: record.prompt_ids for record in records}
+    own = [prompt_of[other.answer_ids] == other.prompt_ids for other in others]
+    assert sum(own) == (len(prompts) if len(set(prompts)) == 1 else 0)
 
 
 def test_an_answer_alone_meets_no_other(folders):
@@ -175,6 +202,29 @@ def test_the_reward_shift_follows_the_steps_before_and_is_saved(folders):
     again = feedback_learner(BcoLearner, folders[0], lr=1e-2, shift_decay=0.5)
     again.load_state_dict(learner.state_dict())
     assert again.shift == learner.shift
+
+
+def test_a_batch_whose_step_is_skipped_moves_no_shift(folders):
+    records = labels_of(8)
+    learner = feedback_learner(BcoLearner, folders[0], lr=1e-2)
+    feedback_update(learner, folders[1], records)
+    before = learner.shift.value
+    broken = [float("nan"), *reference_of(folders[1], records)[1:]]
+    told = learner.update(records, broken, step=1)
+    assert told["bco/skipped_count"] == 1
+    assert learner.shift.value == before
+    again = feedback_update(learner, folders[1], records, step=2)
+    assert again["bco/skipped_count"] == 0
+    assert again["bco/reward_shift"] == pytest.approx(before)
+    assert math.isfinite(again["bco/loss"])
+
+
+def test_a_mean_that_is_not_finite_moves_no_shift():
+    shift = RewardShift(decay=0.5)
+    shift.update(desirable=2.0, undesirable=float("-inf"))
+    assert shift.value == 2.0
+    shift.update(desirable=float("nan"), undesirable=1.0)
+    assert shift.value == 1.5
 
 
 def test_logps_depend_on_nobody_else_in_the_batch(folders):

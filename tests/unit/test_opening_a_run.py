@@ -104,10 +104,12 @@ def test_a_refused_resume_leaves_no_config_behind(tmp_path):
     shutil.copytree(tmp_path / "run", tmp_path / "copy")
     assert start(tmp_path / "copy", "--resume", "never", "--kl.coef", "0.2")[1] is None
     directory, _ = start(tmp_path / "copy", "--kl.coef", "0.2")
-    (directory.path / "held_out_before.json").write_text("{}")
+    befores = [directory.path / f"{name}_before.json" for name in ("held_out", "answers")]
+    for path in befores:
+        path.write_text("{}")
     # Nothing was trained: the start may have failed for its config, and another one may have the place.
     assert start(tmp_path / "copy", "--kl.coef", "0.3")[1] is None
-    assert not (directory.path / "held_out_before.json").exists()
+    assert not any(path.exists() for path in befores)
     log(directory, 0)
     with pytest.raises(ValueError, match=r"kl\.coef: 0\.3 -> 0\.4"):
         start(tmp_path / "copy", "--kl.coef", "0.4")

@@ -15,10 +15,11 @@ LORA = {"adapter": {"r": 4}}
     [
         ({"reference": {"mode": "none"}}, "reference.mode: got none with dpo.terms"),
         ({"dpo": {"terms": [{"kind": "simpo"}]}}, "got live with dpo.terms.*expected none"),
-        ({"dpo": {"terms": [{"kind": "sft"}]}}, "got sft alone"),
+        ({"dpo": {"terms": [{"kind": "sft"}]}}, r"dpo.terms: got \['sft'\], expected one at least that compares"),
         ({"dpo": {"terms": [{}, {}]}}, "expected each once"),
         ({"dpo": {"terms": [{"kind": "orpo", "per_token": True}]}}, "per_token: got it with orpo"),
         ({"dpo": {"terms": [{"kind": "ipo"}], "label_smoothing": 0.1}}, "none of them reads it"),
+        ({"dpo": {"margin": 0.5}}, r"dpo.margin: got 0.5 with terms \['sigmoid'\], expected 1: simpo alone"),
         ({"dpo": {"label_smoothing": 0.5}}, "less than 0.5"),
         ({"dpo": {"beta": 0}}, "greater than 0"),
         ({"reference": {"mode": "cached", "sync_every": 4}}, "sync_every: got 4 with reference.mode=cached"),
@@ -63,6 +64,8 @@ def test_what_is_allowed_beside_them():
     assert (lora.reference.sync_every, lora.reference.sync_share) == (4, 1.0)
     alone = {"dpo": {"terms": [{"kind": "cpo"}, {"kind": "sft"}]}, "reference": {"mode": "none"}}
     assert not DpoRunConfig.model_validate(alone).dpo.uses_reference
+    simpo = {"dpo": {"terms": [{"kind": "simpo"}], "margin": 0.5}, "reference": {"mode": "none"}}
+    assert DpoRunConfig.model_validate(simpo).dpo.margin == 0.5
     one = KtoRunConfig.model_validate({"training": {"batch_size": 1}, "kto": {"loss": "bco"}})
     assert one.training.batch_size == 1
     held_out = {"sources": [{"path": "a", "held_out": {"path": "b"}}], "held_out": 0}

@@ -6,7 +6,7 @@ import pytest
 
 from alignment import models
 from alignment.config import ClusterConfig, SftRunConfig
-from recipes.checks import settle_dtype
+from recipes.settling import settle_dtype
 
 ON_GPU = ClusterConfig.model_validate({"policy": {"gpus_per_worker": 1}, "colocate": []})
 
