@@ -56,16 +56,31 @@ class RoundLog:
 
     def __init__(self, directory: RunDirectory, *, batches_per_round: int, current: int) -> None:
         """`current`: the round at which the run stands. Lines of later ones are dropped: the policy that answered
-        then is yet to come."""
+        then is yet to come.
+
+        Raises:
+            RuntimeError: answers of an earlier round are gone, or of this one, whose pairs are known. New ones would
+                get their places.
+        """
         self.batches_per_round = batches_per_round
         self._answers, self._pairs = AnswerLog(directory.batches), VerifiedLines(directory.pairs, "round")
         self._batches = self._answers.read((current + 1) * batches_per_round)
         self._rounds = [RankedRound(rows=r["pairs"], figures=r["figures"]) for r in self._pairs.read(current + 1)]
+        for number in range(current + (current < len(self._rounds))):
+            self._require_answers(number)
 
     def missing(self, number: int) -> range:
         """Batches of round `number` that are yet to be answered, by their places in it."""
         there = len(self._batches) - number * self.batches_per_round
         return range(max(0, there), self.batches_per_round)
+
+    def _require_answers(self, number: int) -> None:
+        if missing := self.missing(number):
+            raise RuntimeError(
+                f"round {number}: got {len(missing)} of {self.batches_per_round} batches of answers damaged or gone, "
+                "expected them on disk: the policy that gave them has moved on; --resume an earlier checkpoint, or "
+                "choose another --output-dir"
+            )
 
     def add(self, batch: AnsweredBatch) -> None:
         """The next batch, on disk when this returns."""
@@ -76,16 +91,11 @@ class RoundLog:
         """The pairs of a round, those before it known: from the disk, or judged now and then on disk.
 
         Raises:
-            RuntimeError: neither pairs nor all answers of a round that the policy has left are on disk.
+            RuntimeError: neither pairs nor all answers of a round whose steps have begun are on disk.
         """
         if number < len(self._rounds):
             return self._rounds[number]
-        if missing := self.missing(number):
-            raise RuntimeError(
-                f"round {number}: got {len(missing)} of {self.batches_per_round} batches of answers damaged or gone, "
-                "expected them on disk: the policy that gave them has moved on; --resume an earlier checkpoint, or "
-                "choose another --output-dir"
-            )
+        self._require_answers(number)
         first = number * self.batches_per_round
         found = judge(number, joined(self._batches[first : first + self.batches_per_round]))
         if found is not None:
