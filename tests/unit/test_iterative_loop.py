@@ -114,6 +114,18 @@ def test_a_round_without_pairs_is_left_out_and_a_second_one_ends_the_run(tiny, t
     assert [row["step"] for row in run.metrics()] == [0, 2]
 
 
+def test_a_person_who_tells_no_pair_is_told_what_helps(tiny, prompts, tmp_path):
+    sections = {
+        "rounds": {"prompts_per_round": 3, "steps_per_round": 2, "label_by": "person", "labels": "l.jsonl"},
+        "ranking": {"num_samples_per_prompt": 2, "batch_size": 3, "num_to_label": 2},
+    }
+    run = RoundRun(tiny, prompts, tmp_path / "run", **sections)
+    run.judge = lambda number, answered: RankedRound(rows=[], figures={"prompts": 3, "parts": {}})
+    said = "in a row, expected pairs of which somebody can tell the better answer; .* raise ranking.num_to_label or"
+    with run.stack, pytest.raises(RuntimeError, match=said):
+        run.train()
+
+
 def test_answers_of_a_round_that_is_over_are_not_made_up(tmp_path):
     with pytest.raises(RuntimeError, match="round 0: got 3 of 3 batches of answers damaged or gone"):
         RoundLog(RunDirectory(tmp_path / "run"), batches_per_round=3, current=1)
