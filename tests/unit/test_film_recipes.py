@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +22,7 @@ from alignment.data.chat import eos_ids_of_model, load_tokenizer
 from alignment.data.feedback_pairs import FeedbackPairs
 from alignment.data.movielens import NUM_TEST, prompt_of
 from alignment.data.movielens_live import live_choices
-from alignment.feedback_log import FeedbackConsumer, FeedbackReader
+from alignment.feedback_log import FeedbackConsumer, FeedbackLog, FeedbackReader
 from alignment.ranking_metrics import hit_rate_at_k
 from alignment.types import PreferencePair
 from recipes.checks import Trainee
@@ -262,6 +263,31 @@ def test_a_source_that_fails_ends_the_run(folder, tiny, choices, tmp_path):
             sources.require_sound()
     consumer.close()
     assert [logged.event for logged in FeedbackReader(tmp_path / LOG_NAME).events()] == choices[:1]
+
+
+def test_a_choice_of_a_client_is_no_replayed_one(folder, tiny, choices, tmp_path):
+    """Who numbers choices by user and film says others than those of the replay, which goes on beside it."""
+    consumer = FeedbackConsumer(tmp_path / LOG_NAME, batch_size=len(choices) + 1, poll_seconds=0.001)
+    log = FeedbackLog(tmp_path / LOG_NAME)
+    log.append([replace(one, id=f"{one.user}-{one.chosen}", liked=None) for one in choices[:1]])
+    log.close()
+    check = live_pairs(folder, tiny).check
+    with Sources(FeedbackConfig(replay=True), tmp_path, consumer=consumer, replayed=choices, check=check) as sources:
+        taken = consumer.take(0, after=None)
+        sources.require_sound()
+    consumer.close()
+    assert [logged.event for logged in taken[1:]] == choices
+
+
+def test_a_port_in_use_is_refused_by_the_name_of_its_setting(folder, tiny, tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        config, consumer = FeedbackConfig(port=port), FeedbackConsumer(tmp_path / LOG_NAME, batch_size=1)
+        with pytest.raises(ValueError, match=rf"^live\.port: got 127\.0\.0\.1:{port} .*choose another$"):
+            Sources(config, tmp_path, consumer=consumer, replayed=(), check=live_pairs(folder, tiny).check)
+    FeedbackLog(tmp_path / LOG_NAME).close()
 
 
 def test_replayed_choices_are_logged_once(folder, tiny, choices, tmp_path):

@@ -189,6 +189,17 @@ def test_the_packaged_cases():
     assert [case for case in several if case in cases] == cases
 
 
+def test_too_few_films_are_refused_by_what_asks_for_them(tmp_path):
+    rated = [(1, i, 5, i) for i in range(1, 6)] + [(2, i, 5, 10 + i) for i in range(1, 3)]
+    data = read_movielens(*write(tmp_path, rated, FILMS), num_test=3)
+    with pytest.raises(
+        ValueError, match=r"user 1: got 0 films that others liked .*, expected 2 to show .*larger table"
+    ):
+        live_choices(data, num_shown=3)
+    with pytest.raises(ValueError, match=r"user 1: got 0 films that others liked .*, expected 2; lower num_negatives"):
+        ranking_cases(data, num_negatives=2)
+
+
 def test_choices_of_live_people():
     """Of a table without the last 10,000 ratings: people choose, and are asked about what they liked later."""
     data = movielens().without_test()
