@@ -133,10 +133,10 @@ def read_movielens(ratings_file: Path, items_file: Path, *, num_test: int = NUM_
     seen: set[tuple[int, int]] = set()
     parts: tuple[list[Rating], list[Rating]] = ([], [])
     for place, row in enumerate(rows):
-        item = same.get(row.item)
-        if item is not None and (row.user, item) not in seen:
-            seen.add((row.user, item))
-            parts[place >= len(rows) - num_test].append(Rating(row.user, item, row.stars, row.time))
+        film = same.get(row.item)
+        if film is not None and (row.user, film) not in seen:
+            seen.add((row.user, film))
+            parts[place >= len(rows) - num_test].append(Rating(row.user, film, row.stars, row.time))
     return MovieLens({item: name for name, item in first.items()}, tuple(parts[0]), tuple(parts[1]))
 
 
