@@ -33,6 +33,8 @@ BODY_BYTES = 1 << 20
 BODY_SECONDS = 10.0
 MOST_EVENTS = 1000
 """Of a request."""
+MOST_CHECKED = 4
+"""Requests whose events are checked at the same time: titles are tokenised, which takes a while for many."""
 GRACE = 5
 """Seconds that requests under way get when the endpoint closes."""
 
@@ -48,13 +50,15 @@ class FeedbackEndpoint:
         host: str = "127.0.0.1",
         port: int = 0,
         token: str | None = None,
+        key: str = "feedback host, port",
     ) -> None:
         """Listens when it returns.
 
         Args:
-            check: raises ValueError for an event that no pair can be made of.
+            check: raises ValueError for an event that no pair can be made of; from several threads.
             port: 0 takes a free one.
             token: what requests must carry.
+            key: what the address is called where it was set.
 
         Raises:
             ValueError: an address that others reach without a token, or one that cannot be had.
@@ -66,9 +70,10 @@ class FeedbackEndpoint:
             )
         self.feedback, self.check = feedback, check
         self.admission = Admission(token, body_bytes=BODY_BYTES, body_seconds=BODY_SECONDS)
-        # The disk has a thread of its own: a request that waits for it holds up no other.
+        # Neither the disk nor a check of many events holds up who asks for something else.
         self._writing = ThreadPoolExecutor(1, thread_name_prefix="feedback-writing")
-        listening = bind(host, port)
+        self._checking = ThreadPoolExecutor(MOST_CHECKED, thread_name_prefix="feedback-checking")
+        listening = bind(host, port, key=key)
         listening.listen(BACKLOG)
         self.port: int = listening.getsockname()[1]
         app = build_app(self, alone=token is None)
@@ -79,13 +84,13 @@ class FeedbackEndpoint:
         self._thread.start()
 
     async def accept(self, request: Request) -> dict[str, int]:
-        """Log the events of a request, all or none.
+        """Log the events of a request: all, or none where one is refused.
 
         Raises:
             RefusalError: the status to answer.
         """
-        events = self._parse(await self.admission.json_body(request))
-        loop = asyncio.get_running_loop()
+        body, loop = await self.admission.json_body(request), asyncio.get_running_loop()
+        events = await loop.run_in_executor(self._checking, self._parse, body)
         try:
             new = await loop.run_in_executor(self._writing, self.feedback.append, events)
         except ConflictError as conflict:
@@ -121,6 +126,7 @@ class FeedbackEndpoint:
         """Requests under way are answered; then the port is free. The log stays open."""
         self._server.should_exit = True
         self._thread.join()
+        self._checking.shutdown()
         self._writing.shutdown()
 
 

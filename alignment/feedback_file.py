@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
+from typing import BinaryIO
 
 from alignment.feedback_log import FeedbackEvent, FeedbackLog, event_of
 
@@ -31,38 +34,59 @@ class FeedbackFile:
         """`check`: raises ValueError for an event that no pair can be made of."""
         self.path, self.log, self.check = Path(path), log, check
         self._offset, self._line = 0, 0
+        self._last: tuple[int, int, bytes] | None = None
+        """Device and number of the file that was read, and its last line."""
 
     def take(self) -> Taken:
         """Log the lines that have come since the last call.
 
         Raises:
-            ValueError: the file has become shorter: lines of it may have been missed.
+            ValueError: the file has become shorter, is another one, or is gone: lines of it may have been missed.
         """
-        if not self.path.exists():
+        try:
+            file = open(self.path, "rb")  # noqa: SIM115 - closed below
+        except FileNotFoundError:
+            if self._last is not None:
+                raise self._no_longer("no file") from None
             return Taken(0, 0, ())
-        if self.path.stat().st_size < self._offset:
-            raise ValueError(
-                f"{self.path}: got {self.path.stat().st_size} bytes where {self._offset} were read, expected a file "
-                "that only grows; append to it, or start again with a new one"
-            )
-        events: list[FeedbackEvent] = []
+        with file:
+            self._require_same(file)
+            lines = list(takewhile(lambda line: line.endswith(b"\n"), file))
+            found = os.fstat(file.fileno())
+        events: dict[int, FeedbackEvent] = {}
         refused: list[str] = []
-        offset, number = self._offset, self._line
-        with open(self.path, "rb") as file:
-            file.seek(offset)
-            for line in file:
-                if not line.endswith(b"\n"):
-                    break
-                offset, number = offset + len(line), number + 1
-                if line.strip():
-                    try:
-                        events.append(self._event(line))
-                    except ValueError as reason:
-                        refused.append(f"{self.path}:{number}: {reason}")
+        for number, line in enumerate(lines, start=self._line + 1):
+            if line.strip():
+                try:
+                    events[number] = self._event(line)
+                except ValueError as reason:
+                    refused.append(f"{self.path}:{number}: {reason}")
         new = self._append(events, refused)
         # Only now: had the disk refused, the same lines would come again.
-        self._offset, self._line = offset, number
+        if lines:
+            self._offset, self._line = self._offset + sum(map(len, lines)), self._line + len(lines)
+            self._last = (found.st_dev, found.st_ino, lines[-1])
         return Taken(new, len(events) - new, tuple(refused))
+
+    def _require_same(self, file: BinaryIO) -> None:
+        """Go to where reading stopped, if that is still behind the line that was read last."""
+        if self._last is None:
+            return
+        device, number, line = self._last
+        found = os.fstat(file.fileno())
+        if (found.st_dev, found.st_ino) != (device, number):
+            raise self._no_longer("another file")
+        if found.st_size < self._offset:
+            raise self._no_longer(f"{found.st_size} bytes")
+        file.seek(self._offset - len(line))
+        if file.read(len(line)) != line:
+            raise self._no_longer("other lines")
+
+    def _no_longer(self, got: str) -> ValueError:
+        return ValueError(
+            f"{self.path}: got {got} where {self._offset} bytes were read, expected a file that only grows; append to "
+            "it, or start again with a new one"
+        )
 
     def follow(self, stop: threading.Event, tell: Callable[[str], None], *, seconds: float = 0.5) -> None:
         """Take until `stop` is set, and once more after it. `tell` hears of lines that are refused."""
@@ -83,16 +107,16 @@ class FeedbackFile:
         self.check(event)
         return event
 
-    def _append(self, events: list[FeedbackEvent], refused: list[str]) -> int:
-        """One by one, with one write for all where none contradicts the log."""
+    def _append(self, events: dict[int, FeedbackEvent], refused: list[str]) -> int:
+        """One by one, with one write for all where none contradicts the log. `events`: by the number of their line."""
         try:
-            return self.log.append(events)
+            return self.log.append(list(events.values()))
         except ValueError:
             new = 0
-            for event in list(events):
+            for number, event in list(events.items()):
                 try:
                     new += self.log.append([event])
                 except ValueError as reason:
-                    events.remove(event)
-                    refused.append(f"{self.path}: {reason}")
+                    del events[number]
+                    refused.append(f"{self.path}:{number}: {reason}")
             return new

@@ -3,11 +3,14 @@
 The log is a file of JSON lines that only grows. An event's `sequence` is its place, from 0. A line is an event once it
 is whole: what a kill cut short has no line end, is not read, and is cut off by the next writer. One process writes at
 a time and one learner takes; how far it has come lies in its checkpoint, so that weights and place change together.
+While a write is on its way nobody reads, since a disk that refuses takes it back: the file `NAME.writing` is the lock.
 """
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
+import io
 import json
 import os
 import threading
@@ -89,17 +92,20 @@ class FeedbackLog:
         self.path = Path(path)
         self._turn = threading.Lock()
         self._file = _locked(self.path, "writes")
+        self._readers = _opened(_writing(self.path))
         fsync_path(self.path.parent)
         logged = list(FeedbackReader(self.path).events())
         self._known = {entry.event.id: entry.event for entry in logged}
         self._end = _end_of_lines(self._file)
-        os.ftruncate(self._file, self._end)
+        with _held(self._readers, fcntl.LOCK_EX):
+            os.ftruncate(self._file, self._end)
 
     def __len__(self) -> int:
         return len(self._known)
 
     def append(self, events: Sequence[FeedbackEvent]) -> int:
-        """Put the events that are new at the end, all or none of them. They are on the disk when it returns.
+        """Put the events that are new at the end, all of them or, where one is refused, none. They are on the disk
+        when it returns; a kill before that may leave the first of them.
 
         Returns:
             How many were new. One that the log has already is passed over.
@@ -128,18 +134,20 @@ class FeedbackLog:
             json.dumps({"sequence": first + i, **asdict(event)}, ensure_ascii=False) for i, event in enumerate(events)
         )
         data = "".join(f"{line}\n" for line in lines).encode()
-        try:
-            written = 0
-            while written < len(data):
-                written += os.pwrite(self._file, data[written:], self._end + written)
-            os.fsync(self._file)
-        except OSError:
-            os.ftruncate(self._file, self._end)
-            raise
+        with _held(self._readers, fcntl.LOCK_EX):
+            try:
+                written = 0
+                while written < len(data):
+                    written += os.pwrite(self._file, data[written:], self._end + written)
+                os.fsync(self._file)
+            except OSError:
+                os.ftruncate(self._file, self._end)
+                raise
         self._end += len(data)
 
     def close(self) -> None:
         """Let another process write."""
+        os.close(self._readers)
         os.close(self._file)
 
 
@@ -151,10 +159,10 @@ class FeedbackReader:
         self._next, self._offset = 0, 0
 
     def events(self, start: int = 0) -> Iterator[Logged]:
-        """What is whole by now, from place `start` on.
+        """What is committed by now, from place `start` on.
 
         Raises:
-            ValueError: a line that is no event, or not the one that belongs there; a log that ends before `start`.
+            ValueError: a line that is no event, or not the one that belongs there.
         """
         if start < self._next:
             self._next, self._offset = 0, 0
@@ -163,20 +171,21 @@ class FeedbackReader:
             self._next, self._offset = self._next + 1, self._offset + len(line)
             if logged.sequence >= start:
                 yield logged
-        if self._next < start:
-            raise ValueError(
-                f"{self.path}: got {self._next} events, expected at least {start}, which were taken; put that log back"
-            )
 
     def _whole_lines(self) -> Iterator[bytes]:
         """From where reading stopped; none of a log that nobody has written to yet."""
-        try:
-            file = open(self.path, "rb")  # noqa: SIM115 - closed below
-        except FileNotFoundError:
+        if not self.path.exists():
             return
-        with file:
+        with contextlib.ExitStack() as stack:
+            # A log that was copied from elsewhere may lack the lock, and has no writer then.
+            with contextlib.suppress(FileNotFoundError):
+                lock = os.open(_writing(self.path), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+                stack.callback(os.close, lock)
+                stack.enter_context(_held(lock, fcntl.LOCK_SH))
+            file = stack.enter_context(open(self.path, "rb"))
             file.seek(self._offset)
-            yield from takewhile(lambda line: line.endswith(b"\n"), file)
+            committed = file.read()
+        yield from takewhile(lambda line: line.endswith(b"\n"), io.BytesIO(committed))
 
     def _parse(self, line: bytes) -> Logged:
         where = f"{self.path}:{self._next + 1}"
@@ -249,13 +258,18 @@ class FeedbackConsumer:
         self._place = start
         if not start:
             return []
-        before, *held = self._reader.events(start - 1)
-        if before.event.id != after:
+        logged = list(self._reader.events())
+        if len(logged) < start:
+            raise ValueError(
+                f"{self.path}: got {len(logged)} events, expected at least {start}, which were taken; put that log "
+                "back"
+            )
+        if logged[start - 1].event.id != after:
             raise ValueError(
                 f"{self.path}: got another event at place {start - 1} than the one that was learnt from, expected the "
                 "same log; put it back, or start a new run"
             )
-        return held
+        return logged[start:]
 
     def _look(self) -> None:
         assert self._held is not None
@@ -270,13 +284,32 @@ class FeedbackConsumer:
         os.close(self._lock)
 
 
-def _locked(path: Path, does: str) -> int:
+def _opened(path: Path) -> int:
     try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     except OSError as error:
         raise ValueError(
             f"feedback log: got {path} ({error.strerror}), expected a file in a folder that can be written; correct it"
         ) from error
+
+
+def _writing(path: Path) -> Path:
+    """Locked by the writer while it writes, and by readers while they read. It is empty."""
+    return path.with_name(path.name + ".writing")
+
+
+@contextlib.contextmanager
+def _held(descriptor: int, kind: int) -> Iterator[None]:
+    """Waits for the lock; a process that ends lets go of it."""
+    fcntl.flock(descriptor, kind)
+    try:
+        yield
+    finally:
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
+
+
+def _locked(path: Path, does: str) -> int:
+    descriptor = _opened(path)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -21,6 +21,7 @@ class VerifiedLines:
     def __init__(self, path: Path, key: str) -> None:
         """`key`: what a record calls its number, from 0."""
         self.path, self.key = path, key
+        self._name_is_kept = False
 
     def read(self, most: int | None = None) -> list[dict[str, Any]]:
         """The records up to the first line that is not whole, or `most` of them; from there on the file is cut."""
@@ -44,6 +45,9 @@ class VerifiedLines:
         text = json.dumps({self.key: number, **record}, ensure_ascii=False)
         append_lines(self.path, [f"{_digest(text.encode())} {text}"])
         fsync_path(self.path)
+        if not self._name_is_kept:
+            fsync_path(self.path.parent)  # who created the file may have been killed before this
+            self._name_is_kept = True
 
     def _record(self, line: bytes, number: int) -> dict[str, Any] | None:
         """None for a line that is not record `number` as it was written."""

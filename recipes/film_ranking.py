@@ -36,6 +36,9 @@ TOLD_EVERY = 16
 """People, between lines on the screen."""
 FIRST = 10
 """The k of hit rate and NDCG."""
+RIVAL = "item neighbours of those in the prompt"
+"""The baseline that knows what the language model is shown, and no more: what its lead is measured from."""
+BESIDE = "last method beside "
 Scores = Sequence[CaseScores]
 Told = Callable[[str], None]
 
@@ -62,10 +65,10 @@ def film_table(config: FilmsConfig) -> MovieLens:
     Raises:
         ValueError: files that are not there or broken, or no training part.
     """
-    if config.folder is None and config.num_test == FilmsConfig().num_test:
+    if config.folder is None:
         data = movielens()
     else:
-        folder = _packaged() if config.folder is None else Path(config.folder).expanduser()
+        folder = Path(config.folder).expanduser()
         tables = [folder / name for name in ("ml-100k.inter", "ml-100k.item")]
         for table in tables:
             if not table.is_file():
@@ -79,12 +82,6 @@ def film_table(config: FilmsConfig) -> MovieLens:
             "expected more of them; lower it"
         )
     return data.without_test(config.num_test) if config.early else data
-
-
-def _packaged() -> Path:
-    from alignment.data.assets import fetch_asset
-
-    return fetch_asset("movielens-100k")
 
 
 def asked_cases(config: FilmsConfig, data: MovieLens, after: Mapping[int, int] | None) -> list[RankingCase]:
@@ -191,26 +188,23 @@ class FilmRanking:
         own = {
             "popularity": lambda liked, films: [float(popularity[film]) for film in films],
             "item neighbours of all that was liked": neighbours.scores,
-            "item neighbours of those in the prompt": lambda liked, films: neighbours.scores(liked[-SHOWN:], films),
+            RIVAL: lambda liked, films: neighbours.scores(liked[-SHOWN:], films),
         }
         return {name: self.metrics(scores_by(score, self.cases)) for name, score in own.items()}
 
     def beside(self, methods: Mapping[str, Scores]) -> dict[str, Any]:
         """What the summary has as `films`: each method's means over people, the baselines' among them, and how far
-        the last method is from the best baseline on the same candidates."""
+        the last method is from `RIVAL` on the same candidates."""
         hit, ndcg = chance(len(self.cases[0].uniform) + 1, k=FIRST)
         measured = {**self.baselines, **{name: self.metrics(scores) for name, scores in methods.items()}}
         random_order = {name: hit if name.endswith("hit_rate") else ndcg for name in next(iter(measured.values()))}
-        best = list(self.baselines)[-1]
         return {
             "people": len(self.cases),
             "methods": {
                 "random order": random_order,
                 **{name: means(self.cases, own) for name, own in measured.items()},
             },
-            f"last method beside {best}": gains(
-                self.cases, self.baselines[best], list(measured.values())[-1], seed=self.seed
-            ),
+            BESIDE + RIVAL: gains(self.cases, measured[RIVAL], list(measured.values())[-1], seed=self.seed),
         }
 
     def save(self, path: Path, **scores: Scores) -> None:
@@ -275,9 +269,10 @@ def methods_table(films: Mapping[str, Any]) -> str:
     for method, row in films["methods"].items():
         lines.append(f"{method:<42}" + "".join(f"{row[name]:>18.3f}" for name in columns))
     for name, row in films.items():
-        if name.startswith("last method"):
+        if name.startswith(BESIDE):
             intervals = [row[column]["gain_ci95"] for column in columns]
-            lines.append(f"{'gain of the last over the one above':<42}"[:42] + "".join(map(_interval, intervals)))
+            lines.append(f"what the last one gains over {name.removeprefix(BESIDE)}:")
+            lines.append(f"{'95 % interval':<42}" + "".join(map(_interval, intervals)))
     return "\n".join(lines)
 
 

@@ -2,31 +2,30 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from actors.build import IterativeRoles, iterative_actors, iterative_roles
 from actors.engines import choose_engine
-from alignment.config import IterativeRunConfig, SourceConfig
+from alignment.config import IterativeRunConfig
 from alignment.config_io import dump_config
 from alignment.data.chat import eos_ids_of_model, load_tokenizer
 from alignment.data.preferences import encode_pairs
 from alignment.data.prompts import PromptSet, load_prompts, prompts_for_step
 from alignment.data.reading import Encoder
-from alignment.data.sources import Row, read_rows
-from alignment.labelling import asked_rows, check_labelled, labelled_pairs
 from alignment.loops.evaluation import HeldOut, answer_table, compare, evaluate, unscored_warning
-from alignment.loops.iterative import IterativeState, RankedRound, answer_figures, rank_round, train_in_rounds
+from alignment.loops.iterative import IterativeState, RankedRound, open_rounds, rank_round, train_in_rounds
 from alignment.loops.ranking import AnsweredBatch
 from alignment.loops.run import Run
 from alignment.metrics import check_trackers
 from alignment.model_card import write_model_card
 from alignment.model_checks import check_model
-from alignment.ranking import by_prompt, rows_to_label, score_figures
 from alignment.run_directory import RunDirectory
+from alignment.types import Prompt
 from recipes import checks, common, planning
+from recipes.asking import judge_by_person, read_labels, tell_unused
 from recipes.preference_tuning import learner_bytes, refuse_split_adapter
 from recipes.ranking import check_plain, inputs, read_columns
 
@@ -75,25 +74,11 @@ def check(job: Job) -> Start:
     prompts_for_step(prompts.train, 0, batch_size=count, seed=config.run.seed, key=key)
     checks.check_reward_functions(reward, [*prompts.train, *prompts.held_out])
     check_plain(prompts.train, read_columns(reward))
-    read_labels(config.rounds.labels)
+    read_labels(config)
     first = checks.untrained(job.config)
     for recipe, folder in first.items():
         common.check_first(job, common.main_of(recipe), folder)
     return Start(config=config, tokenizer=tokenizer, prompts=prompts, num_parameters=num_parameters, first=first)
-
-
-def read_labels(path: str | None) -> list[Row]:
-    """What a person has said so far; nothing where the file is not there yet.
-
-    Raises:
-        ValueError: `file:line: reason` for a line that says nothing.
-    """
-    if path is None or not Path(path).expanduser().exists():
-        return []
-    rows = read_rows(SourceConfig(path=path))
-    for row in rows:
-        check_labelled(row.values, row.where)
-    return rows
 
 
 def run_iterative(job: Job) -> None:
@@ -132,59 +117,82 @@ def improve(
     job: Job, start: Start, roles: IterativeRoles, run: Run, state: IterativeState, read: dict[str, str]
 ) -> None:
     """Answer the held-out prompts, train, answer them again, and write down what came of it."""
-    config, prompts, directory = start.config, start.prompts, run.directory
-    temperature = config.rollout.temperature
-    begun = roles.policy.token_logprobs("start_logprobs", temperature=temperature) if config.knows_start else None
-
-    def answer_held_out(rounds: int, max_unscorable: float | None = None) -> HeldOut:
-        run.progress.message(f"answering {len(prompts.held_out)} held-out prompts after {rounds} rounds")
-        roles.policy.send_weights(roles.rollout, version=rounds).result()
-        return evaluate(
-            prompts.held_out,
-            policy=roles.policy.token_logprobs("logprobs", temperature=temperature),
-            reference=begun,
-            reward=roles.reward,
-            rollout=roles.rollout,
-            greedy=config.evaluation.greedy,
-            version=rounds,
-            max_unscorable=max_unscorable,
-        )
-
-    budget = config.reward.max_unscorable
-    before = common.once(directory.path / "held_out_before.json", HeldOut, lambda: answer_held_out(0, budget))
+    config, directory = start.config, run.directory
+    done = open_rounds(config, directory, step=state.step)
+    tell_unused(config, done.pairs)
+    asker = HeldOutAsker(config, start.prompts.held_out, roles, run)
+    before = common.once(
+        directory.path / "held_out_before.json", HeldOut, lambda: asker.ask(0, config.reward.max_unscorable)
+    )
     encoder = Encoder(
         tokenizer=start.tokenizer,
         eos_ids=eos_ids_of_model(start.tokenizer, config.model.path, config.model.revision),
         max_tokens=config.max_tokens,
         system_prompt=None,  # it stands in the conversations that were asked
     )
-    through = train_in_rounds(
+    all_rounds_learnt = train_in_rounds(
         config,
-        prompts.train,
+        start.prompts.train,
         policy=roles.policy,
         reward=roles.reward,
         rollout=roles.rollout,
         judge=lambda number, answered: judge(config, directory, number, answered),
         encode=lambda rows: encode_pairs(rows, encoder),
         columns=read_columns(config.reward),
-        evaluate=answer_held_out,
+        evaluate=asker.ask,
         run=run,
         state=state,
+        done=done,
     )
-    if not through:
-        return
-    after = answer_held_out(config.num_rounds)
+    if all_rounds_learnt:
+        finish(job, start, asker, before, state, read)
+
+
+@dataclass(frozen=True, slots=True)
+class HeldOutAsker:
+    """Has the held-out prompts answered by the policy as it is."""
+
+    config: IterativeRunConfig
+    prompts: Sequence[Prompt]
+    roles: IterativeRoles
+    run: Run
+
+    def ask(self, rounds: int, max_unscorable: float | None = None) -> HeldOut:
+        """The answers after so many rounds, their scores, and where the first model is known how far they are from it.
+
+        `max_unscorable`: as for `evaluate`."""
+        config, policy, temperature = self.config, self.roles.policy, self.config.rollout.temperature
+        self.run.progress.message(f"answering {len(self.prompts)} held-out prompts after {rounds} rounds")
+        policy.send_weights(self.roles.rollout, version=rounds).result()
+        return evaluate(
+            self.prompts,
+            policy=policy.token_logprobs("logprobs", temperature=temperature),
+            reference=policy.token_logprobs("start_logprobs", temperature=temperature) if config.knows_start else None,
+            reward=self.roles.reward,
+            rollout=self.roles.rollout,
+            greedy=config.evaluation.greedy,
+            version=rounds,
+            max_unscorable=max_unscorable,
+        )
+
+
+def finish(
+    job: Job, start: Start, asker: HeldOutAsker, before: HeldOut, state: IterativeState, read: dict[str, str]
+) -> None:
+    """Answer the held-out prompts again, and leave model, card and summary."""
+    config, directory = asker.config, asker.run.directory
+    after = asker.ask(config.num_rounds)
     after.save(directory.path / "held_out_after.json")
-    if warning := unscored_warning(after, budget):  # what was learnt is kept: training is done
-        run.progress.message(warning)
-    roles.policy.export(directory.final).result()
+    if warning := unscored_warning(after, config.reward.max_unscorable):  # what was learnt is kept: training is done
+        asker.run.progress.message(warning)
+    asker.roles.policy.export(directory.final).result()
     gains = compare(before, after, seed=config.run.seed)
     write_model_card(
         directory.final,
         recipe=job.name,
         base=job.config.model.path,
         config=dump_config(job.config),
-        data=prompts.summary(),
+        data=start.prompts.summary(),
         inputs=read,
         figures=gains,
         step=state.step,
@@ -198,31 +206,7 @@ def improve(
 def judge(
     config: IterativeRunConfig, directory: RunDirectory, number: int, answered: AnsweredBatch
 ) -> RankedRound | None:
-    """The pairs of a round by its scores, or by a person; None, and what to do, where that person has yet to look."""
+    """The pairs of a round by its scores, or by a person; None where that person has yet to look."""
     if config.rounds.label_by == "reward":
         return rank_round(config, answered)
-    ranking, labels = config.ranking, config.rounds.labels
-    asked = asked_rows(
-        rows_to_label(answered.answers, most=ranking.num_to_label, unsure_by=ranking.unsure_by, on_cut=ranking.on_cut),
-        number,
-    )
-    told = [(row.where, row.values) for row in read_labels(labels) if row.values["round"] == number]
-    if asked and not told:
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in asked)
-        directory.write_text_atomic(directory.path / "to_label.jsonl", text)
-        print(
-            f"round {number} waits: {len(asked)} pairs in {directory.path}/to_label.jsonl; set 'ranks' of each to "
-            f"[1, 2] or [2, 1], 1 the better answer, remove what you cannot tell, add the lines to {labels}, and "
-            "start the same command again",
-            flush=True,
-        )
-        return None
-    rows = labelled_pairs(told, asked)
-    prompts = list(by_prompt(answered.answers).values())
-    figures = {
-        **score_figures(prompts, seed=config.run.seed),
-        "asked": len(asked),
-        "pairs": len(rows),
-        "share_of_prompts_with_a_pair": len(rows) / len(prompts) if prompts else 0.0,
-    }
-    return RankedRound(rows=rows, figures={**figures, **answer_figures(answered)})
+    return judge_by_person(config, directory.path, number, answered)

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from actors.build import dpo_actors, preference_role
@@ -13,7 +14,8 @@ from actors.handles import PreferenceHandle
 from actors.plan import learner_checkpoint_bytes
 from alignment.checkpoint import load_json
 from alignment.config import LiveRunConfig
-from alignment.config_io import dump_config
+from alignment.config.recommender import LATE_PAIRS
+from alignment.config_io import dump_config, read_yaml
 from alignment.data.chat import load_tokenizer
 from alignment.data.feedback_pairs import FeedbackPairs
 from alignment.data.model_assets import resolve_model
@@ -74,8 +76,11 @@ class Start:
     @property
     def inputs(self) -> dict[str, str]:
         """Fingerprints of what the run reads, by name."""
-        models = {"model": self.model.path, "base": self.base_path}
-        return {**{name: model_fingerprint(path) for name, path in models.items()}, **self.ranking.inputs}
+        return {
+            "model": model_fingerprint(self.model.path, self.job.config.model.revision),
+            "base": model_fingerprint(self.base_path),
+            **self.ranking.inputs,
+        }
 
     @property
     def num_steps(self) -> int:
@@ -143,6 +148,7 @@ def check(job: Job) -> Start:
     model = checks.check_trainee(job, "policy")
     checks.check_answering(job)
     check_sources(config.live, job.output_dir)
+    refuse_late_pairs(config.model.path)
     base_path = resolve_model(config.base, None)
     data = film_table(config.films)
     events, last = live_choices(data, per_user=config.films.choices_per_person)
@@ -190,6 +196,28 @@ def check(job: Job) -> Start:
         replayed=events if config.live.replay else [],
         pairs=LivePairs(pairs, most=most, max_tokens=config.data.max_tokens),
     )
+
+
+def refuse_late_pairs(path: str) -> None:
+    """Refuse a model that was trained on what people are asked about: by its run's config, and those of the runs whose
+    models that one began with.
+
+    Raises:
+        ValueError: naming the run.
+    """
+    seen: set[Path] = set()
+    model = Path(path)
+    while model.name == "final" and (file := model.parent / "config.yaml").is_file() and file not in seen:
+        seen.add(file)
+        config = read_yaml(file)
+        data = config.get("data") or {}
+        sources = [*(data.get("sources") or []), data.get("source") or {}]
+        if any(source.get("asset") == LATE_PAIRS for source in sources):
+            raise ValueError(
+                f"model.path: got {path}, trained on {LATE_PAIRS} by the run in {model.parent}, expected a model that "
+                "knows nothing of the films that people are asked about; name runs/dpo_recommender_early/final"
+            )
+        model = Path((config.get("model") or {}).get("path") or "")
 
 
 def base_scores(start: Start, run: Run, *, model: str) -> list[list[float]]:

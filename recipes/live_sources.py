@@ -79,10 +79,10 @@ class Sources:
         from actors.feedback_endpoint import FeedbackEndpoint
 
         try:
-            endpoint = FeedbackEndpoint(self.log, check=check, port=port)
-        except ValueError as error:
+            endpoint = FeedbackEndpoint(self.log, check=check, port=port, key="live.port")
+        except ValueError:
             self.log.close()
-            raise ValueError(f"live.port: got {port}, expected a free port of this machine; {error}") from error
+            raise
         _say(f"feedback: POST http://127.0.0.1:{endpoint.port}/feedback")
         return endpoint
 

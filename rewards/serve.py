@@ -146,8 +146,10 @@ def check_device(name: str) -> None:
         raise ValueError(f"--device: got {name!r}, expected one of {', '.join(there)}, which are here; choose another")
 
 
-def bind(host: str, port: int) -> socket.socket:
+def bind(host: str, port: int, *, key: str = "--host, --port") -> socket.socket:
     """A socket that has its address, and takes nobody yet: who connects while the model loads is refused at once.
+
+    `key`: what the address is called where it was set.
 
     Raises:
         ValueError: the address cannot be had.
@@ -159,7 +161,7 @@ def bind(host: str, port: int) -> socket.socket:
         listening.bind(address)
     except (OSError, OverflowError) as error:
         raise ValueError(
-            f"--host, --port: got {host}:{port} ({error}), expected a free port of this machine; choose another"
+            f"{key}: got {host}:{port} ({error}), expected a free port of this machine; choose another"
         ) from error
     return listening
 

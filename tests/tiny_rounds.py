@@ -16,7 +16,7 @@ from alignment.data.preferences import encode_pairs
 from alignment.data.prompts import load_prompts
 from alignment.data.reading import Encoder
 from alignment.loops.evaluation import evaluate
-from alignment.loops.iterative import IterativeState, rank_round, train_in_rounds
+from alignment.loops.iterative import IterativeState, open_rounds, rank_round, train_in_rounds
 
 LETTERS = {"functions": [{"name": "form:matches", "part": "letters"}]}
 
@@ -87,6 +87,7 @@ class RoundRun(TinyRun):
             evaluate=self.held_out,
             run=self.run,
             state=self.state,
+            done=open_rounds(self.config, self.run.directory, step=self.state.step),
         )
 
     def resume(self) -> None:

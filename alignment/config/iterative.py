@@ -38,6 +38,11 @@ class RoundsConfig(Config):
                 f"rounds.labels: got {self.labels!r} with rounds.label_by={self.label_by}, expected a file with "
                 "person, and none with reward; name one, or set label_by to the other"
             )
+        if self.labels is not None and not self.labels.endswith(".jsonl"):
+            raise ValueError(
+                f"rounds.labels: got {self.labels!r}, expected a name that ends with .jsonl: lines are added to it "
+                "round after round; rename it"
+            )
         return self
 
 

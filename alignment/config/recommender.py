@@ -22,6 +22,8 @@ from alignment.config.run import RunConfig
 
 LATE_PAIRS = "movielens-pairs"
 """The asset whose pairs tell of what an early table keeps for its tests."""
+PACKAGED_TEST = 10_000
+"""Ratings at the end of the packaged table of which no asset's pairs tell."""
 
 
 class FilmsConfig(Config):
@@ -29,8 +31,8 @@ class FilmsConfig(Config):
 
     folder: str | None = None
     """Folder with tables `ml-100k.inter` and `ml-100k.item`; None is the packaged MovieLens-100K."""
-    num_test: Positive = 10_000
-    """Ratings at the end of the table that are for tests."""
+    num_test: Positive = PACKAGED_TEST
+    """Ratings at the end of the table that are for tests; of the packaged one always so many."""
     early: bool = False
     """Leave those out, so that the last ones before them are for tests, and ask people about what they liked after
     their last choice: for a policy that learns from these choices, and for the one that it begins with."""
@@ -42,6 +44,15 @@ class FilmsConfig(Config):
     """Films beside the right one, drawn from all, and as many again by popularity."""
     row_tokens: Positive = 320
     """Tokens of a forward that scores titles. In bfloat16 a score moves with it."""
+
+    @model_validator(mode="after")
+    def _pairs_end_where_tests_begin(self) -> FilmsConfig:
+        if self.folder is None and self.num_test != PACKAGED_TEST:
+            raise ValueError(
+                f"films.num_test: got {self.num_test} of the packaged table, expected {PACKAGED_TEST}, before which "
+                "its pairs end; remove it, or name a films.folder with pairs of your own"
+            )
+        return self
 
 
 class RecommenderRunConfig(DpoRunConfig):
@@ -56,6 +67,15 @@ class RecommenderRunConfig(DpoRunConfig):
             raise ValueError(
                 f"data.sources: got asset {LATE_PAIRS} with films.early, expected movielens-early-pairs: the first "
                 "tell of films that people are asked about; change the asset, or set films.early to false"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _rewards_are_measured_from_the_start(self) -> RecommenderRunConfig:
+        if self.reference.sync_every is not None:
+            raise ValueError(
+                f"reference.sync_every: got {self.reference.sync_every}, expected none: films are ranked by how far "
+                "the policy is from the model that the run began with; remove it"
             )
         return self
 
@@ -138,6 +158,15 @@ class LiveRunConfig(Config):
     """What choices are about, and what is ranked before and after."""
     live: FeedbackConfig = FeedbackConfig(replay=True)
     """Where choices come from."""
+
+    @model_validator(mode="after")
+    def _tests_are_not_learnt_from(self) -> LiveRunConfig:
+        if not self.films.early:
+            raise ValueError(
+                "films.early: got false in a run that learns from choices, expected true: else choices are ratings "
+                "of the table's test part; set it to true"
+            )
+        return self
 
     @model_validator(mode="after")
     def _model_can_be_trained(self) -> LiveRunConfig:

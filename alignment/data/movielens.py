@@ -107,17 +107,25 @@ def read_movielens(ratings_file: Path, items_file: Path, *, num_test: int = NUM_
         num_test: rows of the ratings, the latest ones, that are for tests.
 
     Raises:
-        ValueError: other columns, a broken cell (`file:line`), or no rating before the last `num_test`.
+        ValueError: other columns, a broken cell or an unknown film (`file:line`), text that is not UTF-8, or no rating
+            before the last `num_test`.
     """
-    named = {}
+    named, unnamed = {}, set()
     for where, (number, title, year, _) in _table(items_file, ("item_id", "movie_title", "release_year", "class")):
-        if title != UNNAMED:
+        if title == UNNAMED:
+            unnamed.add(_whole(number, where))
+        else:
             named[_whole(number, where)] = shown_title(title, year)
     first: dict[str, int] = {}
     same = {item: first.setdefault(name, item) for item, name in sorted(named.items())}
     rows = []
     for where, cells in _table(ratings_file, ("user_id", "item_id", "rating", "timestamp")):
         user, item, stars, time = (_whole(cell, where) for cell in cells)
+        if item not in same and item not in unnamed:
+            raise ValueError(
+                f"{where}: got item {item}, which {items_file.name} does not name, expected one of its films; add it "
+                "there, or remove the line"
+            )
         rows.append(Rating(user, item, stars, time))
     if len(rows) <= num_test:
         raise ValueError(f"{ratings_file}: got {len(rows)} ratings, expected more than {num_test}; use the whole file")
@@ -125,10 +133,10 @@ def read_movielens(ratings_file: Path, items_file: Path, *, num_test: int = NUM_
     seen: set[tuple[int, int]] = set()
     parts: tuple[list[Rating], list[Rating]] = ([], [])
     for place, row in enumerate(rows):
-        item = same.get(row.item, 0)
-        if item and (row.user, item) not in seen:
-            seen.add((row.user, item))
-            parts[place >= len(rows) - num_test].append(Rating(row.user, item, row.stars, row.time))
+        film = same.get(row.item)
+        if film is not None and (row.user, film) not in seen:
+            seen.add((row.user, film))
+            parts[place >= len(rows) - num_test].append(Rating(row.user, film, row.stars, row.time))
     return MovieLens({item: name for name, item in first.items()}, tuple(parts[0]), tuple(parts[1]))
 
 
@@ -164,7 +172,13 @@ def rating_rows() -> Iterator[Row]:
 
 def _table(path: Path, names: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
     """Place and cells of each line behind the header, whose cells are `name:type`."""
-    lines = path.read_text(encoding="utf-8").split("\n")
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path}: got byte {error.start} that is not UTF-8, expected the files of recbole 1.2.1; u.item of "
+            "GroupLens is Latin-1: iconv -f latin1 -t utf-8, and give it their columns"
+        ) from error
     header = [cell.partition(":")[0] for cell in lines[0].split("\t")]
     if header != list(names):
         raise ValueError(f"{path}:1: got columns {header}, expected {list(names)}; give the files of recbole 1.2.1")

@@ -37,6 +37,11 @@ def live_choices(
     for user, in_test in sorted(data.rated("test").items()):
         rated = {rating.item for rating in every[user]}
         open_to = {item: count for item, count in popularity.items() if item not in rated}
+        if len(open_to) < num_shown - 1:
+            raise ValueError(
+                f"user {user}: got {len(open_to)} films that others liked and this one never rated, expected "
+                f"{num_shown - 1} to show beside a choice; use a larger table"
+            )
         known = [(rating, liked_before(every[user], rating.time)) for rating in in_test if rating.stars >= LIKED]
         for rating, liked in [pair for pair in known if len(pair[1]) >= LEAST_SHOWN][:per_user]:
             draw = random.Random(f"{seed}:{user}:{rating.item}")
@@ -50,7 +55,7 @@ def live_choices(
 
 def _choice(user: int, chosen: int, shown: Sequence[int], liked: Sequence[int]) -> FeedbackEvent:
     return FeedbackEvent(
-        id=f"{user}-{chosen}",
+        id=f"replay-{user}-{chosen}",
         user=str(user),
         shown=tuple(map(str, shown)),
         chosen=str(chosen),

@@ -80,6 +80,11 @@ def ranking_cases(
                     f"user {user}: got {len(uniform)} films never rated, expected {num_negatives}; lower num_negatives"
                 )
             weights = {film: popularity[film] for film in uniform if popularity[film]}
+            if len(weights) < num_negatives:
+                raise ValueError(
+                    f"user {user}: got {len(weights)} films that others liked and this one never rated, expected "
+                    f"{num_negatives}; lower num_negatives"
+                )
             case = RankingCase(
                 user=user,
                 liked=tuple(liked),
@@ -95,13 +100,9 @@ def weighted_sample(weights: dict[int, int], count: int, draw: random.Random) ->
     """Draw one after the other without replacement, each in proportion to its weight among those that are left.
 
     The largest u^(1/w), u uniform on (0, 1), are such a draw (Efraimidis and Spirakis 2006); here as the smallest
-    -ln(u) / w, which does not underflow.
-
-    Raises:
-        ValueError: fewer than `count` weights.
+    -ln(u) / w, which does not underflow. There are `count` weights at least.
     """
-    if len(weights) < count:
-        raise ValueError(f"got {len(weights)} films that others liked, expected {count}; lower num_negatives")
+    assert len(weights) >= count, "whoever draws refuses what is too few"
     # 1 - random() lies in (0, 1]: the logarithm exists.
     keys = {item: -math.log(1 - draw.random()) / weight for item, weight in weights.items()}
     return tuple(sorted(keys, key=lambda item: keys[item])[:count])

@@ -51,21 +51,55 @@ Judge = Callable[[int, AnsweredBatch], RankedRound | None]
 """From a round's number and its answers to its pairs; None where nobody has judged them yet."""
 
 
+EMPTY = {
+    "reward": (
+        "answers with different scores",
+        "raise ranking.num_samples_per_prompt or rollout.temperature, lower ranking.min_gap, or choose prompts that "
+        "the policy answers right now and then",
+    ),
+    "person": (
+        "pairs of which somebody can tell the better answer",
+        "raise ranking.num_to_label or rollout.temperature, or set ranking.on_cut to keep",
+    ),
+}
+"""What rounds without a pair lack, by who ranks their answers, and what may help."""
+
+
 class RoundLog:
     """What the rounds have left on disk: answers, a batch a line, and pairs, a round a line."""
 
     def __init__(self, directory: RunDirectory, *, batches_per_round: int, current: int) -> None:
         """`current`: the round at which the run stands. Lines of later ones are dropped: the policy that answered
-        then is yet to come."""
+        then is yet to come.
+
+        Raises:
+            RuntimeError: answers of an earlier round are gone, or of this one, whose pairs are known. New ones would
+                get their places.
+        """
         self.batches_per_round = batches_per_round
         self._answers, self._pairs = AnswerLog(directory.batches), VerifiedLines(directory.pairs, "round")
         self._batches = self._answers.read((current + 1) * batches_per_round)
         self._rounds = [RankedRound(rows=r["pairs"], figures=r["figures"]) for r in self._pairs.read(current + 1)]
+        for number in range(current + (current < len(self._rounds))):
+            self._require_answers(number)
+
+    @property
+    def pairs(self) -> list[list[Row]]:
+        """Those of each round that has been judged, from round 0."""
+        return [ranked.rows for ranked in self._rounds]
 
     def missing(self, number: int) -> range:
         """Batches of round `number` that are yet to be answered, by their places in it."""
         there = len(self._batches) - number * self.batches_per_round
         return range(max(0, there), self.batches_per_round)
+
+    def _require_answers(self, number: int) -> None:
+        if missing := self.missing(number):
+            raise RuntimeError(
+                f"round {number}: got {len(missing)} of {self.batches_per_round} batches of answers damaged or gone, "
+                "expected them on disk: the policy that gave them has moved on; --resume an earlier checkpoint, or "
+                "choose another --output-dir"
+            )
 
     def add(self, batch: AnsweredBatch) -> None:
         """The next batch, on disk when this returns."""
@@ -76,22 +110,23 @@ class RoundLog:
         """The pairs of a round, those before it known: from the disk, or judged now and then on disk.
 
         Raises:
-            RuntimeError: neither pairs nor all answers of a round that the policy has left are on disk.
+            RuntimeError: neither pairs nor all answers of a round whose steps have begun are on disk.
         """
         if number < len(self._rounds):
             return self._rounds[number]
-        if missing := self.missing(number):
-            raise RuntimeError(
-                f"round {number}: got {len(missing)} of {self.batches_per_round} batches of answers damaged or gone, "
-                "expected them on disk: the policy that gave them has moved on; --resume an earlier checkpoint, or "
-                "choose another --output-dir"
-            )
+        self._require_answers(number)
         first = number * self.batches_per_round
         found = judge(number, joined(self._batches[first : first + self.batches_per_round]))
         if found is not None:
             self._pairs.append(number, {"pairs": found.rows, "figures": found.figures})
             self._rounds.append(found)
         return found
+
+
+def open_rounds(config: IterativeRunConfig, directory: RunDirectory, *, step: int) -> RoundLog:
+    """What is on disk of a run that has completed `step` steps. Errors as of `RoundLog`."""
+    batches = num_batches(config.rounds.prompts_per_round, config.ranking.batch_size)
+    return RoundLog(directory, batches_per_round=batches, current=step // config.rounds.steps_per_round)
 
 
 def train_in_rounds(
@@ -107,10 +142,12 @@ def train_in_rounds(
     evaluate: Callable[[int], HeldOut],
     run: Run,
     state: IterativeState,
+    done: RoundLog,
 ) -> bool:
     """Answer, rank, learn, round after round. False where a round waits for somebody to judge its answers.
 
     Args:
+        done: what is on disk of the rounds, opened at the step of `state`.
         encode: rows of pairs to pairs.
         columns: of a prompt's row that are kept with its answers.
         evaluate: the held-out answers of the policy after so many rounds.
@@ -118,9 +155,7 @@ def train_in_rounds(
     Raises:
         RuntimeError: two rounds in a row gave no pair.
     """
-    per_round, size = config.rounds.steps_per_round, config.ranking.batch_size
-    batches = num_batches(config.rounds.prompts_per_round, size)
-    done = RoundLog(run.directory, batches_per_round=batches, current=state.step // per_round)
+    per_round = config.rounds.steps_per_round
     pools = [encode(_known(done.ranked(number, judge), number)) for number in range(state.step // per_round)]
     for number in range(len(pools), config.num_rounds):
         log, begins = run.begin_step(state.step), state.step % per_round == 0
@@ -223,10 +258,10 @@ def skip_round(
     run.progress.message(f"round {number}: no pair, so its {config.rounds.steps_per_round} steps are left out")
     run.finish_step(log)
     if state.empty_in_a_row == min(2, config.num_rounds):
+        expected, remedy = EMPTY[config.rounds.label_by]
         raise RuntimeError(
-            f"round {number}: got no pair in {state.empty_in_a_row} rounds in a row, expected answers with different "
-            "scores; with a new --output-dir raise ranking.num_samples_per_prompt or rollout.temperature, lower "
-            "ranking.min_gap, or choose prompts that the policy answers right now and then"
+            f"round {number}: got no pair in {state.empty_in_a_row} rounds in a row, expected {expected}; with a new "
+            f"--output-dir {remedy}"
         )
     run.checkpoint(state.step, {"policy": policy}, asdict(state), due=True)
 

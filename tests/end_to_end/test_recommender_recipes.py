@@ -215,7 +215,7 @@ def test_a_log_that_is_not_the_one_learnt_from_is_refused(folder, undisturbed, t
     subprocess.run(["cp", "-r", str(undisturbed), str(output)], check=True)
     (output / "feedback.jsonl").unlink()
     assert live_recommender.main(flags(folder, "live", output, *STEPS)) == 2
-    assert "got 0 events, expected at least 5, which were taken; put that log back" in capsys.readouterr().err
+    assert "got 0 events, expected at least 6, which were taken; put that log back" in capsys.readouterr().err
 
 
 def test_pairs_that_tell_of_the_tests_are_refused(folder, tmp_path, capsys):

@@ -118,12 +118,14 @@ def test_a_round_waits_for_a_person_and_goes_on_with_the_lines_that_come_back(fo
     labels, output = tmp_path / "labelled.jsonl", tmp_path / "run"
     more = ["--rounds.label_by", "person", "--rounds.labels", str(labels), "--ranking.num_to_label", "4"]
     given = flags(folder, output, "--local", "--run.num_steps", "4", "--rounds.evaluate_every", "0", *more)
+    left: dict = {}
     for number in (0, 1):
         waiting = start()
         assert waiting.returncode == 0, waiting.stderr
         assert f"round {number} waits: 4 pairs in {output}/to_label.jsonl" in waiting.stdout
         assert not (output / "final").exists()
         asked = [json.loads(line) for line in (output / "to_label.jsonl").read_text().splitlines()]
+        left = asked[0] if number == 0 else left
         with open(labels, "a") as file:
             file.writelines(json.dumps({**row, "ranks": [2, 1]}) + "\n" for row in asked[1:])
     tied = labels.read_text() + json.dumps(asked[0]) + "\n"
@@ -131,8 +133,11 @@ def test_a_round_waits_for_a_person_and_goes_on_with_the_lines_that_come_back(fo
     refused = start("--rounds.labels", str(tmp_path / "tied.jsonl"))
     assert refused.returncode == 2
     assert "tied.jsonl:7: 'ranks': got [1, 1], expected [1, 2] or [2, 1]" in refused.stderr
+    with open(labels, "a") as file:  # of round 0, which was read without it
+        file.write(json.dumps({**left, "ranks": [2, 1]}) + "\n")
     done = start()
     assert done.returncode == 0, done.stderr
+    assert "left out, since it was not there when their round was read: 7" in done.stdout
     assert [row["round/pairs"] for row in numbers(output) if "round/pairs" in row] == [3.0, 3.0]
     assert (output / "summary.json").exists()
 

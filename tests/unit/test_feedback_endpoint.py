@@ -64,6 +64,27 @@ def test_what_was_accepted_is_on_the_disk_once(endpoint, log):
     assert ask(endpoint, path="/health") == (200, {"status": "ok", "events": 3})
 
 
+def test_a_check_that_takes_long_holds_up_nobody_else(log):
+    begun, others_done, waited = threading.Event(), threading.Event(), []
+
+    def slow(event: FeedbackEvent) -> None:
+        if event.id == "e0":
+            begun.set()
+            waited.append(others_done.wait(10))
+
+    with closing(FeedbackEndpoint(log, check=slow)) as endpoint:
+        answers: list[tuple[int, dict]] = []
+        sender = threading.Thread(target=lambda: answers.append(ask(endpoint, choice(0))))
+        sender.start()
+        assert begun.wait(TIMEOUT)
+        assert ask(endpoint, path="/health")[0] == 200
+        assert ask(endpoint, choice(1))[0] == 202
+        others_done.set()
+        sender.join(TIMEOUT)
+    assert waited == [True]
+    assert (answers, ids(log)) == ([(202, {"new": 1, "known": 0})], ["e1", "e0"])
+
+
 def test_many_at_once_have_one_order(endpoint, log):
     """Two clients send the same hundred events: each counts once."""
     answers: list[dict] = []
@@ -134,8 +155,8 @@ def test_where_others_can_reach_it_a_token_is_needed(log):
 
 def test_it_listens_on_loopback_alone_and_lets_go_of_its_port(log):
     endpoint = FeedbackEndpoint(log, check=known)
-    with pytest.raises(ValueError, match="expected a free port"):
-        FeedbackEndpoint(log, check=known, port=endpoint.port)
+    with pytest.raises(ValueError, match=rf"^live\.port: got 127\.0\.0\.1:{endpoint.port} .* expected a free port"):
+        FeedbackEndpoint(log, check=known, port=endpoint.port, key="live.port")
     endpoint.close()
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

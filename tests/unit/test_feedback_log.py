@@ -207,13 +207,56 @@ def test_another_log_than_the_one_taken_from_is_noticed(path):
     FeedbackLog(path).append([event(i) for i in range(4)])
     with pytest.raises(ValueError, match="got another event at place 1"):
         FeedbackConsumer(path, batch_size=1).take(2, after="e7")
-    path.with_name("feedback.jsonl.consumer").unlink()
-    with pytest.raises(ValueError, match="got 4 events, expected at least 6"):
-        FeedbackConsumer(path, batch_size=1).take(7, after="e6")
-    path.with_name("feedback.jsonl.consumer").unlink()
-    path.unlink()
-    with pytest.raises(ValueError, match="got 0 events, expected at least 6"):
-        FeedbackConsumer(path, batch_size=1).take(7, after="e6")
+
+
+@pytest.mark.parametrize("length", [0, 1, 2, 3, 4, 5])
+def test_a_log_that_lost_what_was_taken_is_refused(path, length):
+    """Four events were taken, whatever is left of the log."""
+    log, consumer = FeedbackLog(path), FeedbackConsumer(path, batch_size=1)
+    log.append([event(i) for i in range(length)])
+    if length < 4:
+        with pytest.raises(ValueError, match=f"got {length} events, expected at least 4, which were taken; put that"):
+            consumer.take(4, after="e3")
+    else:
+        consumer.stop()
+        assert ids(consumer.take(4, after="e3")) == [f"e{i}" for i in range(4, length)]
+
+
+REFUSING = """
+import errno, os, sys
+from alignment import feedback_log
+log = feedback_log.FeedbackLog(sys.argv[1])
+def event(i): return feedback_log.event_of({"id": f"e{i}", "user": 7, "shown": ["A", "B"], "chosen": "B"})
+log.append([event(0)])
+def refuse(descriptor):
+    print("on its way", flush=True)
+    sys.stdin.readline()
+    raise OSError(errno.EIO, "no")
+feedback_log.os.fsync = refuse
+try:
+    log.append([event(1), event(2)])
+except OSError as error:
+    print(error.errno, flush=True)
+"""
+
+
+def test_what_a_disk_refuses_was_never_there_to_be_read(path):
+    """A reader comes while another process waits for a disk that will take nothing."""
+    writer = subprocess.Popen(
+        [sys.executable, "-c", REFUSING, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
+    )
+    assert writer.stdout is not None
+    assert writer.stdout.readline() == "on its way\n"
+    assert path.read_bytes().count(b"\n") == 3
+    seen: list[str] = []
+    reader = threading.Thread(target=lambda: seen.extend(logged(path)))
+    reader.start()
+    reader.join(0.5)
+    assert writer.communicate("\n", timeout=30)[0] == "5\n"
+    reader.join(30)
+    assert seen == ["e0"]
+    path.with_name("feedback.jsonl.writing").unlink()
+    assert logged(path) == ["e0"]  # a log that was copied without its lock
 
 
 def test_a_place_for_no_log_is_refused(path, tmp_path):
@@ -271,13 +314,39 @@ def test_a_file_that_grows(path, tmp_path):
         ["4", " got no JSON (JSONDecodeError), expected an event; correct the line"],
         ["5", " shown: got an item that is not known, expected one of the catalogue; correct it"],
     ]
-    assert "earlier event of other contents" in taken.refused[2]
+    assert taken.refused[2].startswith(f"{source}:6: id: got one that an earlier event of other contents has")
     assert logged(path) == ["e0", "e1", "e3"]
     # After a restart the file is read anew, and nothing counts again.
     again = FeedbackFile(source, log, check=no_z).take()
     assert (again.new, again.known, len(again.refused)) == (0, 3, 3)
     source.write_text(line(4))
-    with pytest.raises(ValueError, match="expected a file that only grows"):
+    with pytest.raises(ValueError, match=r"got \d+ bytes where \d+ bytes were read, expected a file that only grows"):
+        clicks.take()
+
+
+@pytest.mark.parametrize(
+    ("change", "got"),
+    [("replaced", "another file"), ("removed", "no file"), ("rewritten", "other lines")],
+)
+def test_a_file_that_another_one_took_the_place_of_is_refused(path, tmp_path, change, got):
+    """Each of them is as long as what was read, or longer: lines of the first one may have been missed."""
+    source = tmp_path / "clicks.jsonl"
+    clicks = FeedbackFile(source, FeedbackLog(path), check=no_z)
+    source.write_text("")
+    assert clicks.take().new == 0
+    (tmp_path / "new").write_text(line(0) + line(1))
+    (tmp_path / "new").replace(source)  # nothing was read of the first one
+    assert clicks.take().new == 2
+    (tmp_path / "new").write_text(line(0) + line(1) + line(2))
+    if change == "replaced":
+        (tmp_path / "new").replace(source)
+    elif change == "removed":
+        source.unlink()
+    else:
+        source.write_text(line(3) + line(4) + line(5))
+    with pytest.raises(
+        ValueError, match=f"clicks.jsonl: got {got} where .* were read, expected a file that only grows"
+    ):
         clicks.take()
 
 

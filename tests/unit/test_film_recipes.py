@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import socket
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,18 +15,19 @@ from actors.build import dpo_actors, preference_role
 from actors.launch import local_groups
 from alignment import models
 from alignment.candidates import candidate_logps
-from alignment.config import ClusterConfig, ModelConfig, RecommenderRunConfig
+from alignment.config import ClusterConfig, DpoRunConfig, FilmsConfig, LiveRunConfig, ModelConfig, RecommenderRunConfig
 from alignment.config.recommender import FeedbackConfig
-from alignment.config_io import load_config
+from alignment.config_io import dump_config, load_config
 from alignment.data.chat import eos_ids_of_model, load_tokenizer
 from alignment.data.feedback_pairs import FeedbackPairs
-from alignment.data.movielens import prompt_of
+from alignment.data.movielens import NUM_TEST, prompt_of
 from alignment.data.movielens_live import live_choices
-from alignment.feedback_log import FeedbackConsumer, FeedbackReader
+from alignment.feedback_log import FeedbackConsumer, FeedbackLog, FeedbackReader
 from alignment.ranking_metrics import hit_rate_at_k
 from alignment.types import PreferencePair
-from recipes.film_ranking import asked_cases, film_table, make_ranking, some_of
-from recipes.live_learning import LivePairs
+from recipes.checks import Trainee
+from recipes.film_ranking import asked_cases, film_table, make_ranking, methods_table, some_of
+from recipes.live_learning import LivePairs, Start, refuse_late_pairs
 from recipes.live_sources import LOG_NAME, Sources
 
 
@@ -122,6 +125,38 @@ def test_implicit_rewards_of_the_reference_are_all_ties(ranking):
     assert films["methods"]["popularity"]["popular/hit_rate"] == pytest.approx(expected)
 
 
+def test_the_lead_is_told_with_whom_it_is_over(ranking):
+    """However the baselines stand: the name, the numbers and the line on the screen are of one."""
+    ours = [[float(i == 0) for i in range(len(case.films))] for case in ranking.cases]
+    films = ranking.beside({"another": [[0.0] * len(own) for own in ours], "ours": ours})
+    rival = "item neighbours of those in the prompt"
+    lead = films[f"last method beside {rival}"]
+    for name, row in lead.items():
+        assert (row["before"], row["after"]) == (films["methods"][rival][name], films["methods"]["ours"][name])
+    *_, title, intervals = methods_table(films).splitlines()
+    assert title == f"what the last one gains over {rival}:"
+    bounds = [f"{row['gain_ci95'][0]:+.3f}..{row['gain_ci95'][1]:+.3f}" for row in lead.values()]
+    assert intervals.removeprefix("95 % interval").split() == bounds
+
+
+@pytest.mark.parametrize(
+    ("config", "sections", "said"),
+    [
+        (RecommenderRunConfig, {"films": {"num_test": 20_000}}, "films.num_test: got 20000 of the packaged table"),
+        (LiveRunConfig, {"films": {"early": True, "num_test": 9_999}}, "films.num_test: got 9999 of the packaged"),
+        (LiveRunConfig, {"films": {"early": False}}, "films.early: got false in a run that learns from choices"),
+        (LiveRunConfig, {"films": {"num_people": 5}}, "films.early: got false"),
+        (RecommenderRunConfig, {"reference": {"sync_every": 5}}, "reference.sync_every: got 5, expected none"),
+    ],
+)
+def test_numbers_that_would_not_be_what_they_are_called_are_refused(config, sections, said):
+    with pytest.raises(ValueError) as error:
+        config.model_validate(sections)
+    assert said in str(error.value)
+    assert FilmsConfig(folder="own", num_test=20_000).num_test == 20_000
+    assert FilmsConfig().num_test == NUM_TEST
+
+
 def test_who_is_asked(folder):
     data = table_of(folder / "tables")
     everybody = asked_cases(films_config(folder), data, None)
@@ -150,6 +185,45 @@ def test_questions_that_cannot_be_asked_are_refused(folder, changes, fault):
     config = films_config(folder, **changes)
     with pytest.raises(ValueError, match=fault):
         asked_cases(config, film_table(config), after)
+
+
+def test_a_model_that_was_trained_on_the_answers_is_refused(tmp_path):
+    """By the run beside it, or by the one that this run's model came from."""
+
+    def run_of(name: str, model: str, **source: str) -> str:
+        folder = tmp_path / name / "final"
+        folder.mkdir(parents=True)
+        config = DpoRunConfig.model_validate({"model": {"path": model}, "data": {"sources": [source]}})
+        (folder.parent / "config.yaml").write_text(dump_config(config))
+        return str(folder)
+
+    early = run_of("early", "asset:smollm2-135m-instruct", asset="movielens-early-pairs")
+    late = run_of("late", early, asset="movielens-pairs")
+    later = run_of("later", late, path="own.jsonl")
+    for path in (
+        early,
+        "org/name",
+        str(tmp_path / "final"),
+        run_of("itself", str(tmp_path / "itself" / "final"), path="x"),
+    ):
+        refuse_late_pairs(path)
+    for path in (late, later):
+        with pytest.raises(
+            ValueError, match=f"model.path: got {path}, trained on movielens-pairs by .*{tmp_path}/late,"
+        ):
+            refuse_late_pairs(path)
+
+
+def test_another_revision_is_another_model(ranking):
+    def model_of(revision: str | None) -> str:
+        config = LiveRunConfig.model_validate({"model": {"path": "org/name", "revision": revision}})
+        trainee = Trainee(path="org/name", tokenizer=None, eos_ids=frozenset(), num_parameters=1)
+        start = Start(
+            job=SimpleNamespace(config=config), model=trainee, base_path="b", ranking=ranking, replayed=(), pairs=None
+        )
+        return start.inputs["model"]
+
+    assert model_of("a") != model_of("b")
 
 
 @pytest.fixture(scope="module")
@@ -189,6 +263,31 @@ def test_a_source_that_fails_ends_the_run(folder, tiny, choices, tmp_path):
             sources.require_sound()
     consumer.close()
     assert [logged.event for logged in FeedbackReader(tmp_path / LOG_NAME).events()] == choices[:1]
+
+
+def test_a_choice_of_a_client_is_no_replayed_one(folder, tiny, choices, tmp_path):
+    """Who numbers choices by user and film says others than those of the replay, which goes on beside it."""
+    consumer = FeedbackConsumer(tmp_path / LOG_NAME, batch_size=len(choices) + 1, poll_seconds=0.001)
+    log = FeedbackLog(tmp_path / LOG_NAME)
+    log.append([replace(one, id=f"{one.user}-{one.chosen}", liked=None) for one in choices[:1]])
+    log.close()
+    check = live_pairs(folder, tiny).check
+    with Sources(FeedbackConfig(replay=True), tmp_path, consumer=consumer, replayed=choices, check=check) as sources:
+        taken = consumer.take(0, after=None)
+        sources.require_sound()
+    consumer.close()
+    assert [logged.event for logged in taken[1:]] == choices
+
+
+def test_a_port_in_use_is_refused_by_the_name_of_its_setting(folder, tiny, tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        config, consumer = FeedbackConfig(port=port), FeedbackConsumer(tmp_path / LOG_NAME, batch_size=1)
+        with pytest.raises(ValueError, match=rf"^live\.port: got 127\.0\.0\.1:{port} .*choose another$"):
+            Sources(config, tmp_path, consumer=consumer, replayed=(), check=live_pairs(folder, tiny).check)
+    FeedbackLog(tmp_path / LOG_NAME).close()
 
 
 def test_replayed_choices_are_logged_once(folder, tiny, choices, tmp_path):

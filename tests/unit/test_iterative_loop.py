@@ -9,7 +9,8 @@ import torch
 from tiny_rounds import RoundRun, write_letter_prompts
 from tiny_runs import untimed
 
-from alignment.loops.iterative import RoundLog
+from alignment.loops.iterative import RankedRound, RoundLog
+from alignment.loops.ranking import AnsweredBatch
 from alignment.loops.run import Run
 from alignment.run_directory import RunDirectory
 
@@ -113,7 +114,45 @@ def test_a_round_without_pairs_is_left_out_and_a_second_one_ends_the_run(tiny, t
     assert [row["step"] for row in run.metrics()] == [0, 2]
 
 
+def test_a_person_who_tells_no_pair_is_told_what_helps(tiny, prompts, tmp_path):
+    sections = {
+        "rounds": {"prompts_per_round": 3, "steps_per_round": 2, "label_by": "person", "labels": "l.jsonl"},
+        "ranking": {"num_samples_per_prompt": 2, "batch_size": 3, "num_to_label": 2},
+    }
+    run = RoundRun(tiny, prompts, tmp_path / "run", **sections)
+    run.judge = lambda number, answered: RankedRound(rows=[], figures={"prompts": 3, "parts": {}})
+    said = "in a row, expected pairs of which somebody can tell the better answer; .* raise ranking.num_to_label or"
+    with run.stack, pytest.raises(RuntimeError, match=said):
+        run.train()
+
+
 def test_answers_of_a_round_that_is_over_are_not_made_up(tmp_path):
-    log = RoundLog(RunDirectory(tmp_path / "run"), batches_per_round=3, current=1)
     with pytest.raises(RuntimeError, match="round 0: got 3 of 3 batches of answers damaged or gone"):
-        log.ranked(0, lambda number, answered: None)
+        RoundLog(RunDirectory(tmp_path / "run"), batches_per_round=3, current=1)
+
+
+@pytest.mark.parametrize(
+    ("damaged", "current", "lost"),
+    [
+        pytest.param(1, 2, "round 0: got 1 of 2", id="a round that is over"),
+        pytest.param(3, 1, "round 1: got 1 of 2", id="one whose pairs are known"),
+        pytest.param(4, 2, None, id="one that is being answered"),
+    ],
+)
+def test_answers_never_get_the_places_of_earlier_ones(tmp_path, damaged, current, lost):
+    """Five batches of rounds of two, with the pairs of rounds 0 and 1; one line is damaged."""
+    directory = RunDirectory(tmp_path / "run")
+    log = RoundLog(directory, batches_per_round=2, current=0)
+    for number in range(3):
+        for _ in range(2 if number < 2 else 1):
+            log.add(AnsweredBatch(answers=[]))
+        if number < 2:
+            log.ranked(number, lambda number, answered: RankedRound(rows=[], figures={}))
+    lines = directory.batches.read_bytes().splitlines(keepends=True)
+    lines[damaged] = b"0" + lines[damaged]
+    directory.batches.write_bytes(b"".join(lines))
+    if lost is None:
+        assert RoundLog(directory, batches_per_round=2, current=current).missing(2) == range(2)
+    else:
+        with pytest.raises(RuntimeError, match=lost):
+            RoundLog(directory, batches_per_round=2, current=current)

@@ -67,6 +67,20 @@ def test_parts_by_time_and_films_of_one_name(tmp_path):
     assert data.train_likes() == dict.fromkeys(data.titles, 0)
 
 
+def test_a_film_numbered_0_is_a_film(tmp_path):
+    data = read_movielens(
+        *write(tmp_path, [(1, 0, 5, 30), (1, 1, 4, 40)], [(0, "Nought", 1990, "Drama"), *FILMS]), num_test=1
+    )
+    assert [r.item for r in data.train + data.test] == [0, 1]
+
+
+def test_a_table_in_another_encoding_is_refused(tmp_path):
+    ratings, films = write(tmp_path, [(1, 1, 5, 30), (1, 2, 4, 40)], [*FILMS, (9, "Misérables, Les", 1995, "Drama")])
+    films.write_bytes(films.read_text(encoding="utf-8").encode("latin-1"))
+    with pytest.raises(ValueError, match=r"item: got byte \d+ that is not UTF-8, expected .*; .*iconv -f latin1"):
+        read_movielens(ratings, films, num_test=1)
+
+
 @pytest.mark.parametrize(
     ("ratings", "films", "fault"),
     [
@@ -74,6 +88,7 @@ def test_parts_by_time_and_films_of_one_name(tmp_path):
         ([(1, 2, 5)], FILMS, "inter:2: got 3 cells, expected 4"),
         ([(1, 2, 5, 30)], [(1, "Film")], "item:2: got 2 cells, expected 4"),
         ([(1, 2, 5, 30)], FILMS, "got 1 ratings, expected more than 1"),
+        ([(1, 2, 5, 30), (1, 77, 5, 31)], FILMS, "inter:3: got item 77, which item does not name, expected one of"),
     ],
 )
 def test_broken_tables_are_refused(tmp_path, ratings, films, fault):
@@ -172,6 +187,17 @@ def test_the_packaged_cases():
     several = ranking_cases(data, per_user=3)
     assert Counter(case.user for case in several).most_common(1)[0][1] == 3
     assert [case for case in several if case in cases] == cases
+
+
+def test_too_few_films_are_refused_by_what_asks_for_them(tmp_path):
+    rated = [(1, i, 5, i) for i in range(1, 6)] + [(2, i, 5, 10 + i) for i in range(1, 3)]
+    data = read_movielens(*write(tmp_path, rated, FILMS), num_test=3)
+    with pytest.raises(
+        ValueError, match=r"user 1: got 0 films that others liked .*, expected 2 to show .*larger table"
+    ):
+        live_choices(data, num_shown=3)
+    with pytest.raises(ValueError, match=r"user 1: got 0 films that others liked .*, expected 2; lower num_negatives"):
+        ranking_cases(data, num_negatives=2)
 
 
 def test_choices_of_live_people():
