@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 from alignment.config.preference import (
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 R = TypeVar("R", bound=PreferencePair | LabelledAnswer)
 TaskT = TypeVar("TaskT", bound=TaskConfig)
 Ids = tuple[int, ...]
+Wholes = dict[Ids, set[Ids]]
+"""By the ids of a prompt that was cut, those of the prompts that it was cut from."""
 
 
 class Tasks(Generic[R]):
@@ -75,20 +77,21 @@ def load_pair_tasks(
 ) -> Tasks[PreferencePair]:
     """Read, render, cut, drop duplicates and hold out whole prompts of every task.
 
-    A prompt that is held out of one task is trained on in none; such rows are counted as held_out_too.
+    A prompt that is held out of one task is trained on in none, however data.cut_prompts cuts it; such rows are
+    counted as held_out_too.
 
     Args:
-        kept_out: ids of further prompts that are not to be trained on.
+        kept_out: ids of further prompts, whole ones, that are not to be trained on.
 
     Raises:
         ValueError: `file:line: reason` for a row that cannot be learnt from; a task with none to train on.
     """
-    encoder = _encoder(config, tokenizer, eos_ids)
+    encoder, wholes = _encoder(config, tokenizer, eos_ids), Wholes()
 
     def read(task: TaskConfig, name: str) -> Split[PreferencePair]:
-        return _split(task, config, PAIR_COUNTS, "pairs", lambda row: read_pair(row, encoder, source=name))
+        return _split(task, config, PAIR_COUNTS, "pairs", lambda row: read_pair(row, encoder, source=name), wholes)
 
-    return _tasks(config.sources, read, kept_out, seed)
+    return _tasks(config.sources, read, kept_out, wholes, seed)
 
 
 def load_label_tasks(
@@ -100,18 +103,19 @@ def load_label_tasks(
     kept_out: Collection[Ids] = (),
 ) -> Tasks[LabelledAnswer]:
     """As `load_pair_tasks`, of labels, and of pairs whose answers become labels."""
-    encoder = _encoder(config, tokenizer, eos_ids)
+    encoder, wholes = _encoder(config, tokenizer, eos_ids), Wholes()
 
     def read(task: LabelledTaskConfig, name: str) -> Split[LabelledAnswer]:
         kind = task.kind
         if kind == "auto":
             kind = "pairs" if fits(_rows(task)[0], "pairs") else "labels"
         if kind == "labels":
-            return _split(task, config, COUNTS["labels"], "labels", lambda row: read_label(row, encoder, source=name))
-        pairs = _split(task, config, PAIR_COUNTS, "pairs", lambda row: read_pair(row, encoder, source=name))
+            told = COUNTS["labels"]
+            return _split(task, config, told, "labels", lambda row: read_label(row, encoder, source=name), wholes)
+        pairs = _split(task, config, PAIR_COUNTS, "pairs", lambda row: read_pair(row, encoder, source=name), wholes)
         return Split(labels_of_pairs(pairs.train), labels_of_pairs(pairs.held_out), pairs.counts)
 
-    return _tasks(config.sources, read, kept_out, seed)
+    return _tasks(config.sources, read, kept_out, wholes, seed)
 
 
 def _encoder(config: JudgedDataConfig, tokenizer: PreTrainedTokenizerBase, eos_ids: frozenset[int] | None) -> Encoder:
@@ -125,16 +129,44 @@ def _encoder(config: JudgedDataConfig, tokenizer: PreTrainedTokenizerBase, eos_i
 
 
 def _split(
-    task: TaskConfig, config: JudgedDataConfig, told: Sequence[str], what: str, read: Callable[[Row], Reading[R]]
+    task: TaskConfig,
+    config: JudgedDataConfig,
+    told: Sequence[str],
+    what: str,
+    read: Callable[[Row], Reading[R]],
+    wholes: Wholes,
 ) -> Split[R]:
-    """A task's records, part of them held out, or those of its other source."""
-    skip_long = config.on_long == "skip"
+    """A task's records, part of them held out, or those of its other source: their groups are then trained on no more.
+
+    Prompts that are cut are noted in `wholes`.
+    """
+
+    def collected(rows: Iterable[Row], wanted: int) -> tuple[Split[R], dict[str, str]]:
+        groups: dict[str, str] = {}
+
+        def noted(row: Row) -> Reading[R]:
+            reading = read(row)
+            groups.setdefault(reading.record.id, reading.group)
+            if reading.whole_prompt != reading.record.prompt_ids:
+                wholes.setdefault(reading.record.prompt_ids, set()).add(reading.whole_prompt)
+            return reading
+
+        skip_long = config.on_long == "skip"
+        return collect(rows, noted, wanted=wanted, told=told, what=what, skip_long=skip_long), groups
+
     if task.held_out is None:
-        return collect(_rows(task), read, wanted=config.held_out, told=told, what=what, skip_long=skip_long)
-    own = collect(_rows(task), read, wanted=0, told=told, what=what, skip_long=skip_long)
-    rows = map(canonical, read_rows(task.held_out))
-    others = collect(rows, read, wanted=0, told=told, what=what, skip_long=skip_long)
-    return Split(own.train, others.train, own.counts)
+        return collected(_rows(task), config.held_out)[0]
+    own, groups = collected(_rows(task), 0)
+    others, other_groups = collected(map(canonical, read_rows(task.held_out)), 0)
+    out = {other_groups[record.id] for record in others.train}
+    return _without(own, others.train, lambda record: groups[record.id] in out)
+
+
+def _without(split: Split[R], held_out: list[R], is_out: Callable[[R], bool]) -> Split[R]:
+    """The split with fewer rows to train on, counted as held_out_too."""
+    train = [record for record in split.train if not is_out(record)]
+    left_out = split.counts.get("held_out_too", 0) + len(split.train) - len(train)
+    return Split(train, held_out, {**split.counts, **({"held_out_too": left_out} if left_out else {})})
 
 
 def _rows(task: TaskConfig) -> list[Row]:
@@ -142,21 +174,29 @@ def _rows(task: TaskConfig) -> list[Row]:
 
 
 def _tasks(
-    configs: Sequence[TaskT], read: Callable[[TaskT, str], Split[R]], kept_out: Collection[Ids], seed: int
+    configs: Sequence[TaskT],
+    read: Callable[[TaskT, str], Split[R]],
+    kept_out: Collection[Ids],
+    wholes: Wholes,
+    seed: int,
 ) -> Tasks[R]:
     names = [task.name or source_name(task) for task in configs]
     if len(set(names)) < len(names):
         raise ValueError(f"data.sources: got tasks named {names}, expected different names; set name of each")
     splits = {name: read(task, name) for name, task in zip(names, configs, strict=True)}
-    out = {record.prompt_ids for split in splits.values() for record in split.held_out} | set(kept_out)
+
+    def asked(record: R) -> set[Ids]:
+        """The prompt as it is learnt from, and what it was cut from."""
+        return {record.prompt_ids, *wholes.get(record.prompt_ids, ())}
+
+    out = set(kept_out).union(*(asked(record) for split in splits.values() for record in split.held_out))
     for name, split in splits.items():
-        train = [record for record in split.train if record.prompt_ids not in out]
-        if not train:
+        kept = _without(split, split.held_out, lambda record: not out.isdisjoint(asked(record)))
+        if not kept.train:
             raise ValueError(
-                f"data.sources: got {len(split.train)} records of {name!r} behind prompts that are all held out, "
-                "expected some to train on; add rows, or hold out others"
+                f"data.sources: got {kept.counts['held_out_too']} records of {name!r} behind prompts that are all "
+                "held out, expected some to train on; add rows, or hold out others"
             )
-        told = {"held_out_too": len(split.train) - len(train)} if len(train) < len(split.train) else {}
-        splits[name] = Split(train, split.held_out, {**split.counts, **told})
+        splits[name] = kept
     weights = [task.weight for task in configs if task.weight is not None]
     return Tasks(splits, weights or None, seed=seed)

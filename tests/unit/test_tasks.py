@@ -10,6 +10,7 @@ from tiny import byte_tokenizer
 
 from alignment.config import DpoRunConfig, KtoRunConfig
 from alignment.config.preference import LabelsDataConfig, PairsDataConfig
+from alignment.data.chat import encode_prompt
 from alignment.data.tasks import load_label_tasks, load_pair_tasks
 from alignment.feedback_losses import balanced_weights
 from recipes.preference_tuning import balance
@@ -79,6 +80,41 @@ def test_rows_of_another_source_are_held_out_and_prompts_asked_elsewhere_too(fil
     assert len(load_pair_tasks(config, tokenizer, seed=1, kept_out=asked).train) == 5
     with pytest.raises(ValueError, match="behind prompts that are all held out"):
         load_pair_tasks(config, tokenizer, seed=1, kept_out={pair.prompt_ids for pair in tasks.train})
+
+
+def test_a_question_that_is_cut_is_the_same_question(files):
+    """A long answer leaves less of a question than a short one: what is learnt from differs, what was asked is one."""
+    for name, numbers, answer in (("long", range(8), "c" * 60), ("short", range(4), "c" * 20)):
+        rows = [{"prompt": "why " * 20 + f"{i}?", "chosen": answer, "rejected": "no"} for i in numbers]
+        (files / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = {"file": "long", "held_out": {"path": str(files / "short.jsonl")}}
+    tasks = pair_tasks(files, {**source}, cut_prompts=True, max_tokens=100)
+    tokenizer = byte_tokenizer()
+    asked = [
+        sorted(tokenizer.decode(p.prompt_ids).split("?")[0][-1] for p in rows)
+        for rows in (tasks.train, tasks.held_out)
+    ]
+    assert asked == [list("4567"), list("0123")]
+    assert tasks.splits["long.jsonl"].counts["prompt_cut"] == 8
+    assert tasks.splits["long.jsonl"].counts["held_out_too"] == 4
+    # A prompt to be answered for the table is known as a whole.
+    config = PairsDataConfig.model_validate(
+        {"sources": [{"path": str(files / "long.jsonl")}], "held_out": 0, "cut_prompts": True, "max_tokens": 100}
+    )
+    whole = tuple(encode_prompt(tokenizer, [{"role": "user", "content": "why " * 20 + "5?"}]))
+    assert len(load_pair_tasks(config, tokenizer, seed=1, kept_out={whole}).train) == 7
+
+
+def test_groups_of_another_source_are_held_out_of_training(files):
+    rows = [{"prompt": f"q{i}?", "chosen": "yes", "rejected": "no", "group": f"g{i % 4}"} for i in range(12)]
+    elsewhere = [{"prompt": f"r{i}?", "chosen": "yes", "rejected": "no", "group": f"g{i}"} for i in range(2)]
+    elsewhere.append({**rows[2], "group": "g0"})
+    for name, own in (("rows", rows), ("elsewhere", elsewhere)):
+        (files / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in own))
+    tasks = pair_tasks(files, {"file": "rows", "held_out": {"path": str(files / "elsewhere.jsonl")}})
+    assert (len(tasks.train), len(tasks.held_out)) == (5, 3)
+    # Six of two groups, and one that is held out itself.
+    assert tasks.splits["rows.jsonl"].counts["held_out_too"] == 7
 
 
 def test_pairs_become_labels_beside_labels(files):
