@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from alignment.config.preference import TaskConfig
+from alignment.config.judged_data import TaskConfig
 from alignment.data.chat import eos_ids_of_model, load_tokenizer
 from alignment.data.dialects import canonical
 from alignment.data.model_assets import resolve_model

@@ -8,7 +8,7 @@ from tiny_judgements import judgements_of
 
 from alignment import adapters, models
 from alignment.config import SourceConfig
-from alignment.config.preference import PairsDataConfig, TaskConfig
+from alignment.config.judged_data import PairsDataConfig
 from alignment.data.split import Split
 from alignment.data.tasks import load_pair_tasks
 from alignment.engines.torch import TorchEngine
@@ -24,8 +24,7 @@ LIMIT = MicroBatchLimit(rows=4)
 
 def read_pairs(source: SourceConfig, tokenizer: Any, *, eos_ids: Any = None, **options: Any) -> Split[PreferencePair]:
     """The pairs of one source, by the door that runs take. `options`: of `PairsDataConfig`."""
-    own = TaskConfig.model_validate(source.model_dump())
-    config = PairsDataConfig.model_validate({"sources": (own,), "held_out": 0, **options})
+    config = PairsDataConfig.model_validate({"sources": [source.model_dump()], "held_out": 0, **options})
     (split,) = load_pair_tasks(config, tokenizer, eos_ids=eos_ids, seed=1).splits.values()
     return split
 

@@ -153,13 +153,21 @@ def _read_pair(row: Row, encoder: Encoder, config: RewardDataConfig, source: str
 
 
 def _read_ranking(row: Row, encoder: Encoder, config: RewardDataConfig, source: str) -> Reading[Judgement]:
-    messages, answers = encoder.messages(row), column(row, "answers")
-    if not isinstance(answers, list) or not 2 <= len(answers) <= config.max_answers:
-        got = f"{len(answers)} answers" if isinstance(answers, list) else type(answers).__name__
+    answers = row.values.get("answers")
+    if isinstance(answers, list) and len(answers) > config.max_answers:
         raise ValueError(
-            f"'answers': got {got}, expected a list of 2 to data.max_answers={config.max_answers}; correct the row, "
-            "or raise data.max_answers"
+            f"'answers': got {len(answers)} answers, expected a list of 2 to data.max_answers={config.max_answers}; "
+            "correct the row, or raise data.max_answers"
         )
+    return cast(Reading[Judgement], read_ranking(row, encoder, source=source))
+
+
+def read_ranking(row: Row, encoder: Encoder, *, source: str = "") -> Reading[Ranking]:
+    """One row as a ranking. Raises as `load_judgements`, without the place."""
+    messages, answers = encoder.messages(row), column(row, "answers")
+    if not isinstance(answers, list) or len(answers) < 2:
+        got = f"{len(answers)} answers" if isinstance(answers, list) else type(answers).__name__
+        raise ValueError(f"'answers': got {got}, expected a list of 2 or more; correct the row")
     texts = [text_of(answer, "answers") for answer in answers]
     if len(set(texts)) < len(texts):
         raise ValueError("'answers': got one answer twice, expected different ones; remove it")
@@ -169,7 +177,7 @@ def _read_ranking(row: Row, encoder: Encoder, config: RewardDataConfig, source: 
     encoded = encoder.answers(messages, texts)
     if len(set(encoded.answer_ids)) < len(texts):
         raise TooLong(
-            f"got two answers that are the same within data.max_tokens={config.max_tokens}, expected different ones; "
+            f"got two answers that are the same within data.max_tokens={encoder.max_tokens}, expected different ones; "
             "raise it or remove the row"
         )
     record = Ranking(
@@ -200,6 +208,11 @@ def _answer(row: Row) -> str:
 
 
 def _read_rating(row: Row, encoder: Encoder, config: RewardDataConfig, source: str) -> Reading[Judgement]:
+    return cast(Reading[Judgement], read_rating(row, encoder, source=source))
+
+
+def read_rating(row: Row, encoder: Encoder, *, source: str = "") -> Reading[RatedAnswer]:
+    """One row as a rated answer. Raises as `load_judgements`, without the place."""
     messages, answer, given = encoder.messages(row), _answer(row), column(row, "ratings")
     if given == []:
         raise ValueError("'ratings': got an empty list, expected numbers from 0 to 1; remove the row")

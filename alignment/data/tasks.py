@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Generic, TypeVar
 
-from alignment.config.preference import (
+from alignment.config.judged_data import (
     JudgedDataConfig,
     LabelledTaskConfig,
     LabelsDataConfig,
+    PairedTaskConfig,
     PairsDataConfig,
     TaskConfig,
+    refuse_unread_ratings,
 )
-from alignment.data.conversions import labels_of_pairs
+from alignment.data.conversions import labels_of_pairs, labels_of_ratings, pairs_of_rankings, pairs_of_ratings
 from alignment.data.dialects import canonical
-from alignment.data.judgements import COUNTS, fits, read_label, source_name
+from alignment.data.judgements import COUNTS, fits, read_label, read_ranking, read_rating, source_name
 from alignment.data.mixing import Mixture
-from alignment.data.preferences import PAIR_COUNTS, read_pair
-from alignment.data.reading import Encoder, Reading, collect
+from alignment.data.preferences import read_pair
+from alignment.data.reading import Encoder, J, Reading, collect
 from alignment.data.sources import Row, read_rows
 from alignment.data.split import Split
 from alignment.judgements import LabelledAnswer
@@ -75,7 +78,8 @@ def load_pair_tasks(
     seed: int,
     kept_out: Collection[Ids] = (),
 ) -> Tasks[PreferencePair]:
-    """Read, render, cut, drop duplicates and hold out whole prompts of every task.
+    """Read, render, cut, drop duplicates and hold out whole prompts of every task; then rankings and ratings become
+    pairs.
 
     A prompt that is held out of one task is trained on in none, however data.cut_prompts cuts it; such rows are
     counted as held_out_too.
@@ -88,8 +92,22 @@ def load_pair_tasks(
     """
     encoder, wholes = _encoder(config, tokenizer, eos_ids), Wholes()
 
-    def read(task: TaskConfig, name: str) -> Split[PreferencePair]:
-        return _split(task, config, PAIR_COUNTS, "pairs", lambda row: read_pair(row, encoder, source=name), wholes)
+    def read(task: PairedTaskConfig, name: str) -> Split[PreferencePair]:
+        kind = _kind(task, task.kind, ("pairs", "rankings", "ratings"), "pairs")
+        told_apart = {"min_gap": task.min_gap, "threshold": task.threshold}
+        refuse_unread_ratings(kind, told_apart, f"data.sources: {name}")
+        if kind == "rankings":
+            rankings = _split(task, config, kind, lambda row: read_ranking(row, encoder, source=name), wholes)
+            return _converted(rankings, pairs_of_rankings, name)
+        if kind == "ratings":
+            if config.cut_prompts:
+                raise ValueError(
+                    f"data.cut_prompts: got true with the ratings of {name!r}, expected false: answers are paired "
+                    "behind the same prompt; set it to false, or raise data.max_tokens"
+                )
+            ratings = _split(task, config, kind, lambda row: read_rating(row, encoder, source=name), wholes)
+            return _converted(ratings, partial(pairs_of_ratings, gap=task.min_gap, threshold=task.threshold), name)
+        return _split(task, config, kind, lambda row: read_pair(row, encoder, source=name), wholes)
 
     return _tasks(config.sources, read, kept_out, wholes, seed)
 
@@ -102,20 +120,42 @@ def load_label_tasks(
     seed: int,
     kept_out: Collection[Ids] = (),
 ) -> Tasks[LabelledAnswer]:
-    """As `load_pair_tasks`, of labels, and of pairs whose answers become labels."""
+    """As `load_pair_tasks`, of labels, and of pairs and ratings whose answers become labels."""
     encoder, wholes = _encoder(config, tokenizer, eos_ids), Wholes()
 
     def read(task: LabelledTaskConfig, name: str) -> Split[LabelledAnswer]:
-        kind = task.kind
-        if kind == "auto":
-            kind = "pairs" if fits(_rows(task)[0], "pairs") else "labels"
-        if kind == "labels":
-            told = COUNTS["labels"]
-            return _split(task, config, told, "labels", lambda row: read_label(row, encoder, source=name), wholes)
-        pairs = _split(task, config, PAIR_COUNTS, "pairs", lambda row: read_pair(row, encoder, source=name), wholes)
-        return Split(labels_of_pairs(pairs.train), labels_of_pairs(pairs.held_out), pairs.counts)
+        kind = _kind(task, task.kind, ("pairs", "labels", "ratings"), "labels")
+        refuse_unread_ratings(kind, {"threshold": task.threshold}, f"data.sources: {name}")
+        if kind == "pairs":
+            pairs = _split(task, config, kind, lambda row: read_pair(row, encoder, source=name), wholes)
+            return _converted(pairs, labels_of_pairs, name)
+        if kind == "ratings":
+            assert task.threshold is not None
+            ratings = _split(task, config, kind, lambda row: read_rating(row, encoder, source=name), wholes)
+            return _converted(ratings, partial(labels_of_ratings, threshold=task.threshold), name)
+        return _split(task, config, kind, lambda row: read_label(row, encoder, source=name), wholes)
 
     return _tasks(config.sources, read, kept_out, wholes, seed)
+
+
+def _kind(task: TaskConfig, kind: str, known: Sequence[str], otherwise: str) -> str:
+    """`auto` as the first kind whose columns the first row has; `otherwise` will refuse a row that has none's."""
+    if kind != "auto":
+        return kind
+    first = _rows(task)[0]
+    return next((one for one in known if fits(first, one)), otherwise)
+
+
+def _converted(split: Split[J], convert: Callable[[list[J]], list[R]], name: str) -> Split[R]:
+    """What a conversion makes of both parts."""
+    found = Split(convert(split.train), convert(split.held_out), split.counts)
+    if bool(split.held_out) > bool(found.held_out) or not found.train:
+        part = "to train on" if not found.train else "to hold out"
+        raise ValueError(
+            f"data.sources: got rows of {name!r} that give nothing {part}, expected answers to one prompt that are "
+            "told apart; lower min_gap, move threshold, or add rows"
+        )
+    return found
 
 
 def _encoder(config: JudgedDataConfig, tokenizer: PreTrainedTokenizerBase, eos_ids: frozenset[int] | None) -> Encoder:
@@ -129,22 +169,17 @@ def _encoder(config: JudgedDataConfig, tokenizer: PreTrainedTokenizerBase, eos_i
 
 
 def _split(
-    task: TaskConfig,
-    config: JudgedDataConfig,
-    told: Sequence[str],
-    what: str,
-    read: Callable[[Row], Reading[R]],
-    wholes: Wholes,
-) -> Split[R]:
+    task: TaskConfig, config: JudgedDataConfig, kind: str, read: Callable[[Row], Reading[J]], wholes: Wholes
+) -> Split[J]:
     """A task's records, part of them held out, or those of its other source: their groups are then trained on no more.
 
     Prompts that are cut are noted in `wholes`.
     """
 
-    def collected(rows: Iterable[Row], wanted: int) -> tuple[Split[R], dict[str, str]]:
+    def collected(rows: Iterable[Row], wanted: int) -> tuple[Split[J], dict[str, str]]:
         groups: dict[str, str] = {}
 
-        def noted(row: Row) -> Reading[R]:
+        def noted(row: Row) -> Reading[J]:
             reading = read(row)
             groups.setdefault(reading.record.id, reading.group)
             if reading.whole_prompt != reading.record.prompt_ids:
@@ -152,7 +187,7 @@ def _split(
             return reading
 
         skip_long = config.on_long == "skip"
-        return collect(rows, noted, wanted=wanted, told=told, what=what, skip_long=skip_long), groups
+        return collect(rows, noted, wanted=wanted, told=COUNTS[kind], what=kind, skip_long=skip_long), groups
 
     if task.held_out is None:
         return collected(_rows(task), config.held_out)[0]
@@ -162,7 +197,7 @@ def _split(
     return _without(own, others.train, lambda record: groups[record.id] in out)
 
 
-def _without(split: Split[R], held_out: list[R], is_out: Callable[[R], bool]) -> Split[R]:
+def _without(split: Split[J], held_out: list[J], is_out: Callable[[J], bool]) -> Split[J]:
     """The split with fewer rows to train on, counted as held_out_too."""
     train = [record for record in split.train if not is_out(record)]
     left_out = split.counts.get("held_out_too", 0) + len(split.train) - len(train)
