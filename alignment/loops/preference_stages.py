@@ -13,7 +13,7 @@ from alignment.bootstrap import paired_bootstrap
 from alignment.feedback_losses import bco_loss, kto_loss
 from alignment.judgements import LabelledAnswer
 from alignment.learners.dpo import answer_lengths_of, held_out_metrics
-from alignment.learners.kto import mismatched
+from alignment.learners.kto import FeedbackLoss, mismatched
 from alignment.preference_losses import counted_lengths
 from alignment.preference_objectives import PreferenceObjective
 from alignment.types import PreferencePair
@@ -118,6 +118,7 @@ class LabelStage:
         logps, reference = (torch.tensor(part[0]) for part in (judged.logps, judged.reference))
         good = torch.tensor(_desirable(records))
         rewards = self.beta * (logps - reference)
+        loss_of: FeedbackLoss
         if self.loss == "kto":
             loss_of, zero = kto_loss, (torch.tensor(judged.logps[1]) - torch.tensor(judged.reference[1])).mean()
         else:
