@@ -22,7 +22,7 @@ from alignment.config import ModelConfig
 from alignment.config.cluster import RoleConfig
 from alignment.data.chat import decode, eos_ids_of_model, load_tokenizer
 from alignment.engines.base import Engine
-from alignment.generation import generate
+from alignment.generation import HELD_OUT_STEP, generate, sampling_seed
 from alignment.quantization import num_weights, stored_bytes
 from alignment.types import Prompt, Rollout
 
@@ -76,17 +76,18 @@ class FineTunedActor(SendingActor):
         """What moves the adapter to where it begins, if anything does."""
         return None
 
-    def respond(self, prompts: Sequence[Prompt], *, max_new_tokens: int) -> list[Rollout]:
-        """The most likely answer, token by token, to each prompt. The whole model must be here."""
+    def respond(self, prompts: Sequence[Prompt], *, max_new_tokens: int, seed: int | None = None) -> list[Rollout]:
+        """An answer to each prompt: the most likely one, token by token, or with a seed a sample at temperature 1,
+        whose random numbers go by seed and prompt. The whole model must be here."""
         tokenizer = load_tokenizer(self.model_path, self.model_config.revision)
         samples = generate(
             self.model,
             [prompt.prompt_ids for prompt in prompts],
-            [0] * len(prompts),
+            [sampling_seed(seed or 0, prompt.id, HELD_OUT_STEP, 0) for prompt in prompts],
             max_new_tokens=max_new_tokens,
             temperature=1.0,
             stop_ids=eos_ids_of_model(tokenizer, self.model_path, self.model_config.revision),
-            greedy=True,
+            greedy=seed is None,
         )
         return [
             Rollout(

@@ -219,9 +219,12 @@ class FineTunedHandle(Handle):
     def num_parameters(self) -> Pending[dict[str, int]]:
         return self.group.first(self.role, "num_parameters")
 
-    def respond(self, prompts: Sequence[Prompt], *, max_new_tokens: int) -> Pending[list[Rollout]]:
+    def respond(
+        self, prompts: Sequence[Prompt], *, max_new_tokens: int, seed: int | None = None
+    ) -> Pending[list[Rollout]]:
         lengths = [len(prompt.prompt_ids) for prompt in prompts]
-        return self.group.scatter(self.role, "respond", prompts, lengths=lengths, max_new_tokens=max_new_tokens)
+        options = {"max_new_tokens": max_new_tokens, "seed": seed}
+        return self.group.scatter(self.role, "respond", prompts, lengths=lengths, **options)
 
     def export(self, folder: Path) -> Pending[Any]:
         return self.group.call(self.role, "export", folder)

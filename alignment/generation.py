@@ -34,6 +34,10 @@ class Sample:
     finish_reason: FinishReason
 
 
+HELD_OUT_STEP = -1
+"""Stands for the step in the seeds of held-out answers, so that before and after draw the same random numbers."""
+
+
 def sampling_seed(run_seed: int, prompt_id: str, step: int, sample_index: int) -> int:
     """63-bit seed of one response: a lost worker's samples come back the same elsewhere."""
     digest = hashlib.sha256(f"{run_seed}/{prompt_id}/{step}/{sample_index}".encode()).digest()

@@ -317,7 +317,10 @@ def improve(
         start.own.before(policy, run, model=model)
     reference = ask_reference(start, policy, run, model)
     before = common.once(folder / "held_out_before.json", HeldOutNumbers, lambda: judge(start, policy, reference))
-    said_before = common.once(folder / "answers_before.json", HeldOut, lambda: start.evaluation.answers(policy))
+    seed = config.run.seed
+    said_before = common.once(
+        folder / "answers_before.json", HeldOut, lambda: start.evaluation.answers(policy, seed=seed)
+    )
     train_preferences(
         config,
         start.tasks,
@@ -333,9 +336,8 @@ def improve(
     step = take_best(policy, run, state)
     after = dataclasses.replace(judge(start, policy, None), reference=before.reference)
     after.save(folder / "held_out_after.json")
-    said_after = start.evaluation.answers(policy)
+    said_after = start.evaluation.answers(policy, seed=seed)
     said_after.save(folder / "answers_after.json")
-    seed = config.run.seed
     told = start.stage.table(held_out, before.judged(), after.judged(), seed=seed) if held_out else {}
     told |= start.evaluation.table(said_before, said_after, seed=seed)
     return told | (start.own.after(policy, run) if start.own else {}), step

@@ -56,11 +56,14 @@ class RuleEvaluation:
         self.reward = RewardConfig(functions=config.functions, execution=config.execution, max_unscorable=1.0)
         checks.check_reward_functions(self.reward, self.prompts)
 
-    def answers(self, policy: FineTunedHandle) -> HeldOut:
-        """What the policy says now. The rules run in processes of their own, as those of an online run do."""
+    def answers(self, policy: FineTunedHandle, *, seed: int) -> HeldOut:
+        """What the policy says now, with the same random numbers every time. The rules run in processes of their own,
+        as those of an online run do."""
         if not self.prompts:
             return HeldOut(answers=[], kl=0.0)
-        rollouts = policy.respond(self.prompts, max_new_tokens=self.config.max_new_tokens).result()
+        rollouts = policy.respond(
+            self.prompts, max_new_tokens=self.config.max_new_tokens, seed=None if self.config.greedy else seed
+        ).result()
         scorer = RewardModelActor(model=ModelConfig(), reward=self.reward)
         scorer.setup({})
         try:

@@ -173,7 +173,9 @@ class AnsweredPromptsConfig(Config):
     functions: tuple[RewardFunctionConfig, ...] = ()
     """Rules that score the answers, e.g. `numbers:final_number`."""
     max_new_tokens: Positive = 128
-    """The longest answer; each is the most likely one, token by token."""
+    """The longest answer."""
+    greedy: bool = False
+    """Most likely tokens instead of samples; before and after draw the same random numbers either way."""
     execution: RewardExecutionConfig = RewardExecutionConfig()
     """Where the rules run."""
 

@@ -11,13 +11,11 @@ from typing import Any
 from alignment.bootstrap import paired_bootstrap
 from alignment.checkpoint import load_json, save_json
 from alignment.config.reward import GOLD
+from alignment.generation import HELD_OUT_STEP
 from alignment.interfaces import Generator, LogprobWorker, Scorer
 from alignment.rollout_correction import require_current
 from alignment.scores import kind_of, refuse_unscorable
 from alignment.types import Prompt, Rollout, Score
-
-HELD_OUT_STEP = -1
-"""Stands for the step in sampling seeds, so that before and after draw the same random numbers."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
