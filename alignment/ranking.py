@@ -179,7 +179,7 @@ def ranked_pairs(
 
 
 def pair_row(chosen: ScoredAnswer, rejected: ScoredAnswer) -> Row:
-    """A line that `alignment.data.preferences.load_preference_pairs` reads; `group` keeps a prompt whole."""
+    """A line that `alignment.data.preferences.read_pair` reads; `group` keeps a prompt whole."""
     return {
         "prompt": chosen.prompt,
         "chosen": chosen.response,

@@ -10,7 +10,7 @@ processes, and both ratios.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,9 @@ def rows_of(values: Values, pair: PreferencePair) -> Iterator[tuple[Values, floa
         yield values, sum(lengths) / 2
 
 
-def rival_row(pair: PreferencePair, _: PreferencePair) -> Values:
-    return {"prompt_ids": pair.prompt_ids, "chosen_ids": pair.chosen_ids, "rejected_ids": pair.rejected_ids}
+def rival_rows(batch: Sequence[PreferencePair]) -> Iterator[Values]:
+    for pair in batch:
+        yield {"prompt_ids": pair.prompt_ids, "chosen_ids": pair.chosen_ids, "rejected_ids": pair.rejected_ids}
 
 
 def read(config: Any, tokenizer: Any, eos_ids: frozenset[int] | None) -> Any:
@@ -43,7 +44,7 @@ WORK = Work(
     config=DpoRunConfig,
     read=read,
     rows_of=rows_of,
-    rival_row=rival_row,
+    rival_rows=rival_rows,
     layouts=layouts_of("dpo"),
 )
 

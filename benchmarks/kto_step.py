@@ -10,7 +10,7 @@ step. Prints seconds a step, peak memory of all processes, and both ratios.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from alignment.config import KtoRunConfig
 from alignment.data.formats import read_messages
 from alignment.data.tasks import load_label_tasks
 from alignment.judgements import LabelledAnswer
+from alignment.learners.kto import mismatched
 from alignment.types import PreferencePair
 from benchmarks.preference_steps import LONGEST, Values, Work, layouts_of, run
 
@@ -36,13 +37,14 @@ def rows_of(values: Values, pair: PreferencePair) -> Iterator[tuple[Values, floa
         yield {"prompt": asked, "completion": answer, "label": side == "chosen"}, float(length)
 
 
-def rival_row(record: LabelledAnswer, following: LabelledAnswer) -> Values:
-    return {
-        "prompt_ids": record.prompt_ids,
-        "completion_ids": record.answer_ids,
-        "KL_completion_ids": following.answer_ids,
-        "label": record.target == 1,
-    }
+def rival_rows(batch: Sequence[LabelledAnswer]) -> Iterator[Values]:
+    for record, other in zip(batch, mismatched(batch), strict=True):
+        yield {
+            "prompt_ids": record.prompt_ids,
+            "completion_ids": record.answer_ids,
+            "KL_completion_ids": other.answer_ids,
+            "label": record.target == 1,
+        }
 
 
 def read(config: Any, tokenizer: Any, eos_ids: frozenset[int] | None) -> Any:
@@ -56,7 +58,7 @@ WORK = Work(
     config=KtoRunConfig,
     read=read,
     rows_of=rows_of,
-    rival_row=rival_row,
+    rival_rows=rival_rows,
     layouts=layouts_of("kto"),
 )
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from alignment.config.preference import TaskConfig
+from alignment.config.judged_data import TaskConfig
 from alignment.data.chat import eos_ids_of_model, load_tokenizer
 from alignment.data.dialects import canonical
 from alignment.data.model_assets import resolve_model
@@ -79,8 +79,8 @@ class Work:
     read: Read
     rows_of: Callable[[Values, PreferencePair], Iterator[tuple[Values, float]]]
     """Rows that one pair gives, each with its length in tokens: what is drawn."""
-    rival_row: Callable[[Any, Any], Values]
-    """A record and the one behind it in the batch, as the rival's ids."""
+    rival_rows: Callable[[Sequence[Any]], Iterator[Values]]
+    """The records of a batch, as the rival's ids."""
     layouts: dict[str, Layout]
 
 
@@ -144,8 +144,7 @@ def run_rival(
     rows, result = folder / "ids.jsonl", folder / f"trl_{reference}.json"
     with open(rows, "w", encoding="utf-8") as file:
         for batch in records:
-            for record, following in zip(batch, [*batch[1:], batch[0]], strict=True):
-                file.write(json.dumps(work.rival_row(record, following)) + "\n")
+            file.writelines(f"{json.dumps(row)}\n" for row in work.rival_rows(batch))
     command = [sys.executable, str(ROOT / "benchmarks" / "rivals" / "trl_preferences.py"), "--kind", work.kind]
     command += ["--model", model, "--rows", str(rows), "--json", str(result), "--learning-rate", str(args.lr)]
     command += ["--batch-size", str(work.batch), "--reference", reference]

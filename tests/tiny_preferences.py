@@ -7,14 +7,26 @@ from typing import Any
 from tiny_judgements import judgements_of
 
 from alignment import adapters, models
+from alignment.config import SourceConfig
+from alignment.config.judged_data import PairsDataConfig
+from alignment.data.split import Split
+from alignment.data.tasks import load_pair_tasks
 from alignment.engines.torch import TorchEngine
 from alignment.learners.answers import answer_logps
 from alignment.learners.dpo import DpoLearner, pair_logps
 from alignment.learners.kto import BcoLearner, KtoLearner, mismatched
 from alignment.packing import MicroBatchLimit
 from alignment.preference_objectives import PreferenceObjective, Term
+from alignment.types import PreferencePair
 
 LIMIT = MicroBatchLimit(rows=4)
+
+
+def read_pairs(source: SourceConfig, tokenizer: Any, *, eos_ids: Any = None, **options: Any) -> Split[PreferencePair]:
+    """The pairs of one source, by the door that runs take. `options`: of `PairsDataConfig`."""
+    config = PairsDataConfig.model_validate({"sources": [source.model_dump()], "held_out": 0, **options})
+    (split,) = load_pair_tasks(config, tokenizer, eos_ids=eos_ids, seed=1).splits.values()
+    return split
 
 
 def loaded(folder: Any, *, lora: bool = False, layout: str = "padded") -> Any:

@@ -6,8 +6,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from alignment.config.base import Config, NonNegative, NonNegativeFloat, Positive, PositiveFloat
+from alignment.config.base import Config, NonNegative, NonNegativeFloat, Positive, PositiveFloat, Share
 from alignment.config.data import SourceConfig
+from alignment.config.judged_data import LabelsDataConfig, PairsDataConfig
 from alignment.config.model import (
     AdapterConfig,
     MicroBatchConfig,
@@ -22,80 +23,6 @@ from alignment.config.model import (
 from alignment.config.reward import RewardExecutionConfig, RewardFunctionConfig
 from alignment.config.run import RunConfig
 from alignment.preference_terms import SMOOTHED, Kind, Term, refuse_odd_terms, use_reference
-
-Share = Annotated[float, Field(gt=0, le=1)]
-
-
-class TaskConfig(SourceConfig):
-    """One set of judgements."""
-
-    name: str | None = None
-    """What metrics and tables call it; None takes the asset, the data set or the file."""
-    weight: PositiveFloat | None = None
-    """Share of the rows of a run that come from here, relative to the other tasks' weights; the task begins again when
-    it is through. Give every task one, or none: then all are one list, each row once an epoch."""
-    held_out: SourceConfig | None = None
-    """Rows to validate on, in place of data.held_out of this task's own; a prompt among them is not trained on."""
-
-
-class LabelledTaskConfig(TaskConfig):
-    """One set of labels, or of pairs that become labels."""
-
-    kind: Literal["auto", "pairs", "labels"] = "auto"
-    """What its rows are; `auto` goes by the columns of the first one. The chosen answer of a pair is a desirable one,
-    the rejected answer an undesirable one."""
-
-
-class JudgedDataConfig(Config):
-    """Judgements of answers to learn from."""
-
-    system_prompt: str | None = None
-    """Put before every conversation that has none; None leaves the template's own default."""
-    max_tokens: Positive = 512
-    """Longer sequences of prompt and answer are cut from the end of the answer."""
-    cut_prompts: bool = False
-    """Cut a prompt from its beginning, down to 16 tokens, before an answer loses anything; cut prompts are counted."""
-    on_long: Literal["error", "skip"] = "error"
-    """What becomes of a row whose prompt leaves no room for an answer, or whose answers differ only beyond max_tokens:
-    it is refused, or left out and counted."""
-    held_out: NonNegative = 32
-    """Rows of every task kept for validation and for the table; whole groups (column `group`, else the prompt)."""
-
-
-class PairsDataConfig(JudgedDataConfig):
-    """Pairs of answers; docs/preferences.md has the columns."""
-
-    sources: tuple[TaskConfig, ...] = Field(default=(TaskConfig(asset="treatment-plans"),), min_length=1)
-    """One task or more."""
-
-    @model_validator(mode="after")
-    def _tasks_fit_together(self) -> PairsDataConfig:
-        refuse_odd_tasks(self.sources)
-        return self
-
-
-class LabelsDataConfig(JudgedDataConfig):
-    """Labelled answers; docs/preferences.md has the columns."""
-
-    sources: tuple[LabelledTaskConfig, ...] = Field(
-        default=(LabelledTaskConfig(asset="treatment-plans"),), min_length=1
-    )
-    """One task or more."""
-
-    @model_validator(mode="after")
-    def _tasks_fit_together(self) -> LabelsDataConfig:
-        refuse_odd_tasks(self.sources)
-        return self
-
-
-def refuse_odd_tasks(tasks: tuple[TaskConfig, ...]) -> None:
-    """Weights of some tasks only, and two tasks of one name."""
-    given = [task.weight for task in tasks]
-    if None in given and any(weight is not None for weight in given):
-        raise ValueError(f"sources: got weights {given}, expected one for every task or for none; add or drop some")
-    names = [task.name for task in tasks if task.name is not None]
-    if len(set(names)) < len(names):
-        raise ValueError(f"sources: got names {names}, expected a different one for each task; rename one")
 
 
 class TermConfig(Config):

@@ -50,7 +50,7 @@ def _read(values: dict[str, Any]) -> None:
         if paired or labelled:
             values["prompt"] = alpaca_prompt(values)
         if labelled:
-            values.setdefault("completion", outputs)
+            values["completion"] = outputs if values.get("completion") is None else values["completion"]
     if labelled and values.get("prompt") is None:
         _part_conversation(values)
     if isinstance(values.get("completion"), list):
@@ -67,9 +67,7 @@ def _part_conversation(values: dict[str, Any]) -> None:
     messages = read_messages(values.pop(name))
     if len(messages) < 2 or messages[-1]["role"] != "assistant":
         raise ValueError(f"{name!r}: got no answer at the end, expected one that the label is of; correct the row")
-    system = values.get("system")
-    first = [{"role": "system", "content": str(system)}] if system and messages[0]["role"] != "system" else []
-    values["prompt"], values["completion"] = [*first, *messages[:-1]], messages[-1]["content"]
+    values["prompt"], values["completion"] = messages[:-1], messages[-1]["content"]
 
 
 def _only_answer(messages: list[Any]) -> str:
@@ -77,7 +75,9 @@ def _only_answer(messages: list[Any]) -> str:
         raise ValueError(f"'completion': got {len(messages)} messages, expected one answer; put the others in prompt")
     (answer,) = read_messages(messages)
     if answer["role"] != "assistant":
-        raise ValueError(f"'completion': got a turn of role {answer['role']!r}, expected the assistant's")
+        raise ValueError(
+            f"'completion': got a turn of role {answer['role']!r}, expected the assistant's; correct the row"
+        )
     return answer["content"]
 
 

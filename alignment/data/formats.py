@@ -146,6 +146,11 @@ def _system(values: Values) -> list[dict[str, str]]:
     return [{"role": "system", "content": text}] if text.strip() else []
 
 
+def with_system_column(values: Values, messages: list[dict[str, str]]) -> list[dict[str, str]]:
+    """The conversation behind what a row has in `system`, unless it has a system turn of its own."""
+    return messages if messages[0]["role"] == "system" else [*_system(values), *messages]
+
+
 def alpaca_prompt(values: Values) -> list[dict[str, str]]:
     """The conversation before the answer, out of `instruction`, and `input`, `system` and `history` if there."""
     given = _text_of(values, "input", may_be_empty=True).strip()
@@ -172,8 +177,7 @@ def _turns(column: str) -> Callable[[Values], Lesson]:
         if not isinstance(values[column], list) or not values[column]:
             got = "an empty list" if values[column] == [] else type(values[column]).__name__
             raise ValueError(f"{column!r}: got {got}, expected a list of turns; correct the row")
-        messages = read_messages(values[column])
-        return _conversation(messages if messages[0]["role"] == "system" else [*_system(values), *messages])
+        return _conversation(with_system_column(values, read_messages(values[column])))
 
     return read
 

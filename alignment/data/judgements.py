@@ -13,7 +13,19 @@ from alignment.data.chat import decode
 from alignment.data.dialects import canonical
 from alignment.data.preferences import PAIR_COUNTS, read_pair
 from alignment.data.prompts import prompt_id
-from alignment.data.reading import Encoder, Messages, Reading, TooLong, collect, filled, number, text_of
+from alignment.data.reading import (
+    Encoded,
+    Encoder,
+    J,
+    Messages,
+    Reading,
+    TooLong,
+    collect,
+    filled,
+    group_of,
+    number,
+    text_of,
+)
 from alignment.data.sources import Row, column, read_rows
 from alignment.data.split import Split, digest
 from alignment.judgements import Judgement, LabelledAnswer, Ranking, RatedAnswer, SteppedAnswer
@@ -141,34 +153,42 @@ def _read_pair(row: Row, encoder: Encoder, config: RewardDataConfig, source: str
 
 
 def _read_ranking(row: Row, encoder: Encoder, config: RewardDataConfig, source: str) -> Reading[Judgement]:
-    messages, answers = encoder.messages(row), column(row, "answers")
-    if not isinstance(answers, list) or not 2 <= len(answers) <= config.max_answers:
-        got = f"{len(answers)} answers" if isinstance(answers, list) else type(answers).__name__
+    answers = row.values.get("answers")
+    if isinstance(answers, list) and len(answers) > config.max_answers:
         raise ValueError(
-            f"'answers': got {got}, expected a list of 2 to data.max_answers={config.max_answers}; correct the row, "
-            "or raise data.max_answers"
+            f"'answers': got {len(answers)} answers, expected a list of 2 to data.max_answers={config.max_answers}; "
+            "correct the row, or raise data.max_answers"
         )
+    return cast(Reading[Judgement], read_ranking(row, encoder, source=source))
+
+
+def read_ranking(row: Row, encoder: Encoder, *, source: str = "") -> Reading[Ranking]:
+    """One row as a ranking. Raises as `load_judgements`, without the place."""
+    messages, answers = encoder.messages(row), column(row, "answers")
+    if not isinstance(answers, list) or len(answers) < 2:
+        got = f"{len(answers)} answers" if isinstance(answers, list) else type(answers).__name__
+        raise ValueError(f"'answers': got {got}, expected a list of 2 or more; correct the row")
     texts = [text_of(answer, "answers") for answer in answers]
     if len(set(texts)) < len(texts):
         raise ValueError("'answers': got one answer twice, expected different ones; remove it")
     ranks = _ranks(row.values.get("ranks"), len(texts))
     order = sorted(range(len(texts)), key=lambda i: ranks[i])
     texts, ranks = [texts[i] for i in order], [ranks[i] for i in order]
-    prompt_ids, found, told = encoder.answers(messages, texts)
-    if len({tuple(ids) for ids in found}) < len(found):
+    encoded = encoder.answers(messages, texts)
+    if len(set(encoded.answer_ids)) < len(texts):
         raise TooLong(
-            f"got two answers that are the same within data.max_tokens={config.max_tokens}, expected different ones; "
+            f"got two answers that are the same within data.max_tokens={encoder.max_tokens}, expected different ones; "
             "raise it or remove the row"
         )
     record = Ranking(
         id=digest("\0".join([prompt_id(messages), *texts, str(ranks)])),
-        prompt_ids=tuple(prompt_ids),
-        answer_ids=tuple(tuple(ids) for ids in found),
+        prompt_ids=encoded.prompt_ids,
+        answer_ids=tuple(encoded.answer_ids),
         ranks=tuple(ranks),
         source=source,
     )
     ties = len(set(ranks)) < len(ranks)
-    return Reading(record=record, group=_group(row, messages), told=told + ("ties",) * ties)
+    return _reading(record, row, messages, encoded, ("ties",) * ties)
 
 
 def _ranks(value: Any, count: int) -> list[int]:
@@ -188,6 +208,11 @@ def _answer(row: Row) -> str:
 
 
 def _read_rating(row: Row, encoder: Encoder, config: RewardDataConfig, source: str) -> Reading[Judgement]:
+    return cast(Reading[Judgement], read_rating(row, encoder, source=source))
+
+
+def read_rating(row: Row, encoder: Encoder, *, source: str = "") -> Reading[RatedAnswer]:
+    """One row as a rated answer. Raises as `load_judgements`, without the place."""
     messages, answer, given = encoder.messages(row), _answer(row), column(row, "ratings")
     if given == []:
         raise ValueError("'ratings': got an empty list, expected numbers from 0 to 1; remove the row")
@@ -195,17 +220,16 @@ def _read_rating(row: Row, encoder: Encoder, config: RewardDataConfig, source: s
         number(rating, "ratings", low=0.0, high=1.0) for rating in (given if isinstance(given, list) else [given])
     ]
     spread = statistics.pstdev(ratings)
-    prompt_ids, (answer_ids,), told = encoder.answers(messages, [answer])
+    encoded = encoder.answers(messages, [answer])
     record = RatedAnswer(
         id=digest("\0".join([prompt_id(messages), answer])),
-        prompt_ids=tuple(prompt_ids),
-        answer_ids=tuple(answer_ids),
+        prompt_ids=encoded.prompt_ids,
+        answer_ids=encoded.answer_ids[0],
         target=statistics.fmean(ratings),
         agreement=1 - spread,
         source=source,
     )
-    told += ("split_raters",) * (spread > 0)
-    return Reading(record=record, group=_group(row, messages), told=told)
+    return _reading(record, row, messages, encoded, ("split_raters",) * (spread > 0))
 
 
 def _read_label(row: Row, encoder: Encoder, config: RewardDataConfig, source: str) -> Reading[Judgement]:
@@ -216,13 +240,12 @@ def read_label(row: Row, encoder: Encoder, *, source: str = "") -> Reading[Label
     """One row as a labelled answer. Raises as `load_judgements`, without the place."""
     messages, answer = encoder.messages(row), _answer(row)
     target = label_of(column(row, "label"), "label")
-    prompt_ids, (answer_ids,), told = encoder.answers(messages, [answer])
+    encoded = encoder.answers(messages, [answer])
     name, other = (digest("\0".join([prompt_id(messages), answer, f"{t:g}"])) for t in (target, 1 - target))
     record = LabelledAnswer(
-        id=name, prompt_ids=tuple(prompt_ids), answer_ids=tuple(answer_ids), target=target, source=source
+        id=name, prompt_ids=encoded.prompt_ids, answer_ids=encoded.answer_ids[0], target=target, source=source
     )
-    told += ("positive",) * (target == 1)
-    return Reading(record=record, group=_group(row, messages), opposite=other, told=told)
+    return _reading(record, row, messages, encoded, ("positive",) * (target == 1), opposite=other)
 
 
 def label_of(value: Any, name: str) -> float:
@@ -249,24 +272,25 @@ def _read_steps(row: Row, encoder: Encoder, config: RewardDataConfig, source: st
     texts = [text_of(step, "steps").strip() for step in steps]
     targets = [number(label, "step_labels", low=0.0, high=1.0) for label in labels]
     answer = config.step_separator.join(texts)
-    prompt_ids, (answer_ids,), told = encoder.answers(messages, [answer])
+    encoded = encoder.answers(messages, [answer])
+    answer_ids = encoded.answer_ids[0]
     ends = step_ends(encoder.tokenizer, answer_ids, texts, config.step_separator)
     if not ends:
         raise TooLong(
             f"got a first step that does not fit into data.max_tokens={config.max_tokens}, expected one at least; "
             "raise it or remove the row"
         )
-    if "truncated" not in told:
+    if "truncated" not in encoded.told:
         ends[-1] = len(answer_ids) - 1
     record = SteppedAnswer(
         id=digest("\0".join([prompt_id(messages), answer])),
-        prompt_ids=tuple(prompt_ids),
-        answer_ids=tuple(answer_ids),
+        prompt_ids=encoded.prompt_ids,
+        answer_ids=answer_ids,
         step_ends=tuple(ends),
         targets=tuple(targets[: len(ends)]),
         source=source,
     )
-    return Reading(record=record, group=_group(row, messages), told=told)
+    return _reading(record, row, messages, encoded)
 
 
 def step_ends(
@@ -306,8 +330,16 @@ def step_ends(
     return ends
 
 
-def _group(row: Row, messages: Messages) -> str:
-    return str(row.values.get("group") or prompt_id(messages))
+def _reading(
+    record: J, row: Row, messages: Messages, encoded: Encoded, told: tuple[str, ...] = (), opposite: str | None = None
+) -> Reading[J]:
+    return Reading(
+        record=record,
+        group=group_of(row, messages),
+        whole_prompt=encoded.whole_prompt,
+        opposite=opposite,
+        told=encoded.told + told,
+    )
 
 
 Reader = Callable[[Row, Encoder, RewardDataConfig, str], Reading[Judgement]]

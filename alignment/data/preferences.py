@@ -4,49 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from alignment.config import PreferenceDataConfig
-from alignment.data.dialects import canonical
-from alignment.data.formats import read_messages
+from alignment.data.formats import with_system_column
 from alignment.data.prompts import prompt_id
-from alignment.data.reading import Encoder, Reading, TooLong, collect, number
-from alignment.data.sources import Row, column, read_rows
-from alignment.data.split import Split, digest
+from alignment.data.reading import Encoder, Messages, Reading, TooLong, group_of, messages_of, number
+from alignment.data.sources import Row, column
+from alignment.data.split import digest
 from alignment.types import PreferencePair
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-PreferenceSet = Split[PreferencePair]
-
-
-def load_preference_pairs(
-    config: PreferenceDataConfig, tokenizer: PreTrainedTokenizerBase, *, eos_ids: frozenset[int] | None = None
-) -> PreferenceSet:
-    """Read, render, cut, drop duplicates and hold out whole prompts (whole `group`s where rows have that column).
-
-    Accepted rows: text columns `prompt`, `chosen`, `rejected`; message lists in any of them; whole conversations
-    in `chosen` and `rejected` without a `prompt`, of which the longest common one is the prompt; `conversations` with
-    `chosen` and `rejected` messages; and what `alignment.data.dialects` knows.
-
-    `counts` has rows, duplicates, truncated (pairs with a side cut), contradictory (the same two answers preferred
-    both ways), chosen_longer (a length bias shows here); and where there are some prompt_cut (with
-    config.cut_prompts), later_turns_dropped (what whole conversations say after the turn in which they part).
-
-    Raises:
-        ValueError: `file:line: reason` for an answer that is empty or equals the other, a prompt that leaves no room.
-    """
-    encoder = Encoder(
-        tokenizer=tokenizer,
-        eos_ids=eos_ids,
-        max_tokens=config.max_tokens,
-        system_prompt=config.system_prompt,
-        cut_prompts=config.cut_prompts,
-    )
-    rows = map(canonical, read_rows(config.source))
-    return collect(rows, lambda row: read_pair(row, encoder), wanted=config.held_out, told=PAIR_COUNTS, what="pairs")
-
 
 PAIR_COUNTS = ("truncated", "contradictory", "chosen_longer")
 
@@ -54,9 +19,23 @@ PAIR_COUNTS = ("truncated", "contradictory", "chosen_longer")
 def read_pair(
     row: Row, encoder: Encoder, *, source: str = "", margin_key: str | None = None
 ) -> Reading[PreferencePair]:
-    """One row as a pair. Raises as `load_preference_pairs`, without the place."""
-    messages, chosen, rejected, dropped = _read(row, encoder.system_prompt)
-    prompt_ids, (chosen_ids, rejected_ids), told = encoder.answers(messages, [chosen, rejected])
+    """One row as a pair.
+
+    Accepted rows: text columns `prompt`, `chosen`, `rejected`; message lists in any of them; whole conversations
+    in `chosen` and `rejected`, parted at the longest beginning that they share, or beside a `prompt` that they begin
+    with or whose question they come to; `conversations` with `chosen` and `rejected` messages; and what
+    `alignment.data.dialects` knows. What stands in `system` comes before a prompt without a system turn.
+
+    `told`: truncated (a side was cut), chosen_longer (a length bias shows here), prompt_cut (with `cut_prompts`),
+    later_turns_dropped (what whole conversations say after the turn in which they part).
+
+    Raises:
+        ValueError: an answer that is empty or equals the other, a prompt that leaves no room.
+    """
+    messages, chosen, rejected, dropped = _read(row)
+    messages = encoder.with_system(messages)
+    encoded = encoder.answers(messages, [chosen, rejected])
+    chosen_ids, rejected_ids = encoded.answer_ids
     if chosen_ids == rejected_ids:
         raise TooLong(
             f"got two answers with the same first {len(chosen_ids)} tokens, expected different ones within "
@@ -67,18 +46,19 @@ def read_pair(
         margin = number(column(row, margin_key), margin_key, low=0.0, high=float("inf"))
     pair = PreferencePair(
         id=_pair_id(messages, chosen, rejected),
-        prompt_ids=tuple(prompt_ids),
-        chosen_ids=tuple(chosen_ids),
-        rejected_ids=tuple(rejected_ids),
+        prompt_ids=encoded.prompt_ids,
+        chosen_ids=chosen_ids,
+        rejected_ids=rejected_ids,
         margin=margin,
         source=source,
     )
     longer = len(chosen_ids) > len(rejected_ids)
     return Reading(
         record=pair,
-        group=str(row.values.get("group") or prompt_id(messages)),
+        group=group_of(row, messages),
+        whole_prompt=encoded.whole_prompt,
         opposite=_pair_id(messages, rejected, chosen),
-        told=told + ("later_turns_dropped",) * dropped + ("chosen_longer",) * longer,
+        told=encoded.told + ("later_turns_dropped",) * dropped + ("chosen_longer",) * longer,
     )
 
 
@@ -91,28 +71,30 @@ def encode_pairs(rows: Sequence[dict[str, Any]], encoder: Encoder) -> list[Prefe
     return pairs
 
 
-def _pair_id(messages: list[dict[str, str]], chosen: str, rejected: str) -> str:
+def _pair_id(messages: Messages, chosen: str, rejected: str) -> str:
     return digest("\0".join([prompt_id(messages), chosen, rejected]))
 
 
-def _read(row: Row, system_prompt: str | None) -> tuple[list[dict[str, str]], str, str, bool]:
+def _read(row: Row) -> tuple[Messages, str, str, bool]:
     """`(messages of the prompt, chosen text, rejected text, whether turns behind them were dropped)`."""
     told_chosen, told_rejected = _turns(column(row, "chosen"), "chosen"), _turns(column(row, "rejected"), "rejected")
     asked, dropped = None, False
     if "conversations" in row.values:
-        asked = read_messages(column(row, "conversations"))
-        if row.values.get("system"):
-            asked = [{"role": "system", "content": str(row.values["system"])}, *asked]
+        asked = messages_of(column(row, "conversations"), "conversations")
     elif row.values.get("prompt") is not None or len(told_chosen) == 1:
-        asked = read_messages(column(row, "prompt"))
+        asked = messages_of(column(row, "prompt"), "prompt")
     if asked is None:
         messages, chosen, rejected, dropped = common_conversation(told_chosen, told_rejected)
     else:
         messages, chosen, rejected = asked, told_chosen[-1]["content"], told_rejected[-1]["content"]
-        if told_chosen[:-1] != told_rejected[:-1]:
+        begun = _fuller(told_chosen[:-1], told_rejected[:-1])
+        if begun is None or len(_without_system(told_chosen)) != len(_without_system(told_rejected)):
             raise ValueError("got chosen and rejected with different prompts, expected one prompt; correct the row")
-        if told_chosen[:-1] and messages != told_chosen[:-1]:
+        fuller = _fuller(asked, begun)
+        if fuller is None:
             raise ValueError("got a prompt that differs from the beginning of chosen, expected one; drop either")
+        messages = fuller
+    messages = with_system_column(row.values, messages)
     if messages[-1]["role"] not in ("user", "tool"):
         raise ValueError(f"got a prompt that ends with role {messages[-1]['role']!r}, expected the user's; correct it")
     if not chosen.strip() or not rejected.strip():
@@ -120,14 +102,32 @@ def _read(row: Row, system_prompt: str | None) -> tuple[list[dict[str, str]], st
         raise ValueError(f"got an empty {empty!r}, expected text; remove the row")
     if chosen == rejected:
         raise ValueError("got chosen equal to rejected, expected a preference; remove the row")
-    if system_prompt is not None and messages[0]["role"] != "system":
-        messages = [{"role": "system", "content": system_prompt}, *messages]
     return messages, chosen, rejected, dropped
 
 
-def common_conversation(
-    chosen: list[dict[str, str]], rejected: list[dict[str, str]]
-) -> tuple[list[dict[str, str]], str, str, bool]:
+def _fuller(one: Messages, other: Messages) -> Messages | None:
+    """Two tellings of one prompt as the one that tells more: the system turn of either, and the turns of the longer.
+    None where they are different prompts: other turns than the last ones of the longer, up to blanks around them."""
+    turns, fewer = _without_system(one), _without_system(other)
+    if len(fewer) > len(turns):
+        turns, fewer = fewer, turns
+    systems = [told[:1] for told in (one, other) if told and told[0]["role"] == "system"]
+    if _stripped(turns[len(turns) - len(fewer) :]) != _stripped(fewer):
+        return None
+    if any(_stripped(system) != _stripped(systems[0]) for system in systems):
+        return None
+    return [*(systems[0] if systems else ()), *turns]
+
+
+def _without_system(messages: Messages) -> Messages:
+    return messages[1:] if messages and messages[0]["role"] == "system" else messages
+
+
+def _stripped(messages: Messages) -> Messages:
+    return [{**message, "content": message["content"].strip()} for message in messages]
+
+
+def common_conversation(chosen: Messages, rejected: Messages) -> tuple[Messages, str, str, bool]:
     """Part two conversations that begin alike: their longest common beginning that both answer, the two answers, and
     whether either goes on behind its answer.
 
@@ -145,11 +145,14 @@ def common_conversation(
     return chosen[:at], chosen[at]["content"], rejected[at]["content"], goes_on
 
 
-def _turns(value: Any, name: str) -> list[dict[str, str]]:
+def _turns(value: Any, name: str) -> Messages:
     """The answer as the last turn, behind what stands before it (nothing, in most forms)."""
     if isinstance(value, str):
         return [{"role": "assistant", "content": value}]
-    messages = read_messages([value] if isinstance(value, Mapping) else value)
+    messages = messages_of([value] if isinstance(value, Mapping) else value, name)
     if messages[-1]["role"] != "assistant":
-        raise ValueError(f"{name!r}: got a last message of role {messages[-1]['role']!r}, expected the assistant's")
+        raise ValueError(
+            f"{name!r}: got a last message of role {messages[-1]['role']!r}, expected the assistant's; drop what "
+            "follows the answer"
+        )
     return messages

@@ -9,7 +9,8 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from alignment.data.chat import encode_answer
-from alignment.data.formats import read_messages
+from alignment.data.formats import read_messages, with_system_column
+from alignment.data.prompts import prompt_id
 from alignment.data.sources import Row, column
 from alignment.data.split import Split, hold_out
 from alignment.judgements import Judgement
@@ -34,6 +35,8 @@ class Reading(Generic[J]):
     record: J
     group: str
     """What a split must keep together."""
+    whole_prompt: tuple[int, ...]
+    """Ids of the prompt as it was before a cut, which tell whether two rows ask the same."""
     opposite: str | None = None
     """Id of the record that says the contrary."""
     told: tuple[str, ...] = ()
@@ -92,6 +95,18 @@ def collect(
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Encoded:
+    """A prompt and its answers as ids, cut to max_tokens together."""
+
+    prompt_ids: tuple[int, ...]
+    answer_ids: list[tuple[int, ...]]
+    whole_prompt: tuple[int, ...]
+    """The prompt before a cut."""
+    told: tuple[str, ...]
+    """What is counted: "prompt_cut", "truncated" (an answer was)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Encoder:
     """Text to ids, as configured."""
 
@@ -105,8 +120,8 @@ class Encoder:
     """Whether a prompt loses its beginning before an answer loses its end."""
 
     def messages(self, row: Row, name: str = "prompt") -> Messages:
-        """The conversation before the answer, with the system prompt."""
-        messages = read_messages(column(row, name))
+        """The conversation before the answer, with the row's system prompt, or else the config's."""
+        messages = with_system_column(row.values, messages_of(column(row, name), name))
         if (role := messages[-1]["role"]) not in ("user", "tool"):
             raise ValueError(f"got a prompt that ends with role {role!r}, expected the user's; correct it")
         return self.with_system(messages)
@@ -116,24 +131,21 @@ class Encoder:
             return [{"role": "system", "content": self.system_prompt}, *messages]
         return messages
 
-    def answers(self, messages: Messages, texts: Sequence[str]) -> tuple[list[int], list[list[int]], tuple[str, ...]]:
-        """Ids of the prompt, the same for all, and of each answer, cut to max_tokens together; and what is counted:
-        "prompt_cut", "truncated" (an answer was).
+    def answers(self, messages: Messages, texts: Sequence[str]) -> Encoded:
+        """Of one prompt, the same for all answers. Without `end_cut` a cut answer has no end token: none is invented.
 
-        Without `end_cut` a cut answer has no end token: none is invented.
+        Raises:
+            TooLong: the prompt leaves no room.
         """
-        prompt_ids: list[int] = []
+        whole: list[int] = []
         found = []
         for text in texts:
-            prompt_ids, ids = encode_answer(self.tokenizer, messages, text, eos_ids=self.eos_ids)
+            whole, ids = encode_answer(self.tokenizer, messages, text, eos_ids=self.eos_ids)
             found.append(ids)
-        longest = max(map(len, found))
-        told: tuple[str, ...] = ()
+        longest, prompt_ids = max(map(len, found)), whole
         if self.cut_prompts:
             least = max(1, min(LEAST_PROMPT, self.max_tokens // 4))
-            kept_prompt = prompt_ids[-max(self.max_tokens - longest, least) :]
-            told = ("prompt_cut",) * (len(kept_prompt) < len(prompt_ids))
-            prompt_ids = kept_prompt
+            prompt_ids = whole[-max(self.max_tokens - longest, least) :]
         room = self.max_tokens - len(prompt_ids)
         if room < 1:
             raise TooLong(
@@ -143,7 +155,33 @@ class Encoder:
         kept = [ids[:room] for ids in found]
         if self.end_cut:
             kept = [ids if len(ids) <= room else [*ids[: room - 1], ids[-1]] for ids in found]
-        return prompt_ids, kept, told + ("truncated",) * (longest > room)
+        cut = len(prompt_ids) < len(whole)
+        return Encoded(
+            prompt_ids=tuple(prompt_ids),
+            answer_ids=[tuple(ids) for ids in kept],
+            whole_prompt=tuple(whole),
+            told=("prompt_cut",) * cut + ("truncated",) * (longest > room),
+        )
+
+
+def messages_of(value: Any, name: str) -> Messages:
+    """`read_messages` of a cell.
+
+    Raises:
+        ValueError: it has neither text nor messages.
+    """
+    if not isinstance(value, (str, list, tuple)):
+        got = "no text (nan)" if value != value else type(value).__name__
+        raise ValueError(f"{name!r}: got {got}, expected text or a list of messages; correct the row")
+    try:
+        return read_messages(value)
+    except ValueError as error:
+        raise ValueError(f"{name!r}: {error}") from error
+
+
+def group_of(row: Row, messages: Messages) -> str:
+    """What a split must keep together: the rows of one `group`, or else of one prompt."""
+    return str(row.values.get("group") or prompt_id(messages))
 
 
 def number(value: Any, name: str, *, low: float, high: float) -> float:

@@ -13,7 +13,7 @@ from alignment.bootstrap import paired_bootstrap
 from alignment.feedback_losses import bco_loss, kto_loss
 from alignment.judgements import LabelledAnswer
 from alignment.learners.dpo import answer_lengths_of, held_out_metrics
-from alignment.learners.kto import mismatched
+from alignment.learners.kto import FeedbackLoss, mismatched
 from alignment.preference_losses import counted_lengths
 from alignment.preference_objectives import PreferenceObjective
 from alignment.types import PreferencePair
@@ -114,39 +114,46 @@ class LabelStage:
         return [list(records), *([mismatched(records)] if self.loss == "kto" else [])]
 
     def metrics(self, records: Sequence[LabelledAnswer], judged: Judged) -> dict[str, float]:
-        """The baseline is that of the held-out rows, and so is BCO's shift."""
+        """The baseline is that of the held-out rows, and so is BCO's shift, of a task as of all."""
         logps, reference = (torch.tensor(part[0]) for part in (judged.logps, judged.reference))
         good = torch.tensor(_desirable(records))
-        settings: dict[str, Any] = {
-            "beta": self.beta,
-            "desirable_weight": self.desirable_weight,
-            "undesirable_weight": self.undesirable_weight,
-        }
         rewards = self.beta * (logps - reference)
+        loss_of: FeedbackLoss
         if self.loss == "kto":
-            baseline = (torch.tensor(judged.logps[1]) - torch.tensor(judged.reference[1])).mean()
-            loss, told = kto_loss(logps, reference, good, baseline, **settings)
+            loss_of, zero = kto_loss, (torch.tensor(judged.logps[1]) - torch.tensor(judged.reference[1])).mean()
         else:
             means = [rewards[mask].mean() for mask in (good, ~good) if mask.any()]
-            loss, told = bco_loss(logps, reference, good, torch.stack(means).mean(), **settings)
-        found = {f"validation/{name}": float(value) for name, value in {**told, "loss": loss}.items()}
+            loss_of, zero = bco_loss, torch.stack(means).mean()
+        found: dict[str, float] = {}
         for task, index in _by_task(records).items():
-            labels = _desirable([records[i] for i in index])
-            if len(set(labels)) == 2:
-                found[_within("validation/auc", task)] = auc(rewards[index].tolist(), labels)
+            loss, told = loss_of(
+                logps[index],
+                reference[index],
+                good[index],
+                zero,
+                beta=self.beta,
+                desirable_weight=self.desirable_weight,
+                undesirable_weight=self.undesirable_weight,
+            )
+            own = {name: value for name, value in told.items() if not task or name.startswith("rewards/")}
+            found.update({_within(f"validation/{name}", task): float(value) for name, value in own.items()})
+            found[_within("validation/loss", task)] = float(loss)
+            if len(set(good[index].tolist())) == 2:
+                found[_within("validation/auc", task)] = auc(rewards[index].tolist(), good[index].tolist())
         return found
 
     def table(
         self, records: Sequence[LabelledAnswer], before: Judged, after: Judged, *, seed: int
     ) -> dict[str, dict[str, Any]]:
         """`implicit_auc`: how well the log-ratio to the first reference tells desirable answers from others, one half
-        before; `likelihood_auc`: how well the log-probability per token does. A task with one class alone has none."""
+        before; `likelihood_auc`: how well the log-probability per token does. A task with one class alone has none.
+        `desirable_reward`, `undesirable_reward`: beta times that log-ratio, the mean of each class that is there."""
         rewards = [a - b for a, b in zip(after.logps[0], after.reference[0], strict=True)]
-        own = [
+        likelihood = [
             [logp / len(record.answer_ids) for record, logp in zip(records, judged.logps[0], strict=True)]
             for judged in (before, after)
         ]
-        figures = {"implicit_auc": ([0.0] * len(rewards), rewards), "likelihood_auc": (own[0], own[1])}
+        figures = {"implicit_auc": ([0.0] * len(rewards), rewards), "likelihood_auc": (likelihood[0], likelihood[1])}
         rows = {}
         for task, index in _by_task(records).items():
             own_records = [records[i] for i in index]
@@ -155,6 +162,10 @@ class LabelStage:
                 for name, (first, last) in figures.items():
                     scores = [first[i] for i in index], [last[i] for i in index]
                     rows[_within(name, task)] = auc_gain(*scores, labels, groups=prompts, seed=seed)
+            for name, good in (("desirable_reward", True), ("undesirable_reward", False)):
+                if own := [i for i in index if (records[i].target == 1) == good]:
+                    reward, asked = [self.beta * rewards[i] for i in own], [records[i].prompt_ids for i in own]
+                    rows[_within(name, task)] = _gain([0.0] * len(own), reward, asked, seed, higher_is_better=good)
         return rows
 
 
@@ -177,7 +188,14 @@ def _win(gap: float) -> float:
     return 0.5 if gap == 0 else float(gap > 0)
 
 
-def _gain(before: Sequence[float], after: Sequence[float], prompts: Sequence[Hashable], seed: int) -> dict[str, Any]:
+def _gain(
+    before: Sequence[float],
+    after: Sequence[float],
+    prompts: Sequence[Hashable],
+    seed: int,
+    *,
+    higher_is_better: bool = True,
+) -> dict[str, Any]:
     """A row of the table. Pairs of one prompt are alike: prompts are resampled."""
     _, low, high = paired_bootstrap(before, after, groups=prompts, seed=seed)
     return {
@@ -185,5 +203,5 @@ def _gain(before: Sequence[float], after: Sequence[float], prompts: Sequence[Has
         "after": sum(after) / len(after),
         "n": len(after),
         "gain_ci95": [low, high],
-        "higher_is_better": True,
+        "higher_is_better": higher_is_better,
     }

@@ -12,12 +12,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from tiny_preferences import read_pairs
 from warm import run_script
 
-from alignment.config import PreferenceDataConfig, RewardDataConfig, SourceConfig
+from alignment.config import RewardDataConfig, SourceConfig
 from alignment.data.chat import load_tokenizer
 from alignment.data.judgements import load_judgements
-from alignment.data.preferences import load_preference_pairs
 from alignment.data.prompts import load_prompts
 from alignment.fingerprint import model_fingerprint
 from alignment.loops.ranking import AnswerLog
@@ -105,7 +105,7 @@ def test_what_a_run_leaves(tiny, config, whole):
 def test_its_rows_are_what_the_next_stages_read(tiny, whole):
     tokenizer = load_tokenizer(str(tiny / "policy"))
     source = SourceConfig(path=str(whole / "final" / "pairs.jsonl"))
-    pairs = load_preference_pairs(PreferenceDataConfig(source=source, held_out=4), tokenizer)
+    pairs = read_pairs(source, tokenizer, held_out=4)
     assert len(pairs.train) + len(pairs.held_out) == len(rows(whole / "final" / "pairs.jsonl"))
     source = SourceConfig(path=str(whole / "final" / "labels.jsonl"))
     labels = load_judgements(RewardDataConfig(source=source, held_out=4), tokenizer)

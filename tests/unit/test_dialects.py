@@ -7,12 +7,11 @@ import json
 
 import pytest
 from tiny import byte_tokenizer
+from tiny_preferences import read_pairs
 
 from alignment.config import RewardDataConfig, SourceConfig
-from alignment.config.data import PreferenceDataConfig
 from alignment.data.chat import encode_prompt
 from alignment.data.judgements import load_judgements
-from alignment.data.preferences import load_preference_pairs
 
 
 @pytest.fixture(scope="module")
@@ -27,8 +26,7 @@ def written(tmp_path, rows):
 
 
 def pairs(tmp_path, tokenizer, *rows, **options):
-    config = PreferenceDataConfig(source=written(tmp_path, rows), **{"held_out": 0, **options})
-    return load_preference_pairs(config, tokenizer)
+    return read_pairs(written(tmp_path, rows), tokenizer, **options)
 
 
 def labels(tmp_path, tokenizer, *rows, **options):
@@ -95,6 +93,10 @@ def test_pairs_of_every_dialect(tmp_path, tokenizer, row, asked):
             {"messages": [*ASKED, turn("assistant", "Yes.")], "system": "Be.", "label": "yes"},
             [turn("system", "Be."), *ASKED],
         ),
+        ({"instruction": "Why?", "output": "Yes.", "completion": None, "kto_tag": True}, ASKED),
+        ({"instruction": "Why?", "output": "No.", "completion": "Yes.", "kto_tag": True}, ASKED),
+        ({"prompt": "Why?", "response": "Yes.", "system": "Be.", "label": True}, [turn("system", "Be."), *ASKED]),
+        ({"prompt": ASKED, "completion": "Yes.", "system": "Be.", "label": 1}, [turn("system", "Be."), *ASKED]),
         ({"prompt": "Why?", "response": "Yes.", "thumbs": "up"}, ASKED),
         ({"prompt": "Why?", "response": "Yes.", "thumbs": "\N{THUMBS UP SIGN}"}, ASKED),
         ({"prompt": "Why?", "answer": "Yes.", "label": 1}, ASKED),
@@ -163,7 +165,7 @@ def test_pairs_that_cannot_be_parted_are_refused_by_line(tmp_path, tokenizer, ro
         ({"messages": ASKED, "label": True}, "'messages': got no answer at the end"),
         (
             {"prompt": "a", "completion": [turn("user", "b")], "label": True},
-            "'completion': got a turn of role 'user'",
+            "'completion': got a turn of role 'user', expected the assistant's; correct the row",
         ),
         ({"prompt": "a", "completion": EARLIER, "label": True}, "'completion': got 3 messages"),
         ({"prompt": "a", "completion": "b", "thumbs": "sideways"}, "'label': got 'sideways'"),

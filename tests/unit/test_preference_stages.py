@@ -88,7 +88,21 @@ def test_the_table_of_labels():
     table = LabelStage(loss="bco").table(
         LABELS, Judged(logps=reference, reference=reference), Judged(logps=after, reference=reference), seed=0
     )
-    assert set(table) == {"implicit_auc", "likelihood_auc", "implicit_auc/a", "likelihood_auc/a"}
+    aucs = {"implicit_auc", "likelihood_auc", "implicit_auc/a", "likelihood_auc/a"}
+    rewards = {"desirable_reward", "undesirable_reward"}
+    assert set(table) == aucs | rewards | {f"{name}/a" for name in rewards} | {"desirable_reward/b"}
+    assert {name: (table[name]["before"], table[name]["after"]) for name in table if "reward" in name} == {
+        "desirable_reward": (0, pytest.approx(0.1 * 5 / 3)),
+        "undesirable_reward": (0, pytest.approx(0.05)),
+        "desirable_reward/a": (0, pytest.approx(0.1)),
+        "undesirable_reward/a": (0, pytest.approx(0.05)),
+        "desirable_reward/b": (0, pytest.approx(0.3)),
+    }
+    assert [table[name]["higher_is_better"] for name in ("desirable_reward/b", "undesirable_reward/a")] == [
+        True,
+        False,
+    ]
+    assert (table["desirable_reward"]["n"], table["undesirable_reward"]["n"]) == (3, 2)
     assert (table["implicit_auc"]["before"], table["implicit_auc"]["after"]) == (0.5, pytest.approx(4.5 / 6))
     # Before, -2 per token of all but the one of four tokens, with -1; after, -1, -1.5, -1, -2, -0.5.
     assert table["likelihood_auc"]["before"] == pytest.approx((2 * 0.5 * 2 + 2) / 6)
@@ -120,3 +134,21 @@ def test_validation_of_labels_in_closed_form(loss):
     assert found["validation/loss"] == pytest.approx(sum(losses) / 4)
     assert found["validation/auc"] == pytest.approx(3 / 4)
     assert found["validation/rewards/desirable"] == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("loss", ["kto", "bco"])
+def test_a_task_of_labels_has_its_own_loss_and_rewards(loss):
+    """By the baseline, or the shift, of all held-out rows; a task of one class has what that class tells."""
+    stage = LabelStage(loss=loss, beta=0.5, desirable_weight=2.0)
+    judged = Judged(logps=[[2.0, 1.0, 0.0, -1.0, 3.0], [1.0] * 5], reference=[[0.0] * 5, [0.0] * 5])
+    found = stage.metrics(LABELS, judged)
+    assert found["validation/loss"] == pytest.approx((4 * found["validation/loss/a"] + found["validation/loss/b"]) / 5)
+    shift = (0.5 * (2 + 0 + 3) / 3 + 0.5 * (1 - 1) / 2) / 2
+    last = math.exp(-0.5 * (3 - 1)) if loss == "kto" else math.exp(-(1.5 - shift))
+    expected = 2 * last / (1 + last) if loss == "kto" else 2 * math.log1p(last)
+    assert found["validation/loss/b"] == pytest.approx(expected)
+    assert found["validation/rewards/desirable/a"] == pytest.approx(0.5)
+    assert found["validation/rewards/undesirable/a"] == pytest.approx(0.0, abs=1e-7)
+    assert found["validation/rewards/desirable/b"] == pytest.approx(1.5)
+    assert found["validation/auc/a"] == pytest.approx(3 / 4)
+    assert {name for name in found if name.endswith("/b")} == {"validation/loss/b", "validation/rewards/desirable/b"}

@@ -5,19 +5,23 @@ from __future__ import annotations
 import json
 
 import pytest
+from tiny_preferences import read_pairs
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from alignment.config import PreferenceDataConfig, SourceConfig
+from alignment.config import SourceConfig
 from alignment.data.chat import encode_prompt
 from alignment.data.medical import repair_mojibake, treatment_plan_pairs, treatment_plans
-from alignment.data.preferences import load_preference_pairs
+from alignment.data.reading import messages_of
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 USER = [{"role": "user", "content": "Why?"}]
+BLANKS = [{"role": "user", "content": " Why?\n"}]
+EARLIER = [{"role": "user", "content": "So?"}, {"role": "assistant", "content": "So."}]
+SYSTEM = {"role": "system", "content": "Be brief."}
 
 
 @pytest.fixture(scope="module")
@@ -34,8 +38,7 @@ def tokenizer():
 def load(tmp_path, rows, tokenizer, **options):
     file = tmp_path / "pairs.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    config = PreferenceDataConfig(source=SourceConfig(path=str(file)), **{"held_out": 0, **options})
-    return load_preference_pairs(config, tokenizer)
+    return read_pairs(SourceConfig(path=str(file)), tokenizer, **options)
 
 
 def said(text: str) -> list[dict]:
@@ -72,6 +75,42 @@ def test_system_prompt_and_earlier_turns_belong_to_the_prompt(tmp_path, tokenize
     ).train
     system = {"role": "system", "content": "Be brief."}
     assert list(pair.prompt_ids) == encode_prompt(tokenizer, [system, *turns])
+
+
+@pytest.mark.parametrize(
+    ("prompt", "chosen", "rejected", "asked"),
+    [
+        ("Why?", BLANKS, BLANKS, USER),
+        ("Why?\n", USER, BLANKS, USER),
+        ("Why?", [SYSTEM, *USER], [SYSTEM, *USER], [SYSTEM, *USER]),
+        ("Why?", [SYSTEM, *USER], USER, [SYSTEM, *USER]),
+        ([SYSTEM, *USER], USER, USER, [SYSTEM, *USER]),
+        ("Why?", [*EARLIER, *USER], [*EARLIER, *USER], [*EARLIER, *USER]),
+        ("Why?", [SYSTEM, *EARLIER, *USER], [*EARLIER, *USER], [SYSTEM, *EARLIER, *USER]),
+        ([*EARLIER, *USER], USER, USER, [*EARLIER, *USER]),
+    ],
+)
+def test_a_prompt_beside_whole_conversations_may_tell_less_of_it(tmp_path, tokenizer, prompt, chosen, rejected, asked):
+    row = {"prompt": prompt, "chosen": [*chosen, *said("a")], "rejected": [*rejected, *said("b")]}
+    (pair,) = load(tmp_path, [row], tokenizer).train
+    assert list(pair.prompt_ids) == encode_prompt(tokenizer, asked)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "Why?"},
+        {"prompt": USER},
+        {"conversations": USER},
+        {"chosen": USER + said("a"), "rejected": USER + said("b")},
+        {"conversations": [SYSTEM, *USER], "system": "Another."},
+        {"prompt": [SYSTEM, *USER], "system": "Another."},
+    ],
+)
+def test_a_system_column_stands_before_a_prompt_without_one(tmp_path, tokenizer, row):
+    given = {"system": "Be brief.", "chosen": "a", "rejected": "b", **row}
+    (pair,) = load(tmp_path, [given], tokenizer, system_prompt="Never used.").train
+    assert list(pair.prompt_ids) == encode_prompt(tokenizer, [SYSTEM, *USER])
 
 
 def test_control_tokens_in_answers_are_text_and_each_side_has_one_end(tmp_path, tokenizer):
@@ -111,9 +150,11 @@ def test_a_cut_takes_the_end_of_the_answer_and_no_more_than_needed(tmp_path, tok
         ({"prompt": "a", "rejected": "x"}, {}, "'chosen': got no such column"),
         ({"chosen": "y", "rejected": "x"}, {}, "'prompt': got no such column"),
         ({"prompt": " ", "chosen": "y", "rejected": "x"}, {}, "got an empty prompt"),
-        ({"prompt": 5, "chosen": "y", "rejected": "x"}, {}, "messages: got int"),
-        ({"prompt": "a", "chosen": ["y"], "rejected": "x"}, {}, "messages: got a str"),
-        ({"prompt": "a", "chosen": USER, "rejected": "x"}, {}, "expected the assistant's"),
+        ({"prompt": 5, "chosen": "y", "rejected": "x"}, {}, "'prompt': got int, expected text or a list of messages;"),
+        ({"prompt": "a", "chosen": 5, "rejected": "x"}, {}, "'chosen': got int, expected text or a list of messages;"),
+        ({"prompt": "a", "chosen": ["y"], "rejected": "x"}, {}, "'chosen': messages: got a str"),
+        ({"prompt": "a", "chosen": USER, "rejected": "x"}, {}, "expected the assistant's; drop what follows"),
+        ({"prompt": "a", "chosen": "y", "rejected": "x", "system": 5}, {}, "'system': got int, expected text"),
         ({"prompt": said("a"), "chosen": "y", "rejected": "x"}, {}, "ends with role 'assistant'"),
         (
             {"chosen": USER + said("y"), "rejected": [{"role": "user", "content": "b"}, *said("x")]},
@@ -121,6 +162,20 @@ def test_a_cut_takes_the_end_of_the_answer_and_no_more_than_needed(tmp_path, tok
             "different prompts",
         ),
         ({"prompt": "b", "chosen": USER + said("y"), "rejected": USER + said("x")}, {}, "differs from the beginning"),
+        (
+            {"prompt": "Why?", "chosen": [*EARLIER, *USER, *said("y")], "rejected": USER + said("x")},
+            {},
+            "different prompts",
+        ),
+        (
+            {
+                "prompt": [SYSTEM, *USER],
+                "chosen": [{**SYSTEM, "content": "No."}, *USER, *said("y")],
+                "rejected": USER + said("x"),
+            },
+            {},
+            "differs from the beginning",
+        ),
         ({"prompt": "a" * 99, "chosen": "y", "rejected": "x"}, {"max_tokens": 60}, "expected fewer than data.max_tok"),
         ({"prompt": "a", "chosen": "y" * 99, "rejected": "y" * 98}, {"max_tokens": 60}, "two answers with the same"),
     ],
@@ -130,6 +185,12 @@ def test_bad_rows_are_refused_by_line(tmp_path, tokenizer, row, options, reason)
         load(tmp_path, [FORMS[0], row], tokenizer, **options)
     assert reason in str(caught.value)
     assert str(caught.value).count("pairs.jsonl:2") == 1
+
+
+def test_a_number_that_is_none_is_told_with_its_column():
+    """Columns of text in .parquet may hold it."""
+    with pytest.raises(ValueError, match=r"'rejected': got no text \(nan\), expected text or a list of messages"):
+        messages_of(float("nan"), "rejected")
 
 
 def test_counts_tell_duplicates_contradictions_and_length_bias(tmp_path, tokenizer):
@@ -159,8 +220,8 @@ def test_pairs_of_one_prompt_or_group_stay_together(tmp_path, tokenizer):
 
 
 def test_real_preference_file_with_conversations(tokenizer):
-    config = PreferenceDataConfig(source=SourceConfig(asset="dpo-zh-demo", limit=20), max_tokens=100_000, held_out=4)
-    train, held_out = load_preference_pairs(config, tokenizer)
+    source = SourceConfig(asset="dpo-zh-demo", limit=20)
+    train, held_out = read_pairs(source, tokenizer, max_tokens=100_000, held_out=4)
     assert (len(train), len(held_out)) == (16, 4)
     assert all(p.chosen_ids[-1] == p.rejected_ids[-1] == tokenizer.eos_token_id for p in train)
 

@@ -8,12 +8,12 @@ from dataclasses import replace
 
 import pytest
 from tiny import byte_tokenizer
+from tiny_preferences import read_pairs
 
-from alignment.config import PreferenceDataConfig, RankRunConfig, RewardDataConfig, SourceConfig
+from alignment.config import RankRunConfig, RewardDataConfig, SourceConfig
 from alignment.data.chat import decode
 from alignment.data.conversions import pairs_of_rankings
 from alignment.data.judgements import load_judgements
-from alignment.data.preferences import load_preference_pairs
 from alignment.data.prompts import make_prompt, prompt_id
 from alignment.ranking import (
     ScoredAnswer,
@@ -187,7 +187,7 @@ def test_both_loaders_read_the_rows_and_hold_out_whole_prompts(tmp_path):
     by_ids = {prompt.prompt_ids for prompt in prompts}
 
     source = SourceConfig(path=str(tmp_path / "pairs.jsonl"))
-    pairs = load_preference_pairs(PreferenceDataConfig(source=source, held_out=8), tokenizer)
+    pairs = read_pairs(source, tokenizer, held_out=8)
     assert (len(pairs.train), len(pairs.held_out)) == (27, 9), "prompts of three pairs each"
     assert {pair.prompt_ids for pair in (*pairs.train, *pairs.held_out)} == by_ids
     assert {pair.prompt_ids for pair in pairs.train}.isdisjoint(pair.prompt_ids for pair in pairs.held_out)
