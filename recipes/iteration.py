@@ -26,7 +26,8 @@ from alignment.run_directory import RunDirectory
 from alignment.types import Prompt
 from recipes import checks, common, planning
 from recipes.asking import judge_by_person, read_labels, tell_unused
-from recipes.preference_tuning import learner_bytes, refuse_split_adapter
+from recipes.preference_checks import refuse_split_adapter
+from recipes.preference_tuning import learner_bytes
 from recipes.ranking import check_plain, inputs, read_columns
 
 if TYPE_CHECKING:

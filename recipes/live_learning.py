@@ -32,7 +32,7 @@ from alignment.types import PreferencePair
 from recipes import checks, common, planning
 from recipes.film_ranking import FilmRanking, film_table, make_ranking, methods_table, some_of
 from recipes.live_sources import LOG_NAME, Sources, check_sources
-from recipes.preference_tuning import make_first
+from recipes.preference_checks import make_first
 
 Job = common.Job[LiveRunConfig]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -12,13 +12,11 @@ from actors.build import dpo_actors, kto_actors, preference_role
 from actors.handles import PreferenceHandle
 from actors.plan import learner_checkpoint_bytes
 from actors.preference_training import objective_of
-from alignment.config import AdapterConfig, DpoRunConfig, IterativeRunConfig, KtoRunConfig, ModelConfig
-from alignment.config.model import VIRTUAL_TOKEN_TYPES
+from alignment.config import DpoRunConfig, IterativeRunConfig, KtoRunConfig
 from alignment.config_io import dump_config
 from alignment.data.cache import cache_dir
 from alignment.data.hygiene import label_hygiene, pair_hygiene
 from alignment.data.tasks import Tasks, load_label_tasks, load_pair_tasks
-from alignment.feedback_losses import balanced_weights, imbalance
 from alignment.fingerprint import model_fingerprint, records_fingerprint
 from alignment.loops.evaluation import HeldOut
 from alignment.loops.offline import SftState, take_best
@@ -27,10 +25,9 @@ from alignment.loops.preferences import AskReference, logps_of, of_parts, train_
 from alignment.loops.run import Run
 from alignment.model_card import write_model_card
 from alignment.reference_cache import cached_numbers
-from alignment.shared_prompts import MASKED_ATTENTION, sees_all
 from recipes import checks, common, planning
+from recipes.preference_checks import balance, check_preferences, make_first
 from recipes.rule_evaluation import RuleEvaluation
-from recipes.settling import shares_prompts
 
 Job = common.Job[Any]
 Config = DpoRunConfig | KtoRunConfig
@@ -113,7 +110,7 @@ def run_dpo(
     """
     if not make_first(job, [job.config.model.path, *(source.path for source in job.config.data.sources)]):
         return
-    model, evaluation = _check(job)
+    model, evaluation = check_preferences(job)
     config: DpoRunConfig = job.config
     own = None if make_own is None else make_own(job, model)
     stage = PairStage(objective_of(config.dpo))
@@ -140,7 +137,7 @@ def run_kto(job: common.Job[KtoRunConfig]) -> None:
     """The body of a recipe on labels."""
     if not make_first(job, [job.config.model.path, *(source.path for source in job.config.data.sources)]):
         return
-    model, evaluation = _check(job)
+    model, evaluation = check_preferences(job)
     config = job.config
     kept_out = {prompt.prompt_ids for prompt in evaluation.prompts}
     tasks = load_label_tasks(
@@ -174,93 +171,6 @@ def run_kto(job: common.Job[KtoRunConfig]) -> None:
             evaluation=evaluation,
         )
     )
-
-
-def make_first(job: Job, paths: Iterable[str | None]) -> bool:
-    """Run the stages that make what this run reads, its model or rows at `paths`, and that is not there yet, on the
-    same machines.
-
-    A dry run checks them, and can check no more than the model before there are rows: False.
-    """
-    config = job.config
-    first = checks.not_yet_made(paths)
-    if not first:
-        return True
-    base = config.model_copy(update={"model": checks.resolve_policy(config.model)})
-    checks.check_trainee(dataclasses.replace(job, config=base), "policy")
-    checks.check_start(job)
-    for recipe, folder in first.items():
-        common.check_first(job, common.main_of(recipe), folder)
-    for recipe, folder in first.items():
-        if job.dry_run:
-            print(f"{folder}/final is not there yet: it would be made first")
-        else:
-            common.train_first(job, common.main_of(recipe), folder)
-    return not job.dry_run
-
-
-def balance(config: KtoRunConfig, tasks: Tasks[Any]) -> tuple[KtoRunConfig, str | None]:
-    """The config with the weights that `kto.balance` asks for, and what is still out of balance. Classes are counted
-    as the mixture of tasks brings them."""
-    kto, count = config.kto, len(tasks.train)
-    good = round(count * tasks.expected_share(lambda record: record.target == 1))
-    weights = kto.desirable_weight, kto.undesirable_weight
-    if kto.balance == "auto":
-        weights = balanced_weights(good, count - good, desirable_weight=weights[0], undesirable_weight=weights[1])
-        kto = kto.model_copy(update={"desirable_weight": weights[0], "undesirable_weight": weights[1]})
-    warning = imbalance(good, count - good, desirable_weight=weights[0], undesirable_weight=weights[1])
-    return config.model_copy(update={"kto": kto}), warning
-
-
-def _check(job: Job) -> tuple[checks.Trainee, RuleEvaluation]:
-    """Refuse whatever would fail later; nothing on disk is changed, no actor is started."""
-    config = job.config
-    model = checks.check_trainee(job, "policy")
-    if shares_prompts(config):
-        refuse_unshared(config.model.at(model.path, config.model.revision), config.training.adapter)
-    if config.reference.sync_share < 1 and config.model.dtype != "float32":
-        raise ValueError(
-            f"reference.sync_share: got {config.reference.sync_share:g} with model.dtype {config.model.dtype}, "
-            "expected float32: a part of a small step is lost in rounding, and the reference stays; set model.dtype: "
-            "float32, or sync_share: 1"
-        )
-    if config.reference.sync_every:
-        refuse_split_adapter(job, config.training.adapter, "reference.sync_every")
-    evaluation = RuleEvaluation(config.evaluation, model.tokenizer, system_prompt=config.data.system_prompt)
-    if evaluation.prompts:
-        checks.check_answering(job)
-    return model, evaluation
-
-
-def refuse_unshared(model: ModelConfig, adapter: AdapterConfig) -> None:
-    """What the learner would refuse of share_prompts once the weights are loaded. `model`: of a resolved path."""
-    from transformers import AutoConfig
-
-    if model.attention not in ("auto", *MASKED_ATTENTION):
-        raise ValueError(
-            f"model.attention: got {model.attention} with share_prompts, expected one that takes a mask; set "
-            "model.attention: sdpa, or share_prompts: false"
-        )
-    if adapter.type in VIRTUAL_TOKEN_TYPES:
-        raise ValueError(
-            f"share_prompts: got true with adapter.type={adapter.type}, expected no virtual tokens in front of a "
-            "sequence; set it to false, or type to lora"
-        )
-    if not sees_all(AutoConfig.from_pretrained(model.path, revision=model.revision)):
-        raise ValueError(
-            f"share_prompts: got true with {model.path}, whose layers do not all look back to the first token, "
-            "expected full attention; set it to false"
-        )
-
-
-def refuse_split_adapter(job: Job, adapter: AdapterConfig, key: str) -> None:
-    """Of a reference that moves, which has a copy of the adapter. `key`: what asks for that."""
-    policy = job.cluster.policy
-    if adapter.enabled and not job.local and policy.engine == "deepspeed" and policy.zero_stage == 3:
-        raise ValueError(
-            f"{key}: got it with an adapter whose parts policy.engine: deepspeed holds at zero_stage 3, "
-            "expected whole ones; set zero_stage: 2, or engine: torch"
-        )
 
 
 def _run(start: Start) -> None:

@@ -13,7 +13,8 @@ from tiny import write_tiny_model
 from tiny_preference_runs import PreferenceRun, label_tasks, pair_tasks
 
 from alignment.config import ClusterConfig, DpoRunConfig, KtoRunConfig, ModelConfig
-from recipes.preference_tuning import Start, ask_reference, refuse_unshared
+from recipes.preference_checks import refuse_unshared
+from recipes.preference_tuning import Start, ask_reference
 from recipes.settling import settle
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"

@@ -13,7 +13,7 @@ from alignment.config.judged_data import LabelsDataConfig, PairsDataConfig
 from alignment.data.chat import encode_prompt
 from alignment.data.tasks import load_label_tasks, load_pair_tasks
 from alignment.feedback_losses import balanced_weights
-from recipes.preference_tuning import balance
+from recipes.preference_checks import balance
 
 
 @pytest.fixture
