@@ -91,14 +91,18 @@ class FeedbackLog:
         """
         self.path = Path(path)
         self._turn = threading.Lock()
-        self._file = _locked(self.path, "writes")
-        self._readers = _opened(_writing(self.path))
-        fsync_path(self.path.parent)
-        logged = list(FeedbackReader(self.path).events())
-        self._known = {entry.event.id: entry.event for entry in logged}
-        self._end = _end_of_lines(self._file)
-        with _held(self._readers, fcntl.LOCK_EX):
-            os.ftruncate(self._file, self._end)
+        with contextlib.ExitStack() as opened:
+            self._file = _locked(self.path, "writes")
+            opened.callback(os.close, self._file)
+            self._readers = _opened(_writing(self.path))
+            opened.callback(os.close, self._readers)
+            fsync_path(self.path.parent)
+            logged = list(FeedbackReader(self.path).events())
+            self._known = {entry.event.id: entry.event for entry in logged}
+            self._end = _end_of_lines(self._file)
+            with _held(self._readers, fcntl.LOCK_EX):
+                os.ftruncate(self._file, self._end)
+            opened.pop_all()
 
     def __len__(self) -> int:
         return len(self._known)

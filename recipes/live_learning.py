@@ -231,7 +231,8 @@ def base_scores(start: Start, run: Run, *, model: str) -> list[list[float]]:
 
         def ask(*args: Any, **kwargs: Any) -> Pending[list[list[float]]]:
             if not opened:
-                actors = dpo_actors(job.config, job.cluster, model_path=start.base_path)
+                base = job.config.model_copy(update={"model": job.config.model.at(start.base_path, None)})
+                actors = dpo_actors(base, job.cluster, model_path=start.base_path)
                 opened.append(preference_role(stack.enter_context(job.groups(actors))))
             return opened[0].ref_candidate_logps(*args, **kwargs)
 

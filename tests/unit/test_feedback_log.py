@@ -88,8 +88,11 @@ def test_a_damaged_log_is_refused(path, damage):
         file.write(damage)
     with pytest.raises(ValueError, match=f"{path}:2: got"):
         logged(path)
-    with pytest.raises(ValueError, match="restore the file"):
-        FeedbackLog(path)
+    opened = len(os.listdir("/proc/self/fd"))
+    for _ in range(2):  # what refuses holds no lock afterwards
+        with pytest.raises(ValueError, match="restore the file"):
+            FeedbackLog(path)
+    assert len(os.listdir("/proc/self/fd")) == opened
 
 
 def test_one_that_is_missing_in_between_is_noticed(path):
