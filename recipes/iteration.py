@@ -26,9 +26,10 @@ from alignment.run_directory import RunDirectory
 from alignment.types import Prompt
 from recipes import checks, common, planning
 from recipes.asking import judge_by_person, read_labels, tell_unused
-from recipes.preference_checks import refuse_split_adapter
+from recipes.preference_checks import refuse_split_adapter, refuse_unshared
 from recipes.preference_tuning import learner_bytes
 from recipes.ranking import check_plain, inputs, read_columns
+from recipes.settling import shares_prompts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -63,6 +64,8 @@ def check(job: Job) -> Start:
     choose_engine(config.rollout.engine, job.cluster.rollout.engine)
     model, reward = checks.resolve_policy(config.model), checks.resolve_reward(config.reward, config.model)
     config = config.model_copy(update={"model": model, "reward": reward})
+    if shares_prompts(config):
+        refuse_unshared(model, adapter)
     tokenizer = load_tokenizer(model.path, model.revision)
     checks.check_stops(config.rollout, tokenizer)
     lengths = {**checks.answer_lengths(config), "its end token": 1}

@@ -32,7 +32,8 @@ from alignment.types import PreferencePair
 from recipes import checks, common, planning
 from recipes.film_ranking import FilmRanking, film_table, make_ranking, methods_table, some_of
 from recipes.live_sources import LOG_NAME, Sources, check_sources
-from recipes.preference_checks import make_first
+from recipes.preference_checks import make_first, refuse_unshared
+from recipes.settling import shares_prompts
 
 Job = common.Job[LiveRunConfig]
 
@@ -146,6 +147,8 @@ def check(job: Job) -> Start:
     """Refuse whatever would fail later; nothing on disk is changed, no actor is started."""
     config = job.config
     model = checks.check_trainee(job, "policy")
+    if shares_prompts(config):
+        refuse_unshared(config.model.at(model.path, config.model.revision), config.training.adapter)
     checks.check_answering(job)
     check_sources(config.live, job.output_dir)
     refuse_late_pairs(config.model.path)
