@@ -1,6 +1,7 @@
 """Rewards per second: `python benchmarks/rewards.py [SECTION ...]`.
 
-Sections: rules (each rule reward on one core, by answers of a realistic length).
+Sections: rules (each rule reward on one core, by answers of a realistic length), hostile (its slowest
+answer among some of a million characters).
 """
 
 from __future__ import annotations
@@ -84,6 +85,34 @@ def rules() -> None:
         print(f"{name:32} {rate:14,.0f} {sum(map(len, responses)) / ROWS:11.0f}")
 
 
+HOSTILE = (
+    *("1 ", "9", "=", "- ", "\n", " ", "(", "[", "a,b;", "```", "answer is ", "The answer is B. ", "A. B. C. D. "),
+    *("<think>", "<answer>", "\\boxed{", "\\frac{", "word ", "一", "１", "选", "a中", "no "),
+)
+"""What is repeated up to a million characters."""
+
+
+def hostile() -> None:
+    """Processor milliseconds of each rule reward for the slowest of `HOSTILE`, the best of three calls."""
+    print(f"{'rule':32} {'worst ms':>9}  of")
+    for name, (_, columns) in RULES.items():
+        function = load_function(name)
+        given = {key: [value] for key, value in columns.items()}
+        took = {piece: 1000 * quickest(function, (piece * 1_000_000)[:1_000_000], given) for piece in HOSTILE}
+        worst = max(took, key=lambda piece: took[piece])
+        print(f"{name:32} {took[worst]:9.1f}  {worst!r}")
+
+
+def quickest(function: Callable[..., object], answer: str, columns: dict[str, Any]) -> float:
+    """Processor seconds of the quickest of three calls with one answer."""
+    times = []
+    for _ in range(3):
+        began = time.process_time()
+        function([QUESTION], [answer], **columns)
+        times.append(time.process_time() - began)
+    return min(times)
+
+
 def per_second(call: Callable[[], object], count: int) -> float:
     """How many of the `count` things that one call does are done in a second of processor time, warm."""
     call()
@@ -94,7 +123,7 @@ def per_second(call: Callable[[], object], count: int) -> float:
     return calls * count / took
 
 
-SECTIONS: dict[str, Callable[[], None]] = {"rules": rules}
+SECTIONS: dict[str, Callable[[], None]] = {"rules": rules, "hostile": hostile}
 
 
 def main() -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import time
 
 import pytest
+from patience import no_explosion
 
 from rewards.form import chinese_share, in_language, matches, tagged_sections, valid_json
 from rewards.patterns import MAX_CHARS, bounded
@@ -98,9 +98,8 @@ def test_what_may_run_away_is_refused(pattern):
 @pytest.mark.parametrize("text", ["a" * MAX_CHARS, " " * MAX_CHARS, "aaab" * (MAX_CHARS // 4), "ad" + "a" * 4000])
 def test_the_worst_of_what_is_allowed_is_short(pattern, text):
     compiled = bounded(pattern)
-    began = time.process_time()
-    assert compiled.search(text) is None
-    assert time.process_time() - began < 0.5
+    with no_explosion():
+        assert compiled.search(text) is None
 
 
 SCHEMA = {
@@ -121,9 +120,8 @@ SCHEMA = {
     ],
 )
 def test_what_is_too_large_to_check_does_not_meet_the_schema(schema, response):
-    began = time.process_time()
-    assert as_json(response, schema) == 0.5
-    assert time.process_time() - began < 0.5
+    with no_explosion():
+        assert as_json(response, schema) == 0.5
 
 
 def as_json(response, schema=None):
@@ -191,9 +189,8 @@ def test_a_schema_may_refer_to_itself():
 
 def test_many_items_are_told_apart_in_linear_time():
     items = json.dumps([{"a": index} for index in range(6_000)])
-    began = time.process_time()
-    assert as_json(items, {"uniqueItems": True}) == 1.0
-    assert time.process_time() - began < 0.5
+    with no_explosion():
+        assert as_json(items, {"uniqueItems": True}) == 1.0
 
 
 @pytest.mark.parametrize(
@@ -266,10 +263,9 @@ def test_chinese_share_counts_characters_and_words():
     ["1" * 1_000_000, "<think>" * 140_000, "a中" * 500_000, "[" * 1_000_000, "```" * 330_000, "中" * 1_000_000],
     ids=lambda text: text[:3],
 )
-def test_a_million_characters_cost_less_than_50_milliseconds(function, columns, response):
-    began = time.process_time()
-    assert len(function(["q"], [response], **columns)) == 1
-    assert time.process_time() - began < 0.05
+def test_a_million_characters_do_not_explode(function, columns, response):
+    with no_explosion():
+        assert len(function(["q"], [response], **columns)) == 1
 
 
 def test_each_row_is_scored_by_itself():

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import time
-
 import pytest
+from patience import no_explosion
 
 from rewards.instructions import CHECKS, all_instructions_met, instructions_met
 
@@ -176,10 +175,9 @@ def test_rows_that_make_no_sense_are_refused(ids, kwargs, part):
     ids=lambda text: repr(text[:6]),
 )
 @pytest.mark.parametrize(("name", "options"), {name: options for name, options, *_ in CASES}.items(), ids=str)
-def test_the_longest_answer_that_is_read_costs_less_than_50_milliseconds(name, options, response):
-    began = time.process_time()
-    one(instructions_met, response, [name], [options])
-    assert time.process_time() - began < 0.05
+def test_the_longest_answer_that_is_read_does_not_explode(name, options, response):
+    with no_explosion():
+        one(instructions_met, response, [name], [options])
 
 
 def test_a_million_characters_meet_nothing():

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import time
-
 import numpy as np
 import pytest
+from patience import no_explosion
 
 from rewards.numbers import final_number, near_number
 
@@ -227,10 +226,9 @@ def test_golds_may_be_text_with_its_own_words():
     ],
     ids=lambda text: repr(text[:14]),
 )
-def test_a_million_characters_cost_less_than_50_milliseconds(response):
-    began = time.process_time()
-    assert score(response, 24) == 0.0
-    assert time.process_time() - began < 0.05
+def test_a_million_characters_do_not_explode(response):
+    with no_explosion():
+        assert score(response, 24) == 0.0
 
 
 def test_each_row_is_scored_by_itself():

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import time
-
 import pytest
+from patience import no_explosion
 
 from rewards.short_answer import list_f1, normalised, same_answer, word_f1
 
@@ -147,10 +146,9 @@ def test_normalised():
     ],
     ids=lambda text: repr(text[:8]),
 )
-def test_a_million_characters_cost_less_than_50_milliseconds(function, response):
-    began = time.process_time()
-    assert one(function, response, "warfarin, heparin") < 0.1
-    assert time.process_time() - began < 0.05
+def test_a_million_characters_do_not_explode(function, response):
+    with no_explosion():
+        assert one(function, response, "warfarin, heparin") < 0.1
 
 
 @pytest.mark.parametrize("function", [same_answer, word_f1, list_f1])

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import sys
-import time
 
 import pytest
+from patience import no_explosion
 
 from rewards.base import check_settings, load_function
 from rewards.sentiment import LONGEST, vader
@@ -37,6 +37,5 @@ def test_happy_words_score_whatever_they_say():
 def test_what_comes_after_the_limit_is_not_read_and_costs_nothing():
     pytest.importorskip("vaderSentiment")
     assert vader(["q"] * 2, ["a" * LONGEST + " love", "a " * (LONGEST // 2) + "love"]) == [0.0, 0.0]
-    began = time.process_time()
-    vader(["q"], ["\N{GRINNING FACE}" * 1_000_000])
-    assert time.process_time() - began < 5.0
+    with no_explosion(5.0):
+        vader(["q"], ["\N{GRINNING FACE}" * 1_000_000])
