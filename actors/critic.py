@@ -2,66 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
-from actors.loading import load_trained, make_trainable, save_trained, scalar_model, tokenizer_of_text
-from actors.worker import WHOLE, Actor, UpdateOnce
-from alignment.config import CriticConfig, ModelConfig, PpoConfig
-from alignment.config.cluster import RoleConfig
+from actors.learning import LearningActor
+from actors.loading import scalar_model
+from alignment.adapters import TrainingMethod
+from alignment.config import CriticConfig, PpoConfig
+from alignment.engines.base import Engine
 from alignment.learners.ppo import CriticLearner
+from alignment.models import HfModel
 from alignment.types import Experience, Rollout
 
 
-class CriticActor(Actor):
+class CriticActor(LearningActor):
     """Holds the critic, its optimiser and the value update."""
 
     role = "critic"
-    learns = True
+    learner: CriticLearner
+    training: CriticConfig
 
-    def __init__(
-        self,
-        *,
-        model_path: str,
-        model: ModelConfig,
-        critic: CriticConfig,
-        ppo: PpoConfig,
-        total_updates: int,
-        seed: int,
-        device: str = "cpu",
-        machines: RoleConfig = WHOLE,
-    ) -> None:
-        self.model_path, self.model_config, self.config, self.ppo = model_path, model, critic, ppo
-        self.total_updates, self.seed, self.device = total_updates, seed, device
-        self.machines = machines
-        self._once = UpdateOnce()
+    def __init__(self, *, critic: CriticConfig, ppo: PpoConfig, **settings: Any) -> None:
+        """`settings`: of `LearningActor`, but for `training`, which is `critic` here."""
+        super().__init__(training=critic, **settings)
+        self.ppo = ppo
 
-    def setup(self, peers: Mapping[str, Actor]) -> None:
-        self.model = scalar_model(
-            self.model_path,
-            self.model_config,
-            self.device,
-            head="zeros",
-            quantization=self.config.adapter.quantization,
-        )
-        engine, method = make_trainable(
-            self.model,
-            self.model_config,
-            self.config,
-            total_updates=self.total_updates,
-            seed=self.seed,
-            ranks=self.ranks,
-            machines=self.machines,
-            device=self.device,
-            tokenizer=tokenizer_of_text(self.config.adapter, self.model_path, self.model_config.revision),
-        )
-        self.learner = CriticLearner(
+    def load_model(self) -> HfModel:
+        quantization = self.training.adapter.quantization
+        return scalar_model(self.model_path, self.model_config, self.device, head="zeros", quantization=quantization)
+
+    def make_learner(self, engine: Engine, method: TrainingMethod | None) -> CriticLearner:
+        return CriticLearner(
             self.model,
             engine,
             minibatch_size=self.ppo.minibatch_size,
-            micro_batch_limit=self.config.micro_batch_limit(self.model.layout),
+            micro_batch_limit=self.training.micro_batch_limit(self.model.layout),
             ppo_epochs=self.ppo.ppo_epochs,
             value_clip=self.ppo.value_clip,
             vf_coef=self.ppo.vf_coef,
@@ -88,9 +65,3 @@ class CriticActor(Actor):
     ) -> tuple[list[Tensor], dict[str, float]]:
         """Values from before the update, and the update, in one pass."""
         return self._once(step, lambda: self.learner.fit(rollouts, rewards, gamma=gamma, gae_lambda=gae_lambda))
-
-    def save(self, folder: Path) -> None:
-        save_trained(self.model, self.learner, folder, self.model_path)
-
-    def load(self, folder: Path) -> None:
-        load_trained(self.model, self.learner, folder)

@@ -2,79 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from actors.loading import (
-    Learner,
-    Trained,
-    causal_model,
-    load_trained,
-    make_trainable,
-    save_trained,
-    tokenizer_of_text,
-)
+from actors.learning import LearningActor
+from actors.loading import causal_model, save_trained
 from actors.sending import SendingActor
-from actors.worker import WHOLE, Actor, UpdateOnce
 from alignment import adapters
-from alignment.adapters import TrainingMethod
-from alignment.config import ModelConfig
-from alignment.config.cluster import RoleConfig
 from alignment.data.chat import decode, eos_ids_of_model, load_tokenizer
-from alignment.engines.base import Engine
 from alignment.generation import HELD_OUT_STEP, generate, sampling_seed
+from alignment.models import HfModel
 from alignment.quantization import num_weights, stored_bytes
 from alignment.types import Prompt, Rollout
 
 
-class FineTunedActor(SendingActor):
+class FineTunedActor(LearningActor, SendingActor):
     """The policy, in full or by an adapter. A kind of it says in `make_learner` what it learns from."""
 
     role = "policy"
-    learns = True
-    learner: Learner
-    training: Trained
 
-    def __init__(
-        self,
-        *,
-        model_path: str,
-        model: ModelConfig,
-        training: Trained,
-        total_updates: int,
-        seed: int,
-        device: str = "cpu",
-        machines: RoleConfig = WHOLE,
-    ) -> None:
-        self.model_path, self.model_config, self.training = model_path, model, training
-        self.total_updates, self.seed, self.device = total_updates, seed, device
-        self.machines = machines
-        self._once = UpdateOnce()
-
-    def setup(self, peers: Mapping[str, Actor]) -> None:
-        adapter = self.training.adapter
-        self.model = causal_model(self.model_path, self.model_config, self.device, quantization=adapter.quantization)
-        engine, method = make_trainable(
-            self.model,
-            self.model_config,
-            self.training,
-            total_updates=self.total_updates,
-            seed=self.seed,
-            ranks=self.ranks,
-            machines=self.machines,
-            device=self.device,
-            tokenizer=tokenizer_of_text(adapter, self.model_path, self.model_config.revision),
-            calibrate=self.calibrate(),
-        )
-        self.learner = self.make_learner(engine, method)
-
-    def make_learner(self, engine: Engine, method: TrainingMethod | None) -> Learner:
-        """What learns, of the model that is loaded by then."""
-        raise NotImplementedError
-
-    def calibrate(self) -> Callable[[], None] | None:
-        """What moves the adapter to where it begins, if anything does."""
-        return None
+    def load_model(self) -> HfModel:
+        quantization = self.training.adapter.quantization
+        return causal_model(self.model_path, self.model_config, self.device, quantization=quantization)
 
     def respond(self, prompts: Sequence[Prompt], *, max_new_tokens: int, seed: int | None = None) -> list[Rollout]:
         """An answer to each prompt: the most likely one, token by token, or with a seed a sample at temperature 1,
@@ -115,12 +64,9 @@ class FineTunedActor(SendingActor):
         }
 
     def save(self, folder: Path) -> None:
-        """Weights in Hugging Face format (an adapter in peft's) and the optimiser."""
+        """As `LearningActor` does it, the tokenizer beside full weights."""
         tokenizer = load_tokenizer(self.model_path, self.model_config.revision)
         save_trained(self.model, self.learner, folder, self.model_path, tokenizer)
-
-    def load(self, folder: Path) -> None:
-        load_trained(self.model, self.learner, folder)
 
     def export(self, folder: Path) -> None:
         """The finished model: a plain Hugging Face folder, the adapter beside it when there is one. An adapter that

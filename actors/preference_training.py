@@ -37,7 +37,7 @@ class PreferenceActor(FineTunedActor):
     training: PreferenceStepsConfig | LiveTrainingConfig
 
     def __init__(self, *, reference: ReferenceConfig, **settings: Any) -> None:
-        """`settings`: of `FineTunedActor`."""
+        """`settings`: of `LearningActor`."""
         super().__init__(**settings)
         self.reference_config = reference
         self._followed = UpdateOnce()

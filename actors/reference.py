@@ -49,7 +49,7 @@ class ReferenceActor(Actor):
 
     def setup(self, peers: Mapping[str, Actor]) -> None:
         policy = peers.get("policy")
-        if isinstance(policy, PolicyActor) and policy.config.adapter.enabled:
+        if isinstance(policy, PolicyActor) and policy.training.adapter.enabled:
             self.model, self.shared, self.together = policy.model, True, policy.learner.engine.lockstep
             return
         model = causal_model(

@@ -4,67 +4,46 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from actors.hosted_model import STATISTICS_FILE
-from actors.loading import load_trained, make_trainable, save_trained, scalar_model
-from actors.worker import WHOLE, Actor, UpdateOnce
+from actors.learning import LearningActor
+from actors.loading import scalar_model
 from alignment import adapters
-from alignment.config import ModelConfig, RewardModelTrainingConfig
-from alignment.config.cluster import RoleConfig
+from alignment.adapters import TrainingMethod
+from alignment.config import RewardModelTrainingConfig
 from alignment.data.chat import load_tokenizer
+from alignment.engines.base import Engine
 from alignment.judgements import Judgement
 from alignment.learners.reward_model import RewardModelLearner
+from alignment.models import HfModel
 from alignment.reward_objectives import Objectives
 
 
-class RewardTrainingActor(Actor):
+class RewardTrainingActor(LearningActor):
     """Trains a scalar head on a backbone, full or LoRA."""
 
     role = "reward_model"
-    learns = True
+    learner: RewardModelLearner
+    training: RewardModelTrainingConfig
 
-    def __init__(
-        self,
-        *,
-        model_path: str,
-        model: ModelConfig,
-        training: RewardModelTrainingConfig,
-        total_updates: int,
-        seed: int,
-        device: str = "cpu",
-        machines: RoleConfig = WHOLE,
-    ) -> None:
-        self.model_path, self.model_config, self.config = model_path, model, training
-        self.total_updates, self.seed, self.device = total_updates, seed, device
-        self.machines = machines
-        self._once = UpdateOnce()
-
-    def setup(self, peers: Mapping[str, Actor]) -> None:
-        self.model = scalar_model(
+    def load_model(self) -> HfModel:
+        return scalar_model(
             self.model_path,
             self.model_config,
             self.device,
             head="random",
             seed=self.seed,
-            quantization=self.config.adapter.quantization,
+            quantization=self.training.adapter.quantization,
         )
-        engine, method = make_trainable(
-            self.model,
-            self.model_config,
-            self.config,
-            total_updates=self.total_updates,
-            seed=self.seed,
-            ranks=self.ranks,
-            machines=self.machines,
-            device=self.device,
-        )
-        self.learner = RewardModelLearner(
+
+    def make_learner(self, engine: Engine, method: TrainingMethod | None) -> RewardModelLearner:
+        return RewardModelLearner(
             self.model,
             engine,
-            micro_batch_limit=self.config.micro_batch_limit(self.model.layout),
-            objectives=objectives_of(self.config),
+            micro_batch_limit=self.training.micro_batch_limit(self.model.layout),
+            objectives=objectives_of(self.training),
             device=self.device,
             method=method,
         )
@@ -75,12 +54,6 @@ class RewardTrainingActor(Actor):
     def scores(self, records: Sequence[Judgement]) -> list[tuple[float, ...]]:
         """Of each record the scores of its answers, or of its steps."""
         return self.learner.scores(records)
-
-    def save(self, folder: Path) -> None:
-        save_trained(self.model, self.learner, folder, self.model_path)
-
-    def load(self, folder: Path) -> None:
-        load_trained(self.model, self.learner, folder)
 
     def export(self, folder: Path) -> None:
         """A sequence-classification folder, adapters merged, that `RewardModelActor` (or transformers) loads."""

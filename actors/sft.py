@@ -26,7 +26,7 @@ class SftActor(FineTunedActor):
         """
         Args:
             calibration: what starts the factors over a four-bit base; see `alignment.adapters.rounding`.
-            settings: of `FineTunedActor`.
+            settings: of `LearningActor`.
         """
         super().__init__(**settings)
         self.calibration = calibration

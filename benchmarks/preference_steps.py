@@ -151,7 +151,7 @@ def run_rival(
     command += ["--trl-path", str(args.trl_path)] if args.trl_path else []
     subprocess.run(command, check=True, stdout=sys.stderr)
     answer: Values = json.loads(result.read_text())
-    return answer
+    return answer | {"system": f"{answer['system']}, {reference}", "reference": reference}
 
 
 def report(ours: list[Values], rivals: list[Values], records: Sequence[Sequence[Any]], work: Work) -> str:

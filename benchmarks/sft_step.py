@@ -115,6 +115,7 @@ def run_rival(folder: Path, model: str, examples: list[list[SftExample]], args: 
             file.write(json.dumps({"input_ids": example.input_ids, "labels": labels}) + "\n")
     command = [sys.executable, str(ROOT / "benchmarks" / "rivals" / "trl_sft.py"), "--model", model]
     command += ["--rows", str(rows), "--json", str(result), "--learning-rate", str(args.lr)]
+    command += ["--batch-size", str(BATCH)]
     command += ["--trl-path", str(args.trl_path)] if args.trl_path else []
     subprocess.run(command, check=True, stdout=sys.stderr)
     answer: dict[str, Any] = json.loads(result.read_text())
