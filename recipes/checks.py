@@ -39,6 +39,8 @@ UPSTREAM = {
     "reward_model_medical": "score_statistics.json",
     "sft_calculators": "README.md",
     "rank_answers": "README.md",
+    "sft_films": "README.md",
+    "sft_films_early": "README.md",
     "dpo_recommender_early": "README.md",
 }
 """Recipes that other runs begin with, and the last file that each writes in its `final`."""
@@ -321,10 +323,11 @@ def untrained(config: PpoRunConfig | RankedRunConfig) -> dict[str, Path]:
 
 
 def _base_of(recipe: str) -> str:
-    """The model that an upstream recipe begins with."""
+    """The model that an upstream recipe begins with, or the one that another makes for it does."""
     own = read_yaml(Path(__file__).parent / "configs" / f"{recipe}.yaml").get("model") or {}
     path: str = own.get("path", ModelConfig().path)
-    return path
+    first = upstream_of(path)
+    return path if first is None else _base_of(first)
 
 
 def check_start(job: Job[ConfigT]) -> None:

@@ -13,9 +13,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from alignment.config import RecommenderRunConfig
+from alignment.data.model_assets import resolve_model
 from alignment.data.movielens_live import live_choices
 from recipes import checks, common
-from recipes.film_ranking import RankedFilms, film_table, make_ranking
+from recipes.film_models import RankedFilms, ranking_of, refuse_late_data
+from recipes.film_ranking import film_table
 from recipes.preference_tuning import run_dpo
 
 
@@ -29,20 +31,11 @@ def ranked_films(job: common.Job[RecommenderRunConfig], model: checks.Trainee) -
     config, films = job.config, job.config.films
     data = film_table(films)
     checks.check_answering(job)
-    ranking = make_ranking(
-        films,
-        data,
-        model.tokenizer,
-        model=config.model,
-        quantization=config.training.adapter.quantization,
-        after=live_choices(data, per_user=films.choices_per_person)[1] if films.early else None,
-        beta=config.dpo.beta,
-        seed=config.run.seed,
-        system_prompt=config.data.system_prompt,
-        max_tokens=config.data.max_tokens,
-        eos_ids=model.eos_ids,
-    )
-    return RankedFilms(ranking)
+    if films.early:
+        refuse_late_data(config.model.path)
+    base = None if config.base is None else resolve_model(config.base, None)
+    after = live_choices(data, per_user=films.choices_per_person)[1] if films.early else None
+    return RankedFilms(job, ranking_of(config, data, model, base=base, after=after), base=base)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from actors.handles import PreferenceHandle
 from alignment.candidates import encode_candidates, implicit_rewards
 from alignment.config import FilmsConfig, ModelConfig
 from alignment.data.cache import cache_dir
@@ -22,7 +21,6 @@ from alignment.data.ranking_cases import RankingCase, ranking_cases
 from alignment.data.split import digest
 from alignment.fingerprint import records_fingerprint
 from alignment.interfaces import Pending
-from alignment.loops.run import Run
 from alignment.ranking_baselines import ItemNeighbours
 from alignment.ranking_metrics import chance
 from alignment.ranking_report import CaseScores, case_metrics, gains, means, scores_by
@@ -287,41 +285,3 @@ def _interval(bounds: Sequence[float]) -> str:
 
 def _row(scores: CaseScores) -> Tensor:
     return torch.tensor(scores, dtype=torch.float64)
-
-
-class RankedFilms:
-    """A ranking as a run on pairs asks for it: by the reference before, by the policy after."""
-
-    def __init__(self, ranking: FilmRanking) -> None:
-        self.ranking = ranking
-        self._base: Scores = ()
-        self._films: dict[str, Any] = {}
-
-    @property
-    def inputs(self) -> Mapping[str, str]:
-        return self.ranking.inputs
-
-    def in_words(self) -> str:
-        return self.ranking.in_words()
-
-    def before(self, policy: PreferenceHandle, run: Run, *, model: str) -> None:
-        """The policy is the reference until its first step, so one model's scores are both's."""
-        self._base = self.ranking.kept_scores(
-            policy.ref_candidate_logps, run.progress.message, what="before", model=model
-        )
-
-    def after(self, policy: PreferenceHandle, run: Run) -> dict[str, dict[str, Any]]:
-        ranking, base, tell = self.ranking, self._base, run.progress.message
-        after = ranking.scores(policy.candidate_logps, tell, what="after")
-        ranking.save(run.directory.path / "films.json", before=base, after=after)
-        methods = {
-            "untrained, log-probability": base,
-            "trained, log-probability": after,
-            "trained, implicit reward": ranking.implicit(after, base),
-        }
-        self._films = ranking.beside(methods)
-        tell(methods_table(self._films))
-        return ranking.table(base, after, base)
-
-    def told(self) -> Mapping[str, Any]:
-        return {"films": self._films}

@@ -5,32 +5,26 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
-from pathlib import Path
-from typing import Any
 
 from actors.build import dpo_actors, preference_role
 from actors.handles import PreferenceHandle
 from actors.plan import learner_checkpoint_bytes
 from alignment.checkpoint import load_json
 from alignment.config import LiveRunConfig
-from alignment.config.recommender import LATE_PAIRS
-from alignment.config_io import dump_config, read_yaml
-from alignment.data.chat import load_tokenizer
+from alignment.config_io import dump_config
 from alignment.data.feedback_pairs import FeedbackPairs
 from alignment.data.model_assets import resolve_model
 from alignment.data.movielens import SHOWN, prompt_of
 from alignment.data.movielens_live import live_choices
 from alignment.feedback_log import FeedbackConsumer, FeedbackEvent
 from alignment.fingerprint import model_fingerprint
-from alignment.interfaces import Pending
 from alignment.loops.online_feedback import FeedbackState, learn_from_feedback
 from alignment.loops.run import Run
 from alignment.model_card import write_model_card
-from alignment.model_checks import check_model
 from alignment.types import PreferencePair
 from recipes import checks, common, planning
-from recipes.film_ranking import FilmRanking, film_table, make_ranking, methods_table, some_of
+from recipes.film_models import base_scores, ranking_of, refuse_late_data
+from recipes.film_ranking import FilmRanking, film_table, methods_table, some_of
 from recipes.live_sources import LOG_NAME, Sources, check_sources
 from recipes.preference_checks import make_first, refuse_unshared
 from recipes.settling import shares_prompts
@@ -129,7 +123,7 @@ def run_live(job: Job) -> None:
         sources = stack.enter_context(
             Sources(config.live, directory.path, consumer=consumer, replayed=start.replayed, check=start.pairs.check)
         )
-        base = base_scores(start, run, model=inputs["base"])
+        base = base_scores(job, start.ranking, start.base_path, run)
         groups = stack.enter_context(job.groups(dpo_actors(config, job.cluster, model_path=start.model.path)))
         policy = preference_role(groups)
         state = FeedbackState()
@@ -151,37 +145,17 @@ def check(job: Job) -> Start:
         refuse_unshared(config.model.at(model.path, config.model.revision), config.training.adapter)
     checks.check_answering(job)
     check_sources(config.live, job.output_dir)
-    refuse_late_pairs(config.model.path)
+    refuse_late_data(config.model.path)
     base_path = resolve_model(config.base, None)
     data = film_table(config.films)
     events, last = live_choices(data, per_user=config.films.choices_per_person)
-    asking = partial(
-        make_ranking,
-        config.films,
-        data,
-        model=config.model,
-        quantization=config.training.adapter.quantization,
-        after=last,
-        beta=config.dpo.beta,
-        seed=config.run.seed,
-        system_prompt=config.data.system_prompt,
-        max_tokens=config.data.max_tokens,
-        eos_ids=model.eos_ids,
-    )
     size = config.training.choices_per_step
     if config.live.replay and size > len(events):
         raise ValueError(
             f"training.choices_per_step: got {size}, expected at most the {len(events)} choices that are replayed; "
             "lower it"
         )
-    ranking = asking(model.tokenizer)
-    tokenizer = load_tokenizer(base_path)
-    check_model("base", config.model.at(base_path, None), tokenizer, config.training.adapter)
-    if asking(tokenizer).asked != ranking.asked:
-        raise ValueError(
-            f"base: got {config.base}, whose tokenizer spells titles otherwise than that of {config.model.path}, "
-            "expected the model that it was trained from; name that one"
-        )
+    ranking = ranking_of(config, data, model, base=base_path, after=last)
     pairs = FeedbackPairs(
         model.tokenizer,
         title=data.title,
@@ -199,47 +173,6 @@ def check(job: Job) -> Start:
         replayed=events if config.live.replay else [],
         pairs=LivePairs(pairs, most=most, max_tokens=config.data.max_tokens),
     )
-
-
-def refuse_late_pairs(path: str) -> None:
-    """Refuse a model that was trained on what people are asked about: by its run's config, and those of the runs whose
-    models that one began with.
-
-    Raises:
-        ValueError: naming the run.
-    """
-    seen: set[Path] = set()
-    model = Path(path)
-    while model.name == "final" and (file := model.parent / "config.yaml").is_file() and file not in seen:
-        seen.add(file)
-        config = read_yaml(file)
-        data = config.get("data") or {}
-        sources = [*(data.get("sources") or []), data.get("source") or {}]
-        if any(source.get("asset") == LATE_PAIRS for source in sources):
-            raise ValueError(
-                f"model.path: got {path}, trained on {LATE_PAIRS} by the run in {model.parent}, expected a model that "
-                "knows nothing of the films that people are asked about; name runs/dpo_recommender_early/final"
-            )
-        model = Path((config.get("model") or {}).get("path") or "")
-
-
-def base_scores(start: Start, run: Run, *, model: str) -> list[list[float]]:
-    """Of the model that implicit rewards are measured from: out of the cache, where the run that trained this one's
-    model has left them, or from its own actors, which then make room.
-
-    `model`: its fingerprint."""
-    job, ranking = start.job, start.ranking
-    with contextlib.ExitStack() as stack:
-        opened: list[PreferenceHandle] = []
-
-        def ask(*args: Any, **kwargs: Any) -> Pending[list[list[float]]]:
-            if not opened:
-                base = job.config.model_copy(update={"model": job.config.model.at(start.base_path, None)})
-                actors = dpo_actors(base, job.cluster, model_path=start.base_path)
-                opened.append(preference_role(stack.enter_context(job.groups(actors))))
-            return opened[0].ref_candidate_logps(*args, **kwargs)
-
-        return ranking.kept_scores(ask, run.progress.message, what="base", model=model)
 
 
 def finish(

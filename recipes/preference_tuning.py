@@ -56,6 +56,10 @@ class OwnEvaluation(Protocol):
         """A line for the plan and for the start."""
         ...
 
+    def prepare(self, run: Run) -> None:
+        """Ask other models, before the run's own actors take their place on the machines."""
+        ...
+
     def before(self, policy: PreferenceHandle, run: Run, *, model: str) -> None:
         """Ask the reference, while it is what the run begins with; a start that is not the first asks again.
 
@@ -190,9 +194,11 @@ def _run(start: Start) -> None:
     inputs = start.inputs
     directory.keep_inputs(inputs)
 
+    run = common.make_run(directory, config.run, model_path=start.model_path)
+    if start.own:
+        start.own.prepare(run)
     with job.groups(actors_of(job, start.model_path)) as groups:
         policy = preference_role(groups)
-        run = common.make_run(directory, config.run, model_path=start.model_path)
         state = SftState()
         if resume_from:
             state = SftState(**common.restore(job, run, resume_from, {"policy": policy}))

@@ -20,8 +20,8 @@ from alignment.config.model import (
 from alignment.config.preference import DpoConfig, DpoRunConfig, ReferenceConfig
 from alignment.config.run import RunConfig
 
-LATE_PAIRS = "movielens-pairs"
-"""The asset whose pairs tell of what an early table keeps for its tests."""
+LATE_ASSETS = {"movielens-pairs": "movielens-early-pairs", "movielens-histories": "movielens-early-histories"}
+"""Assets that tell of what an early table keeps for its tests, and those that do not."""
 PACKAGED_TEST = 10_000
 """Ratings at the end of the packaged table of which no asset's pairs tell."""
 
@@ -58,15 +58,18 @@ class FilmsConfig(Config):
 class RecommenderRunConfig(DpoRunConfig):
     """DPO on pairs of titles, and what it makes of a ranking of films."""
 
+    base: str | None = None
+    """What `model` was made from: "before" and implicit rewards are of this one. None is the model itself."""
     films: FilmsConfig = FilmsConfig()
     """What is ranked."""
 
     @model_validator(mode="after")
     def _pairs_tell_nothing_of_the_tests(self) -> RecommenderRunConfig:
-        if self.films.early and any(task.asset == LATE_PAIRS for task in self.data.sources):
+        late = [task.asset for task in self.data.sources if task.asset in LATE_ASSETS]
+        if self.films.early and late:
             raise ValueError(
-                f"data.sources: got asset {LATE_PAIRS} with films.early, expected movielens-early-pairs: the first "
-                "tell of films that people are asked about; change the asset, or set films.early to false"
+                f"data.sources: got asset {late[0]} with films.early, expected {LATE_ASSETS[late[0]]}: the first "
+                "tells of films that people are asked about; change the asset, or set films.early to false"
             )
         return self
 

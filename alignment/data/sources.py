@@ -28,6 +28,7 @@ from alignment.data.judged_assets import (
 )
 from alignment.data.medical import treatment_plan_answers, treatment_plan_pairs
 from alignment.data.movielens import rating_rows
+from alignment.data.movielens_histories import early_history_rows, history_rows
 from alignment.data.movielens_pairs import early_next_title_rows, next_title_rows
 from alignment.data.sharegpt import sharegpt_rows
 
@@ -53,6 +54,8 @@ DERIVED: dict[str, Callable[[], Iterable[Row]]] = {
     "movielens-100k": rating_rows,
     "movielens-pairs": next_title_rows,
     "movielens-early-pairs": early_next_title_rows,
+    "movielens-histories": history_rows,
+    "movielens-early-histories": early_history_rows,
 }
 """Assets whose rows are built from an archive's files, not read as they stand."""
 

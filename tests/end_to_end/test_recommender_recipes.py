@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -103,6 +104,31 @@ def test_films_are_ranked_before_and_after(folder, tmp_path, capsys):
     assert "sha256 of films" in card
     for text in (told.out, told.err, card):
         assert "Odd 1" not in text
+
+
+def test_before_is_of_the_model_that_the_one_that_learns_was_made_from(folder, tiny, tmp_path, capsys):
+    """A run that goes on from the early model, beside the untrained one: its scores are those that are known."""
+    given = ["--model.path", str(folder / "early" / "final"), "--run.num_steps", "1"]
+    assert dpo_recommender_early.main(flags(folder, "early", tmp_path, *given, "--base", str(tiny / "policy"))) == 0
+    rows = json.loads((tmp_path / "films.json").read_text())
+    early = json.loads((folder / "early" / "films.json").read_text())
+    assert [row["before"] for row in rows] == [row["before"] for row in early]
+    start = [row["after"] for row in early]
+    steps = [abs(a - b) for row, own in zip(rows, start, strict=True) for a, b in zip(row["after"], own, strict=True)]
+    far = [abs(a - b) for row in rows for a, b in zip(row["after"], row["before"], strict=True)]
+    assert sum(steps) < sum(far)
+    assert "films: " not in capsys.readouterr().err.split("step 1/1")[0]  # nobody had to be asked before
+
+
+def test_a_base_of_other_titles_is_refused(folder, tiny, tmp_path, capsys):
+    other = tmp_path / "other"
+    shutil.copytree(tiny / "policy", other)
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    words = tokenizer["model"]["vocab"]
+    words["O"], words["E"] = words["E"], words["O"]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert dpo_recommender.main(flags(folder, "offline", tmp_path / "run", "--base", str(other))) == 2
+    assert "whose tokenizer spells titles otherwise" in capsys.readouterr().err
 
 
 def test_a_recommender_learns_from_choices(folder, undisturbed, capsys):

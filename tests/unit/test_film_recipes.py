@@ -26,8 +26,9 @@ from alignment.feedback_log import FeedbackConsumer, FeedbackLog, FeedbackReader
 from alignment.ranking_metrics import hit_rate_at_k
 from alignment.types import PreferencePair
 from recipes.checks import Trainee
+from recipes.film_models import refuse_late_data
 from recipes.film_ranking import asked_cases, film_table, make_ranking, methods_table, some_of
-from recipes.live_learning import LivePairs, Start, refuse_late_pairs
+from recipes.live_learning import LivePairs, Start
 from recipes.live_sources import LOG_NAME, Sources
 
 
@@ -146,6 +147,11 @@ def test_the_lead_is_told_with_whom_it_is_over(ranking):
         (LiveRunConfig, {"films": {"early": True, "num_test": 9_999}}, "films.num_test: got 9999 of the packaged"),
         (LiveRunConfig, {"films": {"early": False}}, "films.early: got false in a run that learns from choices"),
         (LiveRunConfig, {"films": {"num_people": 5}}, "films.early: got false"),
+        (
+            RecommenderRunConfig,
+            {"films": {"early": True}, "data": {"sources": [{"asset": "movielens-pairs"}]}},
+            "data.sources: got asset movielens-pairs with films.early, expected movielens-early-pairs",
+        ),
         (RecommenderRunConfig, {"reference": {"sync_every": 5}}, "reference.sync_every: got 5, expected none"),
     ],
 )
@@ -206,12 +212,18 @@ def test_a_model_that_was_trained_on_the_answers_is_refused(tmp_path):
         str(tmp_path / "final"),
         run_of("itself", str(tmp_path / "itself" / "final"), path="x"),
     ):
-        refuse_late_pairs(path)
-    for path in (late, later):
-        with pytest.raises(
-            ValueError, match=f"model.path: got {path}, trained on movielens-pairs by .*{tmp_path}/late,"
-        ):
-            refuse_late_pairs(path)
+        refuse_late_data(path)
+    told = run_of("told", "asset:smollm2-135m-instruct", asset="movielens-histories")
+    from_told = run_of("from_told", told, asset="movielens-early-pairs")
+    for path, by, asset in (
+        (late, "late", "pairs"),
+        (later, "late", "pairs"),
+        (told, "told", "histories"),
+        (from_told, "told", "histories"),
+    ):
+        said = f"model.path: got {path}, trained on movielens-{asset} by .*{tmp_path}/{by},.* movielens-early-{asset}"
+        with pytest.raises(ValueError, match=said):
+            refuse_late_data(path)
 
 
 def test_another_revision_is_another_model(ranking):

@@ -143,6 +143,30 @@ def test_the_packaged_pairs(rows):
     assert abs(kinds["uniform"] - kinds["popular"]) < 4 * (kinds["uniform"] + kinds["popular"]) ** 0.5
 
 
+@pytest.mark.parametrize("early", [False, True])
+def test_histories_tell_every_like_of_the_training_part_once(early):
+    """Row behind row they are a person's likes in the order of time, but for the first three, which are only shown."""
+    data = movielens().without_test() if early else movielens()
+    rows = [row.values for row in read_rows(SourceConfig(asset=f"movielens-{'early-' if early else ''}histories"))]
+    times = {(r.user, data.titles[r.item]): r.time for r in data.train if r.stars >= LIKED}
+    by_user = {user: [row for row in rows if row["user"] == user] for user in {row["user"] for row in rows}}
+    for user, own in by_user.items():
+        own.sort(key=lambda row: times[user, row["response"].split("; ")[0]])
+    assert not any(" (" not in title for row in rows for title in row["response"].split("; "))
+    told = {(user, title) for user, own in by_user.items() for row in own for title in row["response"].split("; ")}
+    assert told <= set(times)
+    assert sum(len(row["response"].split("; ")) for row in rows) == len(told)
+    likes = Counter(user for user, _ in times)
+    assert Counter(user for user, _ in told) == Counter({u: n - 3 for u, n in likes.items() if n > 3})
+    for row in rows:
+        listed = [times[row["user"], title] for title in row["response"].split("; ")]
+        assert listed == sorted(listed)
+        assert len(listed) <= 20
+        shown = row["prompt"].removeprefix("I liked these films: ").removesuffix(". Which film should I watch next?")
+        assert max(times[row["user"], title] for title in shown.split("; ")) <= listed[0]
+        assert 3 <= len(shown.split("; ")) <= 5
+
+
 def test_prompts_show_what_was_liked_before(rows):
     data, draw = movielens(), random.Random(1)
     every = data.rated("train")
