@@ -34,8 +34,8 @@ TOLD_EVERY = 16
 """People, between lines on the screen."""
 FIRST = 10
 """The k of hit rate and NDCG."""
-RIVAL = "item neighbours of those in the prompt"
-"""The baseline that knows what the language model is shown, and no more: what its lead is measured from."""
+RIVALS = ("popularity", "item neighbours of those in the prompt")
+"""Baselines that leads are measured from: one that knows nobody, and one that knows what the model is shown."""
 BESIDE = "last method beside "
 Scores = Sequence[CaseScores]
 Told = Callable[[str], None]
@@ -186,13 +186,13 @@ class FilmRanking:
         own = {
             "popularity": lambda liked, films: [float(popularity[film]) for film in films],
             "item neighbours of all that was liked": neighbours.scores,
-            RIVAL: lambda liked, films: neighbours.scores(liked[-SHOWN:], films),
+            RIVALS[1]: lambda liked, films: neighbours.scores(liked[-SHOWN:], films),
         }
         return {name: self.metrics(scores_by(score, self.cases)) for name, score in own.items()}
 
     def beside(self, methods: Mapping[str, Scores]) -> dict[str, Any]:
         """What the summary has as `films`: each method's means over people, the baselines' among them, and how far
-        the last method is from `RIVAL` on the same candidates."""
+        the last method is from each of `RIVALS` on the same candidates."""
         hit, ndcg = chance(len(self.cases[0].uniform) + 1, k=FIRST)
         measured = {**self.baselines, **{name: self.metrics(scores) for name, scores in methods.items()}}
         random_order = {name: hit if name.endswith("hit_rate") else ndcg for name in next(iter(measured.values()))}
@@ -202,7 +202,10 @@ class FilmRanking:
                 "random order": random_order,
                 **{name: means(self.cases, own) for name, own in measured.items()},
             },
-            BESIDE + RIVAL: gains(self.cases, measured[RIVAL], list(measured.values())[-1], seed=self.seed),
+            **{
+                BESIDE + rival: gains(self.cases, measured[rival], list(measured.values())[-1], seed=self.seed)
+                for rival in RIVALS
+            },
         }
 
     def save(self, path: Path, **scores: Scores) -> None:

@@ -74,11 +74,11 @@ class RecommenderRunConfig(DpoRunConfig):
         return self
 
     @model_validator(mode="after")
-    def _rewards_are_measured_from_the_start(self) -> RecommenderRunConfig:
-        if self.reference.sync_every is not None:
+    def _rewards_are_measured_from_what_stays(self) -> RecommenderRunConfig:
+        if self.reference.sync_every is not None and self.base is None:
             raise ValueError(
-                f"reference.sync_every: got {self.reference.sync_every}, expected none: films are ranked by how far "
-                "the policy is from the model that the run began with; remove it"
+                f"reference.sync_every: got {self.reference.sync_every} without base, expected none: films are ranked "
+                "by how far the policy is from the model that the run began with; remove it, or name the base"
             )
         return self
 

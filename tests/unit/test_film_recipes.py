@@ -130,14 +130,14 @@ def test_the_lead_is_told_with_whom_it_is_over(ranking):
     """However the baselines stand: the name, the numbers and the line on the screen are of one."""
     ours = [[float(i == 0) for i in range(len(case.films))] for case in ranking.cases]
     films = ranking.beside({"another": [[0.0] * len(own) for own in ours], "ours": ours})
-    rival = "item neighbours of those in the prompt"
-    lead = films[f"last method beside {rival}"]
-    for name, row in lead.items():
-        assert (row["before"], row["after"]) == (films["methods"][rival][name], films["methods"]["ours"][name])
-    *_, title, intervals = methods_table(films).splitlines()
-    assert title == f"what the last one gains over {rival}:"
-    bounds = [f"{row['gain_ci95'][0]:+.3f}..{row['gain_ci95'][1]:+.3f}" for row in lead.values()]
-    assert intervals.removeprefix("95 % interval").split() == bounds
+    lines = methods_table(films).splitlines()[-4:]
+    for i, rival in enumerate(("popularity", "item neighbours of those in the prompt")):
+        lead = films[f"last method beside {rival}"]
+        for name, row in lead.items():
+            assert (row["before"], row["after"]) == (films["methods"][rival][name], films["methods"]["ours"][name])
+        assert lines[2 * i] == f"what the last one gains over {rival}:"
+        bounds = [f"{row['gain_ci95'][0]:+.3f}..{row['gain_ci95'][1]:+.3f}" for row in lead.values()]
+        assert lines[2 * i + 1].removeprefix("95 % interval").split() == bounds
 
 
 @pytest.mark.parametrize(
@@ -152,7 +152,11 @@ def test_the_lead_is_told_with_whom_it_is_over(ranking):
             {"films": {"early": True}, "data": {"sources": [{"asset": "movielens-pairs"}]}},
             "data.sources: got asset movielens-pairs with films.early, expected movielens-early-pairs",
         ),
-        (RecommenderRunConfig, {"reference": {"sync_every": 5}}, "reference.sync_every: got 5, expected none"),
+        (
+            RecommenderRunConfig,
+            {"reference": {"sync_every": 5}},
+            "reference.sync_every: got 5 without base, expected none",
+        ),
     ],
 )
 def test_numbers_that_would_not_be_what_they_are_called_are_refused(config, sections, said):
