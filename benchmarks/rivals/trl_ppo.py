@@ -17,13 +17,13 @@ import json
 import os
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks.rivals.trl_install import trl_folder
+from benchmarks.rivals.trl_steps import clock_class
 
 TRL_VERSION = "1.9.2"
 PAD_TOKEN = "<|benchmark_pad|>"
@@ -146,21 +146,8 @@ def build_trainer(args: argparse.Namespace, output_dir: str, clock: Any) -> Any:
 
 def build_clock() -> Any:
     """A callback that keeps seconds per step and checks that no answer was cut short."""
-    from transformers import TrainerCallback
 
-    class Clock(TrainerCallback):
-        def __init__(self) -> None:
-            self.seconds: list[float] = []
-            self.last = 0.0
-
-        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            self.last = time.perf_counter()
-
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            now = time.perf_counter()
-            self.seconds.append(now - self.last)
-            self.last = now
-
+    class Clock(clock_class()):
         def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             assert kwargs["logs"]["val/num_eos_tokens"] == 0, (
                 "an answer held the padding token, so TRL worked on fewer tokens"

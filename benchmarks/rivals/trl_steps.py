@@ -84,8 +84,8 @@ def trainer_in_order(
     )
 
 
-def build_clock() -> Any:
-    """A callback that keeps seconds and loss of each step."""
+def clock_class() -> Any:
+    """Of callbacks that keep seconds and loss of each step."""
     from transformers import TrainerCallback
 
     class Clock(TrainerCallback):
@@ -106,7 +106,7 @@ def build_clock() -> Any:
             if "loss" in kwargs["logs"]:
                 self.losses.append(float(kwargs["logs"]["loss"]))
 
-    return Clock()
+    return Clock
 
 
 def measure(args: argparse.Namespace, build_trainer: BuildTrainer) -> dict[str, Any]:
@@ -116,7 +116,7 @@ def measure(args: argparse.Namespace, build_trainer: BuildTrainer) -> dict[str, 
 
     torch.set_num_threads(args.threads)
     rows = [json.loads(line) for line in args.rows.read_text().splitlines()]
-    clock = build_clock()
+    clock = clock_class()()
     with MemoryMeter(count_dev_shm=False) as meter, tempfile.TemporaryDirectory() as folder:
         build_trainer(args, rows, folder, clock).train()
     packages = ("torch", "transformers", "accelerate")
