@@ -20,7 +20,7 @@ from alignment.config.model import (
     refuse_idle_patience,
     refuse_small_budget,
 )
-from alignment.config.reward import RewardExecutionConfig, RewardFunctionConfig
+from alignment.config.reward import RewardExecutionConfig, RewardFunctions
 from alignment.config.run import RunConfig
 from alignment.preference_terms import SMOOTHED, Kind, Term, refuse_odd_terms, use_reference
 
@@ -170,7 +170,7 @@ class AnsweredPromptsConfig(Config):
     """A longer prompt is refused."""
     num_prompts: Positive = 64
     """How many, chosen by a hash of the prompt as an online run holds out its own; they are not trained on."""
-    functions: tuple[RewardFunctionConfig, ...] = ()
+    functions: RewardFunctions = ()
     """Rules that score the answers, e.g. `numbers:final_number`."""
     max_new_tokens: Positive = 128
     """The longest answer."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
-from pydantic import JsonValue, field_validator, model_validator
+from pydantic import AfterValidator, JsonValue, field_validator, model_validator
 
 from alignment.config.base import Config, FiniteFloat, Fraction, NonNegative, NonNegativeFloat, Positive, PositiveFloat
 from alignment.config.model import MicroBatchConfig
@@ -138,6 +138,27 @@ class EnsembleConfig(Config):
     """Read by mean_minus_std."""
 
 
+def _each_function_once(functions: tuple[RewardFunctionConfig, ...]) -> tuple[RewardFunctionConfig, ...]:
+    keys = [function.key for function in functions]
+    if reserved := [key for key in keys if key.startswith(GOLD)]:
+        raise ValueError(
+            f"got a part {reserved[0]!r}, expected a name that does not begin with {GOLD!r}, as those of "
+            "reward.gold do; rename it"
+        )
+    if twice := sorted({key for key in keys if keys.count(key) > 1}):
+        raise ValueError(
+            f"got {', '.join(twice)} more than once, expected each part once; add the weights up, or give the "
+            "second another name with part:"
+        )
+    if taken := [key for key in keys if key.partition("/")[0] == MODEL_PART]:
+        raise ValueError(f"got a part {taken[0]!r}, expected another name: it is the reward model's; rename it")
+    return functions
+
+
+RewardFunctions = Annotated[tuple[RewardFunctionConfig, ...], AfterValidator(_each_function_once)]
+"""Rules that score together, each part of its own name."""
+
+
 class RewardConfig(MicroBatchConfig):
     """What scores an answer: a reward model, rule functions, or both, added with weights."""
 
@@ -153,7 +174,7 @@ class RewardConfig(MicroBatchConfig):
     """Factor of the reward model's score."""
     standardize_model: bool = True
     """Subtract the mean and divide by the standard deviation saved with the reward model, where it has them."""
-    functions: tuple[RewardFunctionConfig, ...] = ()
+    functions: RewardFunctions = ()
     """Rule rewards."""
     gold: tuple[GoldFunctionConfig, ...] = ()
     """Rules held out of training: they measure every answer, as parts `gold/NAME`, and have no say in the total."""
@@ -187,24 +208,6 @@ class RewardConfig(MicroBatchConfig):
                 "another name with part:"
             )
         return gold
-
-    @field_validator("functions")
-    @classmethod
-    def _each_function_once(cls, functions: tuple[RewardFunctionConfig, ...]) -> tuple[RewardFunctionConfig, ...]:
-        keys = [function.key for function in functions]
-        if reserved := [key for key in keys if key.startswith(GOLD)]:
-            raise ValueError(
-                f"got a part {reserved[0]!r}, expected a name that does not begin with {GOLD!r}, as those of "
-                "reward.gold do; rename it"
-            )
-        if twice := sorted({key for key in keys if keys.count(key) > 1}):
-            raise ValueError(
-                f"got {', '.join(twice)} more than once, expected each part once; add the weights up, or give the "
-                "second another name with part:"
-            )
-        if taken := [key for key in keys if key.partition("/")[0] == MODEL_PART]:
-            raise ValueError(f"got a part {taken[0]!r}, expected another name: it is the reward model's; rename it")
-        return functions
 
     @model_validator(mode="after")
     def _something_scores(self) -> RewardConfig:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 from tiny_preference_runs import PreferenceRun, pair_tasks
 from tiny_rounds import write_letter_prompts
 
@@ -56,3 +57,11 @@ def test_answers_are_those_of_the_model_alone_and_the_same_every_time(tmp_path, 
     told = asked.table(first, again, seed=1)
     assert told["answers/letters"]["n"] == 4
     assert told["answers/letters"]["before"] == told["answers/letters"]["after"]
+
+
+def test_two_rules_of_one_name_are_refused_with_the_config():
+    """Their numbers would be one part's; the place that a person reads is that of the key."""
+    settings = {"source": {"path": "prompts.jsonl"}, "functions": [{"name": "form:matches"}] * 2}
+    with pytest.raises(ValidationError, match="got form:matches more than once, expected each part once") as raised:
+        AnsweredPromptsConfig.model_validate(settings)
+    assert raised.value.errors()[0]["loc"] == ("functions",)
