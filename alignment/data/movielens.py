@@ -8,7 +8,7 @@ a name is left out. Harper and Konstan 2015 describe the data.
 from __future__ import annotations
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -49,7 +49,7 @@ class MovieLens:
     """The table in two parts. Each person has rated each film once at most, and the earlier time counts."""
 
     titles: Mapping[int, str]
-    """What a film is called, by its number: "The Matrix (1999)". No two films have one name."""
+    """What a film is called, by its number: "The Matrix". No two films have one name, and none is a number."""
     train: tuple[Rating, ...]
     test: tuple[Rating, ...]
 
@@ -115,7 +115,7 @@ def read_movielens(ratings_file: Path, items_file: Path, *, num_test: int = NUM_
         if title == UNNAMED:
             unnamed.add(_whole(number, where))
         else:
-            named[_whole(number, where)] = shown_title(title, year)
+            named[_whole(number, where)] = full_title(title, year)
     first: dict[str, int] = {}
     same = {item: first.setdefault(name, item) for item, name in sorted(named.items())}
     rows = []
@@ -137,10 +137,11 @@ def read_movielens(ratings_file: Path, items_file: Path, *, num_test: int = NUM_
         if film is not None and (row.user, film) not in seen:
             seen.add((row.user, film))
             parts[place >= len(rows) - num_test].append(Rating(row.user, film, row.stars, row.time))
-    return MovieLens({item: name for name, item in first.items()}, tuple(parts[0]), tuple(parts[1]))
+    titles = dict(zip(first.values(), short_titles(list(first)), strict=True))
+    return MovieLens(titles, tuple(parts[0]), tuple(parts[1]))
 
 
-def shown_title(title: str, year: str) -> str:
+def full_title(title: str, year: str) -> str:
     """As people write it: "Postino, Il" of 1994 is "Il Postino (1994)". A second name in brackets is dropped."""
     if not re.fullmatch(r"\d{4}", year) and (inside := _YEAR_IN_TITLE.fullmatch(title)):
         title, year = inside[1], inside[2]
@@ -148,6 +149,14 @@ def shown_title(title: str, year: str) -> str:
     if moved := _MOVED_ARTICLE.fullmatch(title):
         title = f"{moved[2]}{moved[1]}" if moved[2].endswith("'") else f"{moved[2]} {moved[1]}"
     return f"{title} ({year})"
+
+
+def short_titles(titles: Sequence[str]) -> list[str]:
+    """Full titles, no two of them the same, without the year: with it they have more than twice the tokens. It stays
+    where two films share what is before it, and where that is a number, as the numbers of films are."""
+    names = [title[: title.rindex(" (")] for title in titles]
+    count = Counter(names)
+    return [title if count[name] > 1 or name.isdigit() else name for title, name in zip(titles, names, strict=True)]
 
 
 def prompt_of(titles: Sequence[str]) -> str:
