@@ -1,7 +1,8 @@
 """People of the test part who choose among ten films, as feedback that arrives while a policy learns.
 
-Each choice is a film that the person did like next, among films that the person never rated. What is asked about them
-before and after (`ranking_cases` with `after`) are films that they liked later than their last choice.
+Each choice is a film that the person did like next, among films that the person had not rated by then; what was rated
+later is drawn like any other, since a model could learn from what is never shown. What is asked about them before and
+after (`ranking_cases` with `after`) are films that they liked later than their last choice.
 """
 
 from __future__ import annotations
@@ -28,22 +29,22 @@ def live_choices(
         per_user: choices of a person at most.
 
     Raises:
-        ValueError: too few films that a person never rated.
+        ValueError: too few films that a person had not rated.
     """
     popularity = {item: count for item, count in data.train_likes().items() if count}
     every = data.rated()
     timed: list[tuple[int, FeedbackEvent]] = []
     last: dict[int, int] = {}
     for user, in_test in sorted(data.rated("test").items()):
-        rated = {rating.item for rating in every[user]}
-        open_to = {item: count for item, count in popularity.items() if item not in rated}
-        if len(open_to) < num_shown - 1:
-            raise ValueError(
-                f"user {user}: got {len(open_to)} films that others liked and this one never rated, expected "
-                f"{num_shown - 1} to show beside a choice; use a larger table"
-            )
         known = [(rating, liked_before(every[user], rating.time)) for rating in in_test if rating.stars >= LIKED]
         for rating, liked in [pair for pair in known if len(pair[1]) >= LEAST_SHOWN][:per_user]:
+            rated = {other.item for other in every[user] if other.time <= rating.time}
+            open_to = {item: count for item, count in popularity.items() if item not in rated}
+            if len(open_to) < num_shown - 1:
+                raise ValueError(
+                    f"user {user}: got {len(open_to)} films that others liked and this one had not rated, expected "
+                    f"{num_shown - 1} to show beside a choice; use a larger table"
+                )
             draw = random.Random(f"{seed}:{user}:{rating.item}")
             shown = [rating.item, *weighted_sample(open_to, num_shown - 1, draw)]
             draw.shuffle(shown)
