@@ -108,9 +108,11 @@ class FeedbackEndpoint:
             raise RefusalError(400, "bad_body", "body: got no JSON, expected an event; correct it") from error
         several = isinstance(body, dict) and set(body) == {"events"} and isinstance(body["events"], list)
         rows: list[Any] = body["events"] if several else [body]
-        if not 1 <= len(rows) <= MOST_EVENTS:
+        if not rows:
+            raise RefusalError(400, "bad_body", f"events: got none, expected 1 to {MOST_EVENTS}; send at least one")
+        if len(rows) > MOST_EVENTS:
             message = f"events: got {len(rows)}, expected 1 to {MOST_EVENTS}; send them in several requests"
-            raise RefusalError(400 if not rows else 413, "too_large", message)
+            raise RefusalError(413, "too_large", message)
         events = []
         for number, row in enumerate(rows):
             try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -41,15 +42,19 @@ class FeedbackFile:
         """Log the lines that have come since the last call.
 
         Raises:
-            ValueError: the file has become shorter, is another one, or is gone: lines of it may have been missed.
+            ValueError: the file has become shorter, is another one, or is gone: lines of it may have been missed. Or
+                it is no regular file, such as a pipe, which cannot be read again.
         """
         try:
-            file = open(self.path, "rb")  # noqa: SIM115 - closed below
+            # A pipe without a writer would keep `open` waiting.
+            file = open(os.open(self.path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")  # noqa: SIM115
         except FileNotFoundError:
             if self._last is not None:
                 raise self._no_longer("no file") from None
             return Taken(0, 0, ())
         with file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise ValueError(f"{self.path}: got no regular file, expected one that grows; name another")
             self._require_same(file)
             lines = list(takewhile(lambda line: line.endswith(b"\n"), file))
             found = os.fstat(file.fileno())

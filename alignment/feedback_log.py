@@ -102,6 +102,8 @@ class FeedbackLog:
             self._end = _end_of_lines(self._file)
             with _held(self._readers, fcntl.LOCK_EX):
                 os.ftruncate(self._file, self._end)
+            # What a killed writer left may not be on the disk yet, and is "known" from now on.
+            os.fsync(self._file)
             opened.pop_all()
 
     def __len__(self) -> int:

@@ -31,8 +31,7 @@ def ranked_films(job: common.Job[RecommenderRunConfig], model: checks.Trainee) -
     config, films = job.config, job.config.films
     data = film_table(films)
     checks.check_answering(job)
-    if films.early:
-        refuse_late_data(config.model.path)
+    refuse_late_data(config.model.path, films)
     base = None if config.base is None else resolve_model(config.base, None)
     after = live_choices(data, per_user=films.choices_per_person)[1] if films.early else None
     return RankedFilms(job, ranking_of(config, data, model, base=base, after=after), base=base)

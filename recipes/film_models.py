@@ -9,7 +9,7 @@ from typing import Any
 
 from actors.build import dpo_actors, preference_role
 from actors.handles import PreferenceHandle
-from alignment.config import LiveRunConfig, RecommenderRunConfig
+from alignment.config import FilmsConfig, LiveRunConfig, RecommenderRunConfig
 from alignment.config.recommender import LATE_ASSETS
 from alignment.config_io import read_yaml
 from alignment.data.chat import load_tokenizer
@@ -20,6 +20,9 @@ from alignment.loops.run import Run
 from alignment.model_checks import check_model
 from recipes import checks, common
 from recipes.film_ranking import FilmRanking, Scores, make_ranking, methods_table
+
+RUN_FILES = ("config.yaml", "inputs.json")
+"""What tells the directory of a run from others."""
 
 Job = common.Job[Any]
 """Of a `RecommenderRunConfig` or a `LiveRunConfig`."""
@@ -48,7 +51,7 @@ def ranking_of(
             data,
             tokenizer,
             model=config.model,
-            quantization=config.training.adapter.quantization,
+            adapter=config.training.adapter,
             after=after,
             beta=config.dpo.beta,
             seed=config.run.seed,
@@ -132,23 +135,35 @@ class RankedFilms:
         return {"films": self._films}
 
 
-def refuse_late_data(path: str) -> None:
+def refuse_late_data(path: str, films: FilmsConfig) -> None:
     """Refuse a model that was trained on what people are asked about: by its run's config, and those of the runs whose
-    models that one began with.
+    models that one began with. Of a table of one's own nobody knows which of its tests the packaged assets tell.
 
     Raises:
         ValueError: naming the run.
     """
+    refused: Mapping[str, str]
+    if films.folder is not None:
+        refused = dict.fromkeys([*LATE_ASSETS, *LATE_ASSETS.values()], "files of films.folder's table")
+    else:
+        refused = LATE_ASSETS if films.early else {}
     seen: set[Path] = set()
-    model = Path(path)
-    while model.name == "final" and (file := model.parent / "config.yaml").is_file() and file not in seen:
-        seen.add(file)
-        config = read_yaml(file)
+    model = path
+    while (run := _run_of(model)) and run not in seen:
+        seen.add(run)
+        config = read_yaml(run / "config.yaml")
         data = config.get("data") or {}
         sources = [*(data.get("sources") or []), data.get("source") or {}]
-        for late in sorted({source.get("asset") for source in sources} & set(LATE_ASSETS)):
+        for late in sorted({source.get("asset") for source in sources} & set(refused)):
             raise ValueError(
-                f"model.path: got {path}, trained on {late} by the run in {model.parent}, expected a model that knows "
-                f"nothing of the films that people are asked about; name one whose runs read {LATE_ASSETS[late]}"
+                f"model.path: got {path}, trained on {late} by the run in {run}, expected a model that knows nothing "
+                f"of the films that people are asked about; name one whose runs read {refused[late]}"
             )
-        model = Path((config.get("model") or {}).get("path") or "")
+        model = (config.get("model") or {}).get("path") or ""
+
+
+def _run_of(model: str) -> Path | None:
+    """The directory of the run that a model lies in, as `final` or in a checkpoint; links are followed."""
+    folder = Path(model).expanduser().resolve()
+    of_runs = (parent for parent in folder.parents if all((parent / name).is_file() for name in RUN_FILES))
+    return next(of_runs, None)

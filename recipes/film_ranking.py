@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from alignment.candidates import encode_candidates, implicit_rewards
-from alignment.config import FilmsConfig, ModelConfig
+from alignment.config import AdapterConfig, FilmsConfig, ModelConfig
 from alignment.data.cache import cache_dir
 from alignment.data.chat import question
 from alignment.data.movielens import LIKED, SHOWN, MovieLens, movielens, read_movielens
@@ -225,7 +225,7 @@ def make_ranking(
     tokenizer: PreTrainedTokenizerBase,
     *,
     model: ModelConfig,
-    quantization: str,
+    adapter: AdapterConfig,
     after: Mapping[int, int] | None,
     beta: float,
     seed: int,
@@ -259,7 +259,8 @@ def make_ranking(
         beta=beta,
         row_tokens=config.row_tokens,
         seed=seed,
-        made_of={**made_of, "quantization": quantization},
+        # Whether a prompt is laid out once goes by the adapter, in front of whose kinds no row is shared.
+        made_of={**made_of, "quantization": adapter.quantization, "adapter": adapter.type},
     )
 
 

@@ -14,7 +14,7 @@ from alignment.config import LiveRunConfig
 from alignment.config_io import dump_config
 from alignment.data.feedback_pairs import FeedbackPairs
 from alignment.data.model_assets import resolve_model
-from alignment.data.movielens import SHOWN, prompt_of
+from alignment.data.movielens import prompt_of
 from alignment.data.movielens_live import live_choices
 from alignment.feedback_log import FeedbackConsumer, FeedbackEvent
 from alignment.fingerprint import model_fingerprint
@@ -145,7 +145,7 @@ def check(job: Job) -> Start:
         refuse_unshared(config.model.at(model.path, config.model.revision), config.training.adapter)
     checks.check_answering(job)
     check_sources(config.live, job.output_dir)
-    refuse_late_data(config.model.path)
+    refuse_late_data(config.model.path, config.films)
     base_path = resolve_model(config.base, None)
     data = film_table(config.films)
     events, last = live_choices(data, per_user=config.films.choices_per_person)
@@ -160,18 +160,20 @@ def check(job: Job) -> Start:
         model.tokenizer,
         title=data.title,
         liked=data.shown_titles,
-        prompt=lambda titles: prompt_of(titles[-SHOWN:]),
+        prompt=prompt_of,
         system_prompt=config.data.system_prompt,
         eos_ids=model.eos_ids,
     )
-    most = config.training.pairs_per_choice
+    live_pairs = LivePairs(pairs, most=config.training.pairs_per_choice, max_tokens=config.data.max_tokens)
+    for event in events if config.live.replay else ():
+        live_pairs.check(event)
     return Start(
         job=job,
         model=model,
         base_path=base_path,
         ranking=ranking,
         replayed=events if config.live.replay else [],
-        pairs=LivePairs(pairs, most=most, max_tokens=config.data.max_tokens),
+        pairs=live_pairs,
     )
 
 

@@ -35,7 +35,7 @@ def check_sources(config: FeedbackConfig, output_dir: Path) -> None:
     if config.file is None:
         return
     path = Path(config.file).expanduser()
-    if path.is_dir() or not path.parent.is_dir():
+    if (path.exists() and not path.is_file()) or not path.parent.is_dir():
         raise ValueError(f"live.file: got {path}, expected a file in a folder that is there; correct the path")
     if path.resolve() == (output_dir / LOG_NAME).resolve():
         raise ValueError(f"live.file: got {path}, the run's own log, expected a file of an application; name another")

@@ -64,6 +64,16 @@ class RecommenderRunConfig(DpoRunConfig):
     """What is ranked."""
 
     @model_validator(mode="after")
+    def _pairs_are_of_the_table(self) -> RecommenderRunConfig:
+        packaged = [task.asset for task in self.data.sources if task.asset in {*LATE_ASSETS, *LATE_ASSETS.values()}]
+        if self.films.folder is not None and packaged:
+            raise ValueError(
+                f"data.sources: got asset {packaged[0]} with films.folder, expected pairs of that folder's table: "
+                "those of the packaged one may tell of its tests; name a file, or remove films.folder"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _pairs_tell_nothing_of_the_tests(self) -> RecommenderRunConfig:
         late = [task.asset for task in self.data.sources if task.asset in LATE_ASSETS]
         if self.films.early and late:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
 
@@ -52,6 +52,8 @@ class MovieLens:
     """What a film is called, by its number: "The Matrix". No two films have one name, and none is a number."""
     train: tuple[Rating, ...]
     test: tuple[Rating, ...]
+    full_titles: Mapping[str, str] = field(default_factory=dict)
+    """From a title with its year to the one that is used here."""
 
     def rated(self, *parts: str) -> dict[int, list[Rating]]:
         """Of each person the ratings of both parts, or of the one named, oldest first."""
@@ -64,13 +66,13 @@ class MovieLens:
     def without_test(self, num_test: int = NUM_TEST) -> MovieLens:
         """The training part as a table of its own, whose last `num_test` ratings are its test part: for what learns
         from people while they choose, and must not see the ratings that final numbers come from."""
-        return MovieLens(self.titles, self.train[:-num_test], self.train[-num_test:])
+        return MovieLens(self.titles, self.train[:-num_test], self.train[-num_test:], self.full_titles)
 
     def title(self, name: str) -> str | None:
-        """Of a film by its number or its title; None for neither."""
+        """Of a film by its number or its title, with or without the year; None for neither."""
         if name.isascii() and name.isdigit() and len(name) < 10 and int(name) in self.titles:
             return self.titles[int(name)]
-        return name if name in self._names else None
+        return name if name in self._names else self.full_titles.get(name)
 
     def shown_titles(self, user: str) -> list[str] | None:
         """The titles that a prompt shows of somebody, from the training part; None for an unknown person."""
@@ -112,10 +114,14 @@ def read_movielens(ratings_file: Path, items_file: Path, *, num_test: int = NUM_
     """
     named, unnamed = {}, set()
     for where, (number, title, year, _) in _table(items_file, ("item_id", "movie_title", "release_year", "class")):
+        item = _whole(number, where)
+        if item in named or item in unnamed or not title.strip():
+            got = f"item {item} again" if title.strip() else "no title"
+            raise ValueError(f"{where}: got {got}, expected each item once, with its title; correct the line")
         if title == UNNAMED:
-            unnamed.add(_whole(number, where))
+            unnamed.add(item)
         else:
-            named[_whole(number, where)] = full_title(title, year)
+            named[item] = full_title(title, year)
     first: dict[str, int] = {}
     same = {item: first.setdefault(name, item) for item, name in sorted(named.items())}
     rows = []
@@ -126,6 +132,8 @@ def read_movielens(ratings_file: Path, items_file: Path, *, num_test: int = NUM_
                 f"{where}: got item {item}, which {items_file.name} does not name, expected one of its films; add it "
                 "there, or remove the line"
             )
+        if not 1 <= stars <= 5:
+            raise ValueError(f"{where}: got {stars} stars, expected 1 to 5; correct the line")
         rows.append(Rating(user, item, stars, time))
     if len(rows) <= num_test:
         raise ValueError(f"{ratings_file}: got {len(rows)} ratings, expected more than {num_test}; use the whole file")
@@ -137,8 +145,9 @@ def read_movielens(ratings_file: Path, items_file: Path, *, num_test: int = NUM_
         if film is not None and (row.user, film) not in seen:
             seen.add((row.user, film))
             parts[place >= len(rows) - num_test].append(Rating(row.user, film, row.stars, row.time))
-    titles = dict(zip(first.values(), short_titles(list(first)), strict=True))
-    return MovieLens(titles, tuple(parts[0]), tuple(parts[1]))
+    short = dict(zip(first, short_titles(list(first)), strict=True))
+    titles = {item: short[full] for full, item in first.items()}
+    return MovieLens(titles, tuple(parts[0]), tuple(parts[1]), short)
 
 
 def full_title(title: str, year: str) -> str:
@@ -155,13 +164,13 @@ def short_titles(titles: Sequence[str]) -> list[str]:
     """Full titles, no two of them the same, without the year: with it they have more than twice the tokens. It stays
     where two films share what is before it, and where that is a number, as the numbers of films are."""
     names = [title[: title.rindex(" (")] for title in titles]
-    count = Counter(names)
+    count = Counter([*names, *titles])
     return [title if count[name] > 1 or name.isdigit() else name for title, name in zip(titles, names, strict=True)]
 
 
 def prompt_of(titles: Sequence[str]) -> str:
-    """The question that a list of liked films asks, oldest first."""
-    return f"I liked these films: {'; '.join(titles)}. Which film should I watch next?"
+    """The question of somebody who liked these films, oldest first: it shows the most recent ones."""
+    return f"I liked these films: {'; '.join(titles[-SHOWN:])}. Which film should I watch next?"
 
 
 def liked_before(ratings: Iterable[Rating], time: int) -> list[int]:

@@ -10,7 +10,7 @@ import random
 from collections.abc import Iterator
 
 from alignment.data.files import Row
-from alignment.data.movielens import LEAST_SHOWN, LIKED, SHOWN, MovieLens, movielens, prompt_of
+from alignment.data.movielens import LEAST_SHOWN, LIKED, MovieLens, movielens, prompt_of
 from alignment.data.split import digest
 
 SEED = 0
@@ -41,7 +41,7 @@ def history_rows_of(data: MovieLens, *, seed: int) -> Iterator[Row]:
         titles = [data.titles[item] for *_, item in likes]
         for start in range(LEAST_SHOWN, len(titles), LISTED):
             values = {
-                "prompt": prompt_of(titles[max(0, start - SHOWN) : start]),
+                "prompt": prompt_of(titles[:start]),
                 "response": "; ".join(titles[start : start + LISTED]),
                 "group": str(user),
                 "user": user,

@@ -11,7 +11,7 @@ import random
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from alignment.data.movielens import LEAST_SHOWN, LIKED, SHOWN, MovieLens, liked_before, prompt_of
+from alignment.data.movielens import LEAST_SHOWN, LIKED, MovieLens, liked_before, prompt_of
 
 NUM_NEGATIVES = 99
 PROTOCOLS = ("uniform", "popular")
@@ -39,7 +39,7 @@ class RankingCase:
 
     def prompt(self, data: MovieLens) -> str:
         """As in training: the most recent liked titles."""
-        return prompt_of([data.titles[item] for item in self.liked[-SHOWN:]])
+        return prompt_of([data.titles[item] for item in self.liked])
 
 
 def ranking_cases(
@@ -77,13 +77,14 @@ def ranking_cases(
             uniform = _without(films, rated)
             if len(uniform) < num_negatives:
                 raise ValueError(
-                    f"user {user}: got {len(uniform)} films never rated, expected {num_negatives}; lower num_negatives"
+                    f"user {user}: got {len(uniform)} films never rated, expected {num_negatives}; lower "
+                    "films.num_negatives"
                 )
             weights = {film: popularity[film] for film in uniform if popularity[film]}
             if len(weights) < num_negatives:
                 raise ValueError(
                     f"user {user}: got {len(weights)} films that others liked and this one never rated, expected "
-                    f"{num_negatives}; lower num_negatives"
+                    f"{num_negatives}; lower films.num_negatives"
                 )
             case = RankingCase(
                 user=user,

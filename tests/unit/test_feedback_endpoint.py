@@ -108,7 +108,7 @@ def test_many_at_once_have_one_order(endpoint, log):
         (b"[" * 5000, 400, "body: got no JSON"),
         (b"\xff\xfe", 400, "body: got no JSON"),
         ([], 400, "event: got a JSON list"),
-        ({"events": []}, 400, "events: got 0"),
+        ({"events": []}, 400, "events: got none"),
         ({"events": [choice(i) for i in range(1001)]}, 413, "events: got 1001"),
         (choice(0, chosen="C"), 400, "chosen: got an item that is not in shown"),
         (choice(0, shown=["B", "Z"]), 400, "shown: got an item that is not known"),

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -154,6 +155,20 @@ def test_a_writer_that_is_killed_loses_nothing_that_it_accepted(path):
     assert len(ids) in (told[-1] + 1, told[-1] + 2)
     assert log.append([event(0, shown=["A", "B", "C" * 400]), event(len(ids))]) == 1
     assert logged(path) == [*ids, f"e{len(ids)}"]
+
+
+def test_what_is_known_or_learnt_is_on_the_disk(path, monkeypatch):
+    """A kill may come between writing a line and fsync: whoever reads it next sees to it that it stays."""
+    synced: list[int] = []
+    fsync = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda file: (synced.append(os.fstat(file).st_ino), fsync(file))[1])
+    path.write_text(json.dumps({"sequence": 0, **asdict(event(0))}) + "\n")
+    log = FeedbackLog(path)
+    assert path.stat().st_ino in synced
+    synced.clear()
+    assert log.append([event(0)]) == 0
+    assert FeedbackConsumer(path, batch_size=1).take(0, after=None)[0].event == event(0)
+    assert path.stat().st_ino in synced
 
 
 def test_one_writes_and_one_takes(path):
@@ -351,6 +366,14 @@ def test_a_file_that_another_one_took_the_place_of_is_refused(path, tmp_path, ch
         ValueError, match=f"clicks.jsonl: got {got} where .* were read, expected a file that only grows"
     ):
         clicks.take()
+
+
+def test_what_is_no_regular_file_is_refused(path, tmp_path):
+    """A pipe cannot be read again after a kill, and opening one would wait for a writer."""
+    os.mkfifo(tmp_path / "pipe")
+    for source in (tmp_path / "pipe", Path("/dev/null")):
+        with pytest.raises(ValueError, match=f"{source}: got no regular file, expected one that grows"):
+            FeedbackFile(source, FeedbackLog(path.with_name(source.name + ".log")), check=no_z).take()
 
 
 def test_a_file_is_followed_to_its_end(path, tmp_path):

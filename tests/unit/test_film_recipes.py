@@ -15,14 +15,23 @@ from actors.build import dpo_actors, preference_role
 from actors.launch import local_groups
 from alignment import models
 from alignment.candidates import candidate_logps
-from alignment.config import ClusterConfig, DpoRunConfig, FilmsConfig, LiveRunConfig, ModelConfig, RecommenderRunConfig
+from alignment.config import (
+    AdapterConfig,
+    ClusterConfig,
+    DpoRunConfig,
+    FilmsConfig,
+    LiveRunConfig,
+    ModelConfig,
+    RecommenderRunConfig,
+)
 from alignment.config.recommender import FeedbackConfig
 from alignment.config_io import dump_config, load_config
 from alignment.data.chat import eos_ids_of_model, load_tokenizer
 from alignment.data.feedback_pairs import FeedbackPairs
-from alignment.data.movielens import NUM_TEST, prompt_of
+from alignment.data.movielens import LIKED, NUM_TEST, prompt_of
 from alignment.data.movielens_live import live_choices
 from alignment.feedback_log import FeedbackConsumer, FeedbackLog, FeedbackReader
+from alignment.ranking_baselines import ItemNeighbours
 from alignment.ranking_metrics import hit_rate_at_k
 from alignment.types import PreferencePair
 from recipes.checks import Trainee
@@ -46,7 +55,7 @@ def ranking(folder, tiny):
         film_table(config),
         tokenizer,
         model=ModelConfig(path=path),
-        quantization="none",
+        adapter=AdapterConfig(),
         after=None,
         beta=0.2,
         seed=1,
@@ -100,7 +109,10 @@ def test_scores_come_in_the_order_of_people_and_once(ranking, tmp_path, monkeypa
     assert asked == [(3, 700)]
     ranking.kept_scores(ask, told.append, what="before", model="another")
     replace(ranking, row_tokens=100).kept_scores(ask, told.append, what="before", model="m")
-    assert asked == [(3, 700), (3, 700), (3, 100)]
+    replace(ranking, made_of={**ranking.made_of, "dtype": "bfloat16"}).kept_scores(
+        ask, told.append, what="before", model="m"
+    )
+    assert asked == [(3, 700), (3, 700), (3, 100), (3, 700)]
 
 
 def test_implicit_rewards_of_the_reference_are_all_ties(ranking):
@@ -124,6 +136,23 @@ def test_implicit_rewards_of_the_reference_are_all_ties(ranking):
     table = torch.tensor(own, dtype=torch.float64)
     expected = float(hit_rate_at_k(table[:, 0], table[:, 1:], k=10).mean())
     assert films["methods"]["popularity"]["popular/hit_rate"] == pytest.approx(expected)
+
+
+def test_baselines_know_the_training_part_alone(folder, ranking):
+    """Each by numbers of its own; with the likes of the test part they are others."""
+    data = table_of(folder / "tables")
+    likes = [[(r.user, r.item) for r in part if r.stars >= LIKED] for part in (data.train, data.train + data.test)]
+    train, both = map(ItemNeighbours, likes)
+    everybody = replace(ranking, cases=asked_cases(films_config(folder), data, None))
+
+    def by(known: ItemNeighbours, most: int) -> list[list[float]]:
+        return [list(known.scores(case.liked[-most:], case.films)) for case in everybody.cases]
+
+    for name, most in (("item neighbours of all that was liked", 99), ("item neighbours of those in the prompt", 5)):
+        expected = everybody.metrics(by(train, most))
+        assert all(torch.equal(everybody.baselines[name][metric], own) for metric, own in expected.items())
+    assert by(train, 99) != by(both, 99)
+    assert by(train, 99) != by(train, 5)
 
 
 def test_the_lead_is_told_with_whom_it_is_over(ranking):
@@ -151,6 +180,11 @@ def test_the_lead_is_told_with_whom_it_is_over(ranking):
             RecommenderRunConfig,
             {"films": {"early": True}, "data": {"sources": [{"asset": "movielens-pairs"}]}},
             "data.sources: got asset movielens-pairs with films.early, expected movielens-early-pairs",
+        ),
+        (
+            RecommenderRunConfig,
+            {"films": {"folder": "own"}, "data": {"sources": [{"asset": "movielens-early-pairs"}]}},
+            "data.sources: got asset movielens-early-pairs with films.folder, expected pairs of that folder's table",
         ),
         (
             RecommenderRunConfig,
@@ -187,7 +221,7 @@ def test_who_is_asked(folder):
         ({"folder": "/nowhere"}, "films.folder: got /nowhere without ml-100k.inter"),
         ({"num_test": 1, "after": {}}, "films.num_test: got 1, whose ratings have nobody"),
         ({"num_test": 300, "early": True}, "films.num_test: got 300 with films.early and 40 ratings"),
-        ({"num_negatives": 50}, "lower num_negatives"),
+        ({"num_negatives": 50}, "lower films.num_negatives"),
     ],
 )
 def test_questions_that_cannot_be_asked_are_refused(folder, changes, fault):
@@ -205,6 +239,7 @@ def test_a_model_that_was_trained_on_the_answers_is_refused(tmp_path):
         folder.mkdir(parents=True)
         config = DpoRunConfig.model_validate({"model": {"path": model}, "data": {"sources": [source]}})
         (folder.parent / "config.yaml").write_text(dump_config(config))
+        (folder.parent / "inputs.json").write_text("{}")
         return str(folder)
 
     early = run_of("early", "asset:smollm2-135m-instruct", asset="movielens-early-pairs")
@@ -216,30 +251,60 @@ def test_a_model_that_was_trained_on_the_answers_is_refused(tmp_path):
         str(tmp_path / "final"),
         run_of("itself", str(tmp_path / "itself" / "final"), path="x"),
     ):
-        refuse_late_data(path)
+        refuse_late_data(path, FilmsConfig(early=True))
     told = run_of("told", "asset:smollm2-135m-instruct", asset="movielens-histories")
     from_told = run_of("from_told", told, asset="movielens-early-pairs")
+    checkpoint = tmp_path / "late" / "checkpoints" / "step_000010" / "policy"
+    checkpoint.mkdir(parents=True)
+    (tmp_path / "link").symlink_to(late)
     for path, by, asset in (
         (late, "late", "pairs"),
+        (str(checkpoint), "late", "pairs"),
+        (str(tmp_path / "link"), "late", "pairs"),
         (later, "late", "pairs"),
         (told, "told", "histories"),
         (from_told, "told", "histories"),
     ):
         said = f"model.path: got {path}, trained on movielens-{asset} by .*{tmp_path}/{by},.* movielens-early-{asset}"
         with pytest.raises(ValueError, match=said):
-            refuse_late_data(path)
+            refuse_late_data(path, FilmsConfig(early=True))
+        refuse_late_data(path, FilmsConfig())
+    with pytest.raises(ValueError, match=r"trained on movielens-early-pairs .* expected .* files of films\.folder's"):
+        refuse_late_data(early, FilmsConfig(folder="own", num_test=9))
+
+
+def start_of(ranking, replayed=(), **sections) -> Start:
+    config = LiveRunConfig.model_validate(sections)
+    trainee = Trainee(path="org/name", tokenizer=None, eos_ids=frozenset(), num_parameters=1)
+    return Start(
+        job=SimpleNamespace(config=config),
+        model=trainee,
+        base_path="b",
+        ranking=ranking,
+        replayed=replayed,
+        pairs=None,
+    )
 
 
 def test_another_revision_is_another_model(ranking):
-    def model_of(revision: str | None) -> str:
-        config = LiveRunConfig.model_validate({"model": {"path": "org/name", "revision": revision}})
-        trainee = Trainee(path="org/name", tokenizer=None, eos_ids=frozenset(), num_parameters=1)
-        start = Start(
-            job=SimpleNamespace(config=config), model=trainee, base_path="b", ranking=ranking, replayed=(), pairs=None
-        )
-        return start.inputs["model"]
+    first, other = (start_of(ranking, model={"path": "org/name", "revision": revision}) for revision in "ab")
+    assert first.inputs["model"] != other.inputs["model"]
 
-    assert model_of("a") != model_of("b")
+
+@pytest.mark.parametrize(
+    ("live", "num_steps", "steps"),
+    [
+        ({"replay": True}, 1000, 6),
+        ({"replay": True}, 3, 3),
+        ({"replay": True, "port": 0}, 1000, 1000),
+        ({"replay": True, "file": "choices.jsonl"}, 1000, 1000),
+    ],
+)
+def test_a_run_ends_where_nothing_more_can_come(ranking, choices, live, num_steps, steps):
+    """Of 19 choices, three a step, one waits for others that nobody makes."""
+    assert len(choices) == 19
+    start = start_of(ranking, choices, live=live, run={"num_steps": num_steps}, training={"choices_per_step": 3})
+    assert start.num_steps == steps
 
 
 @pytest.fixture(scope="module")

@@ -45,10 +45,15 @@ def test_titles_as_people_write_them(title, year, full):
     assert full_title(title, year) == full
 
 
+def test_a_prompt_shows_the_most_recent_ones():
+    assert prompt_of(list("abcdefg")) == "I liked these films: c; d; e; f; g. Which film should I watch next?"
+
+
 def test_a_title_has_its_year_where_it_needs_one():
     """Sabrina is two films, and 187 would be taken for the film of that number."""
     full = ["Toy Story (1995)", "Sabrina (1995)", "Sabrina (1954)", "187 (1997)", "8 1/2 (1963)", "M (1931)"]
     assert short_titles(full) == ["Toy Story", *full[1:4], "8 1/2", "M"]
+    assert short_titles(["Foo (A)", "Foo (A) (1990)"]) == ["Foo", "Foo (A) (1990)"]
 
 
 def write(folder, ratings, films):
@@ -93,6 +98,13 @@ def test_a_table_in_another_encoding_is_refused(tmp_path):
     [
         ([(1, "x", 5, 30)], FILMS, "inter:2: got 'x', expected a whole number"),
         ([(1, 2, 5)], FILMS, "inter:2: got 3 cells, expected 4"),
+        ([(1, 2, 6, 30)], FILMS, "inter:2: got 6 stars, expected 1 to 5"),
+        (
+            [(1, 2, 5, 30)],
+            [*FILMS, (2, "Film 9", 1999, "Drama")],
+            "item:10: got item 2 again, expected each item once",
+        ),
+        ([(1, 2, 5, 30)], [(1, " ", 1999, "Drama")], "item:2: got no title, expected each item once, with its title"),
         ([(1, 2, 5, 30)], [(1, "Film")], "item:2: got 2 cells, expected 4"),
         ([(1, 2, 5, 30)], FILMS, "got 1 ratings, expected more than 1"),
         ([(1, 2, 5, 30), (1, 77, 5, 31)], FILMS, "inter:3: got item 77, which item does not name, expected one of"),
@@ -172,6 +184,8 @@ def test_histories_tell_every_like_of_the_training_part_once(early):
         shown = row["prompt"].removeprefix("I liked these films: ").removesuffix(". Which film should I watch next?")
         assert max(times[row["user"], title] for title in shown.split("; ")) <= listed[0]
         assert 3 <= len(shown.split("; ")) <= 5
+        times_shown = [times[row["user"], title] for title in shown.split("; ")]
+        assert times_shown == sorted(times_shown)
 
 
 def test_prompts_show_what_was_liked_before(rows):
@@ -227,7 +241,7 @@ def test_too_few_films_are_refused_by_what_asks_for_them(tmp_path):
         ValueError, match=r"user 1: got 0 films that others liked .*, expected 2 to show .*larger table"
     ):
         live_choices(data, num_shown=3)
-    with pytest.raises(ValueError, match=r"user 1: got 0 films that others liked .*, expected 2; lower num_negatives"):
+    with pytest.raises(ValueError, match=r"user 1: got 0 films that others liked .*, expected 2; lower films"):
         ranking_cases(data, num_negatives=2)
 
 
@@ -254,6 +268,10 @@ def test_choices_of_live_people():
         shown_early += len(shown & {r.item for r in own if r.time > time})
         assert event.liked == tuple(str(item) for item in liked_before(own, time)[-5:])
         assert time <= last[int(event.user)]
+    # Drawn by popularity: with films drawn from all, a choice could be told by how well known it is.
+    popularity = data.train_likes()
+    shown = [popularity[int(item)] for event in events for item in event.shown if item != event.chosen]
+    assert sum(shown) / len(shown) > 3 * sum(popularity.values()) / len(popularity)
     # A film of later is passed over like any other. Were it never shown, its absence would tell what is asked for.
     assert shown_early > 100
     assert {case.user for case in cases} <= last.keys()
@@ -266,7 +284,9 @@ def test_choices_of_live_people():
 
 def test_films_by_number_and_by_title():
     data = movielens()
-    assert data.title("50") == data.title("Star Wars") == "Star Wars"
-    assert [data.title(name) for name in ("0", "99999999999", "Star Wars (1977)", "²", "")] == [None] * 5
+    for known in (data, data.without_test()):
+        assert known.title("50") == known.title("Star Wars") == known.title("Star Wars (1977)") == "Star Wars"
+        assert known.title("Sabrina (1954)") == "Sabrina (1954)"
+    assert [data.title(name) for name in ("0", "99999999999", "Star Wars (1978)", "Sabrina", "²", "")] == [None] * 6
     assert len(data.shown_titles("1")) == 5
     assert data.shown_titles("nobody") is None

@@ -157,3 +157,11 @@ def test_pairs_of_a_choice(model):
 def test_choices_that_make_no_pair_are_refused(model, changes, fault):
     with pytest.raises(ValueError, match=fault):
         make_pairs(model).check(event(0, **changes))
+
+
+def test_two_items_of_one_title_are_refused(model):
+    """By its number and by its title a film is one: its pair would have the same text twice."""
+    pairs = make_pairs(model)
+    pairs.title = lambda item: f"Film {item.removeprefix('Film ')}"
+    with pytest.raises(ValueError, match="shown: got two items of the same title, expected different ones"):
+        pairs.check(event(0, shown=["5", "6", "Film 5"], chosen="6"))
