@@ -98,7 +98,7 @@ class FeedbackDataConfig(Config):
 
     system_prompt: str | None = None
     """As in the run that trained the model."""
-    max_tokens: Positive = 160
+    max_tokens: Positive = 128
     """A choice with a prompt and title beyond that is refused."""
 
 
