@@ -21,8 +21,6 @@ from alignment.distributed import balanced_parts
 from alignment.types import Experience
 
 PROCESS_ENVIRONMENT = {
-    # Ray runs actor methods off the main thread, whose own arena would give every freed block back to the kernel.
-    "MALLOC_ARENA_MAX": "1",
     "TOKENIZERS_PARALLELISM": "false",
 }
 
