@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from alignment.aggregation import Aggregation, Metrics, aggregate, check_shapes
-from alignment.feedback_losses import bco_loss, kto_loss
+from alignment.label_losses import bco_loss, kto_loss
 from alignment.masked import zero_masked
 from alignment.preference_losses import cpo_loss, dpo_loss, orpo_loss, simpo_loss
 

@@ -17,13 +17,13 @@ from alignment.config import AdapterConfig, FilmsConfig, ModelConfig
 from alignment.data.cache import cache_dir
 from alignment.data.chat import question
 from alignment.data.movielens import LIKED, SHOWN, MovieLens, movielens, read_movielens
-from alignment.data.ranking_cases import RankingCase, ranking_cases
+from alignment.data.recommendation_cases import RecommendationCase, recommendation_cases
 from alignment.data.split import digest
 from alignment.fingerprint import records_fingerprint
 from alignment.interfaces import Pending
-from alignment.ranking_baselines import ItemNeighbours
-from alignment.ranking_metrics import chance
-from alignment.ranking_report import CaseScores, case_metrics, gains, means, scores_by
+from alignment.recommendation_baselines import ItemNeighbours
+from alignment.recommendation_metrics import chance
+from alignment.recommendation_report import CaseScores, case_metrics, gains, means, scores_by
 from alignment.reference_cache import cached_numbers
 from alignment.shared_prompts import Group
 
@@ -82,13 +82,13 @@ def film_table(config: FilmsConfig) -> MovieLens:
     return data.without_test(config.num_test) if config.early else data
 
 
-def asked_cases(config: FilmsConfig, data: MovieLens, after: Mapping[int, int] | None) -> list[RankingCase]:
-    """Of whom is asked, in the order of persons. `after`: as for `ranking_cases`.
+def asked_cases(config: FilmsConfig, data: MovieLens, after: Mapping[int, int] | None) -> list[RecommendationCase]:
+    """Of whom is asked, in the order of persons. `after`: as for `recommendation_cases`.
 
     Raises:
         ValueError: more people than there are, or nobody.
     """
-    cases = ranking_cases(data, num_negatives=config.num_negatives, after=after)
+    cases = recommendation_cases(data, num_negatives=config.num_negatives, after=after)
     if not cases:
         raise ValueError(
             f"films.num_test: got {config.num_test}, whose ratings have nobody to ask about, expected likes behind "
@@ -108,7 +108,7 @@ class FilmRanking:
     """The questions, encoded, and what is made of the answers."""
 
     data: MovieLens
-    cases: Sequence[RankingCase]
+    cases: Sequence[RecommendationCase]
     asked: Sequence[Asked]
     beta: float
     row_tokens: int

@@ -9,7 +9,7 @@ from typing import Any
 from alignment.config import AdapterConfig, KtoRunConfig, ModelConfig
 from alignment.config.model import VIRTUAL_TOKEN_TYPES
 from alignment.data.tasks import Tasks
-from alignment.feedback_losses import balanced_weights, imbalance
+from alignment.label_losses import balanced_weights, imbalance
 from alignment.shared_prompts import MASKED_ATTENTION, sees_all
 from recipes import checks, common
 from recipes.rule_evaluation import RuleEvaluation

@@ -15,8 +15,8 @@ from alignment.config import AdapterConfig, RankedRunConfig, RankRunConfig, Rewa
 from alignment.config_io import dump_config
 from alignment.data.chat import load_tokenizer
 from alignment.data.prompts import PromptSet, load_prompts
-from alignment.feedback_losses import imbalance
 from alignment.fingerprint import model_fingerprint, records_fingerprint
+from alignment.label_losses import imbalance
 from alignment.loops.ranking import AnsweredBatch, AnswerLog, answer_prompts, num_batches
 from alignment.loops.run import Run
 from alignment.model_card import write_data_card

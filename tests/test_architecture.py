@@ -38,13 +38,16 @@ LAYERS = {
     **dict.fromkeys(["alignment.interfaces", "alignment.config_io", "alignment.logprobs", "alignment.kl"], 1),
     "alignment.rollout_correction": 1,
     **dict.fromkeys(["alignment.advantages", "alignment.losses", "alignment.batching", "alignment.adapters"], 1),
-    **dict.fromkeys(["alignment.aggregation", "alignment.preference_losses", "alignment.feedback_losses"], 1),
+    **dict.fromkeys(["alignment.aggregation", "alignment.preference_losses", "alignment.label_losses"], 1),
     **dict.fromkeys(["alignment.sharding", "alignment.preference_objectives"], 1),
     **dict.fromkeys(["alignment.schedules", "alignment.bootstrap", "alignment.scores", "alignment.data"], 1),
     **dict.fromkeys(["alignment.memory", "alignment.fingerprint", "alignment.quantization"], 1),
     **dict.fromkeys(["alignment.model_card", "alignment.reward_objectives", "alignment.calibration"], 1),
     **dict.fromkeys(["alignment.hacking", "alignment.auc", "alignment.reference_cache", "alignment.ranking"], 1),
-    **dict.fromkeys(["alignment.ranking_metrics", "alignment.ranking_baselines", "alignment.ranking_report"], 1),
+    **dict.fromkeys(
+        ["alignment.recommendation_metrics", "alignment.recommendation_baselines", "alignment.recommendation_report"],
+        1,
+    ),
     **dict.fromkeys(["alignment.feedback_log", "alignment.feedback_file"], 1),
     **dict.fromkeys(["alignment.replay", "alignment.labelling"], 1),
     **dict.fromkeys(

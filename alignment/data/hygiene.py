@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import TypeVar
 
-from alignment.feedback_losses import imbalance
 from alignment.judgements import LabelledAnswer
+from alignment.label_losses import imbalance
 from alignment.types import PreferencePair
 
 T = TypeVar("T")

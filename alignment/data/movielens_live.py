@@ -2,7 +2,7 @@
 
 Each choice is a film that the person did like next, among films that the person had not rated by then; what was rated
 later is drawn like any other, since a model could learn from what is never shown. What is asked about them before and
-after (`ranking_cases` with `after`) are films that they liked later than their last choice.
+after (`recommendation_cases` with `after`) are films that they liked later than their last choice.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import random
 from collections.abc import Sequence
 
 from alignment.data.movielens import LEAST_SHOWN, LIKED, SHOWN, MovieLens, liked_before
-from alignment.data.ranking_cases import weighted_sample
+from alignment.data.recommendation_cases import weighted_sample
 from alignment.feedback_log import FeedbackEvent
 
 NUM_SHOWN = 10

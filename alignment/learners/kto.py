@@ -13,8 +13,8 @@ from torch import Tensor
 from alignment.adapters import TrainingMethod
 from alignment.aggregation import Metrics
 from alignment.engines.base import Engine
-from alignment.feedback_losses import RewardShift, bco_loss, kto_loss, mismatched_kl
 from alignment.judgements import LabelledAnswer
+from alignment.label_losses import RewardShift, bco_loss, kto_loss, mismatched_kl
 from alignment.learners.answers import (
     Answer,
     answer_lengths,
@@ -65,7 +65,7 @@ def mismatched(records: Sequence[LabelledAnswer]) -> list[LabelledAnswer]:
     ]
 
 
-class FeedbackLearner(Learner):
+class LabelLearner(Learner):
     """What KTO and BCO share: one optimiser step per batch of labelled answers."""
 
     def __init__(
@@ -135,7 +135,7 @@ class FeedbackLearner(Learner):
         return sequence_logps(*answer_logprobs(self.model, answers, self.device, share_prompts=self.share_prompts))
 
 
-class KtoLearner(FeedbackLearner):
+class KtoLearner(LabelLearner):
     """Kahneman-Tversky optimisation."""
 
     def update(
@@ -176,13 +176,13 @@ class KtoLearner(FeedbackLearner):
         return sum(self.engine.ranks.gather(share))
 
 
-class BcoLearner(FeedbackLearner):
+class BcoLearner(LabelLearner):
     """Binary classifier optimisation. Rewards are shifted by what the steps before this one had."""
 
     def __init__(self, *args: Any, shift_decay: float = 0.9, **kwargs: Any) -> None:
         """
         Args:
-            shift_decay: see `RewardShift`; the others as for `FeedbackLearner`.
+            shift_decay: see `RewardShift`; the others as for `LabelLearner`.
         """
         super().__init__(*args, **kwargs)
         self.shift = RewardShift(decay=shift_decay)

@@ -10,8 +10,8 @@ import torch
 
 from alignment.auc import auc, auc_gain
 from alignment.bootstrap import paired_bootstrap
-from alignment.feedback_losses import bco_loss, kto_loss
 from alignment.judgements import LabelledAnswer
+from alignment.label_losses import bco_loss, kto_loss
 from alignment.learners.dpo import answer_lengths_of, held_out_metrics
 from alignment.learners.kto import FeedbackLoss, mismatched
 from alignment.preference_losses import counted_lengths

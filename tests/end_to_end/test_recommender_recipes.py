@@ -20,9 +20,9 @@ from tiny_films import NUM_TEST, table_of, write_recommender
 
 from alignment import plan
 from alignment.data.movielens_live import live_choices
-from alignment.data.ranking_cases import ranking_cases
+from alignment.data.recommendation_cases import recommendation_cases
 from alignment.feedback_log import FeedbackReader
-from alignment.ranking_report import case_metrics, means
+from alignment.recommendation_report import case_metrics, means
 from recipes import dpo_recommender, dpo_recommender_early, live_recommender
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -88,7 +88,7 @@ def test_films_are_ranked_before_and_after(folder, tmp_path, capsys):
     told, found = capsys.readouterr(), summary(tmp_path / "run")
     rows = json.loads((tmp_path / "run" / "films.json").read_text())
     assert len(rows) == found["films"]["people"] == 9
-    every = ranking_cases(table_of(folder / "tables"), num_negatives=14)
+    every = recommendation_cases(table_of(folder / "tables"), num_negatives=14)
     cases = [case for case in every if case.user in {row["user"] for row in rows}]
     assert [list(case.films) for case in cases] == [row["films"] for row in rows]
     after = means(cases, case_metrics(cases, [row["after"] for row in rows]))

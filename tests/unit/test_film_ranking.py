@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from alignment.bootstrap import paired_bootstrap
-from alignment.data.ranking_cases import RankingCase, weighted_sample
-from alignment.ranking_baselines import ItemNeighbours
-from alignment.ranking_metrics import chance, gain_report, hit_rate_at_k, mean_by_user, ndcg_at_k
-from alignment.ranking_report import case_metrics, gains, means, scores_by
+from alignment.data.recommendation_cases import RecommendationCase, weighted_sample
+from alignment.recommendation_baselines import ItemNeighbours
+from alignment.recommendation_metrics import chance, gain_report, hit_rate_at_k, mean_by_user, ndcg_at_k
+from alignment.recommendation_report import case_metrics, gains, means, scores_by
 
 
 def metrics(positive, negatives, k):
@@ -120,9 +120,9 @@ def test_a_table_without_likes_is_refused():
 
 
 CASES = [
-    RankingCase(user=1, liked=(9,), positive=5, uniform=(6, 7), popular=(7, 8)),
-    RankingCase(user=2, liked=(9,), positive=8, uniform=(6, 5), popular=(4, 3)),
-    RankingCase(user=1, liked=(9, 5), positive=6, uniform=(7, 8), popular=(8, 7)),
+    RecommendationCase(user=1, liked=(9,), positive=5, uniform=(6, 7), popular=(7, 8)),
+    RecommendationCase(user=2, liked=(9,), positive=8, uniform=(6, 5), popular=(4, 3)),
+    RecommendationCase(user=1, liked=(9, 5), positive=6, uniform=(7, 8), popular=(8, 7)),
 ]
 
 

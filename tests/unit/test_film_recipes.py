@@ -31,8 +31,8 @@ from alignment.data.feedback_pairs import FeedbackPairs
 from alignment.data.movielens import LIKED, NUM_TEST, prompt_of
 from alignment.data.movielens_live import live_choices
 from alignment.feedback_log import FeedbackConsumer, FeedbackLog, FeedbackReader
-from alignment.ranking_baselines import ItemNeighbours
-from alignment.ranking_metrics import hit_rate_at_k
+from alignment.recommendation_baselines import ItemNeighbours
+from alignment.recommendation_metrics import hit_rate_at_k
 from alignment.types import PreferencePair
 from recipes.checks import Trainee
 from recipes.film_models import refuse_late_data

@@ -12,7 +12,7 @@ from tiny_judgements import GOOD, WORST
 from tiny_learners import gradients
 from tiny_preferences import feedback_learner, feedback_update, labels_of, loaded, reference_of
 
-from alignment.feedback_losses import RewardShift
+from alignment.label_losses import RewardShift
 from alignment.learners.answers import answer_logps
 from alignment.learners.kto import BcoLearner, KtoLearner, mismatched
 from alignment.logprobs import token_logprobs

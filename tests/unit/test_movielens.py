@@ -21,11 +21,11 @@ from alignment.data.movielens import (
 )
 from alignment.data.movielens_live import live_choices
 from alignment.data.movielens_pairs import pair_rows
-from alignment.data.ranking_cases import ranking_cases
+from alignment.data.recommendation_cases import recommendation_cases
 from alignment.data.sources import read_rows
 from alignment.feedback_log import event_of
-from alignment.ranking_baselines import ItemNeighbours
-from alignment.ranking_report import case_metrics, means, scores_by
+from alignment.recommendation_baselines import ItemNeighbours
+from alignment.recommendation_report import case_metrics, means, scores_by
 
 
 @pytest.mark.parametrize(
@@ -200,7 +200,7 @@ def test_prompts_show_what_was_liked_before(rows):
 
 def test_the_packaged_cases():
     data = movielens()
-    cases = ranking_cases(data)
+    cases = recommendation_cases(data)
     assert len(cases) == len({case.user for case in cases}) == 153
     every, popularity = data.rated(), data.train_likes()
     for case in cases:
@@ -219,7 +219,7 @@ def test_the_packaged_cases():
         for protocol in ("uniform", "popular")
     }
     assert mean["popular"] > 3 * mean["uniform"]
-    assert cases == ranking_cases(data)
+    assert cases == recommendation_cases(data)
     likes = [(r.user, r.item) for r in data.train if r.stars >= LIKED]
     told = {
         "popularity": scores_by(lambda liked, films: [popularity[film] for film in films], cases),
@@ -229,7 +229,7 @@ def test_the_packaged_cases():
     found = {name: means(cases, case_metrics(cases, scores)) for name, scores in told.items()}
     assert list(found["popularity"].values()) == pytest.approx([0.614, 0.359, 0.261, 0.131], abs=5e-4)
     assert list(found["neighbours"].values()) == pytest.approx([0.680, 0.483, 0.490, 0.301], abs=5e-4)
-    several = ranking_cases(data, per_user=3)
+    several = recommendation_cases(data, per_user=3)
     assert Counter(case.user for case in several).most_common(1)[0][1] == 3
     assert [case for case in several if case in cases] == cases
 
@@ -242,7 +242,7 @@ def test_too_few_films_are_refused_by_what_asks_for_them(tmp_path):
     ):
         live_choices(data, num_shown=3)
     with pytest.raises(ValueError, match=r"user 1: got 0 films that others liked .*, expected 2; lower films"):
-        ranking_cases(data, num_negatives=2)
+        recommendation_cases(data, num_negatives=2)
 
 
 def test_choices_of_live_people():
@@ -252,7 +252,7 @@ def test_choices_of_live_people():
     assert len(data.test) == 10_000
     assert data.train + data.test == movielens().train
     events, last = live_choices(data, per_user=5)
-    cases = ranking_cases(data, after=last, per_user=3)
+    cases = recommendation_cases(data, after=last, per_user=3)
     every = data.rated()
     times = [next(r.time for r in every[int(e.user)] if r.item == int(e.chosen)) for e in events]
     assert times == sorted(times)

@@ -18,7 +18,7 @@ if not importlib.metadata.version("trl").startswith("1.16."):
 from datasets import Dataset  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
-from alignment.feedback_losses import mismatched_kl  # noqa: E402
+from alignment.label_losses import mismatched_kl  # noqa: E402
 from alignment.logprobs import sequence_logps, token_logprobs  # noqa: E402
 from alignment.losses import kto_loss  # noqa: E402
 from alignment.preference_losses import length_desensitised_logps  # noqa: E402

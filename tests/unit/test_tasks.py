@@ -12,7 +12,7 @@ from alignment.config import DpoRunConfig, KtoRunConfig
 from alignment.config.judged_data import LabelsDataConfig, PairsDataConfig
 from alignment.data.chat import encode_prompt
 from alignment.data.tasks import load_label_tasks, load_pair_tasks
-from alignment.feedback_losses import balanced_weights
+from alignment.label_losses import balanced_weights
 from recipes.preference_checks import balance
 
 

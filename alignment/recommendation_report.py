@@ -8,14 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alignment.data.ranking_cases import PROTOCOLS, RankingCase
-from alignment.ranking_metrics import gain_report, hit_rate_at_k, mean_by_user, ndcg_at_k
+from alignment.data.recommendation_cases import PROTOCOLS, RecommendationCase
+from alignment.recommendation_metrics import gain_report, hit_rate_at_k, mean_by_user, ndcg_at_k
 
 CaseScores = Sequence[float]
 """Of the `films` of a case, in their order."""
 
 
-def case_metrics(cases: Sequence[RankingCase], scores: Sequence[CaseScores], *, k: int = 10) -> dict[str, Tensor]:
+def case_metrics(
+    cases: Sequence[RecommendationCase], scores: Sequence[CaseScores], *, k: int = 10
+) -> dict[str, Tensor]:
     """`PROTOCOL/hit_rate` and `PROTOCOL/ndcg` among the first k: (C,) float64 each, a number a case.
 
     Raises:
@@ -32,13 +34,13 @@ def case_metrics(cases: Sequence[RankingCase], scores: Sequence[CaseScores], *, 
 
 
 def scores_by(
-    score: Callable[[Sequence[int], Sequence[int]], CaseScores], cases: Sequence[RankingCase]
+    score: Callable[[Sequence[int], Sequence[int]], CaseScores], cases: Sequence[RecommendationCase]
 ) -> list[CaseScores]:
     """What `score(liked, candidates)` says of every case: a baseline's scores."""
     return [score(case.liked, case.films) for case in cases]
 
 
-def means(cases: Sequence[RankingCase], metrics: dict[str, Tensor]) -> dict[str, float]:
+def means(cases: Sequence[RecommendationCase], metrics: dict[str, Tensor]) -> dict[str, float]:
     """Of each metric the mean over people, of whom each counts once."""
     users = [case.user for case in cases]
     by_user = {name: mean_by_user(values, users) for name, values in metrics.items()}
@@ -46,7 +48,7 @@ def means(cases: Sequence[RankingCase], metrics: dict[str, Tensor]) -> dict[str,
 
 
 def gains(
-    cases: Sequence[RankingCase], before: dict[str, Tensor], after: dict[str, Tensor], *, seed: int
+    cases: Sequence[RecommendationCase], before: dict[str, Tensor], after: dict[str, Tensor], *, seed: int
 ) -> dict[str, dict[str, Any]]:
     """Rows of `held_out`: each metric by one method and by another, or before and after, with the interval of the
     difference over people."""

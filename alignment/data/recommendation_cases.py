@@ -18,7 +18,7 @@ PROTOCOLS = ("uniform", "popular")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class RankingCase:
+class RecommendationCase:
     """One question with the answer that is to come first."""
 
     user: int
@@ -42,14 +42,14 @@ class RankingCase:
         return prompt_of([data.titles[item] for item in self.liked])
 
 
-def ranking_cases(
+def recommendation_cases(
     data: MovieLens,
     *,
     per_user: int = 1,
     num_negatives: int = NUM_NEGATIVES,
     seed: int = 0,
     after: Mapping[int, int] | None = None,
-) -> list[RankingCase]:
+) -> list[RecommendationCase]:
     """The first liked films of the test part of each person who liked `LEAST_SHOWN` before, in the order of persons.
 
     What was liked before includes what was liked in the test part: it is known when the question is asked, and nothing
@@ -86,7 +86,7 @@ def ranking_cases(
                     f"user {user}: got {len(weights)} films that others liked and this one never rated, expected "
                     f"{num_negatives}; lower films.num_negatives"
                 )
-            case = RankingCase(
+            case = RecommendationCase(
                 user=user,
                 liked=tuple(liked),
                 positive=rating.item,

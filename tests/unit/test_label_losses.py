@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from alignment.feedback_losses import RewardShift, imbalance, mismatched_kl
+from alignment.label_losses import RewardShift, imbalance, mismatched_kl
 from alignment.losses import bco_loss, kto_loss
 
 REWARDS = torch.tensor([2.0, 1.0, -1.0, 3.0])
