@@ -150,7 +150,7 @@ def run_kto(job: common.Job[KtoRunConfig]) -> None:
     if tasks.held_out and len({record.target for record in tasks.held_out}) < 2:
         raise ValueError(
             f"data.held_out: got {len(tasks.held_out)} answers of one class alone, expected both, to tell them apart; "
-            "raise data.held_out, or set it to 0"
+            "raise data.held_out, add answers of the other class, or set it to 0"
         )
     balanced, warning = balance(config, tasks)
     kto = balanced.kto

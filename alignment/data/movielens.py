@@ -209,6 +209,7 @@ def _table(path: Path, names: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
 
 
 def _whole(cell: str, where: str) -> int:
-    if not cell.isascii() or not cell.isdigit():
+    digits = cell.removesuffix(".0")  # columns of whole numbers are often written as floats
+    if not digits.isascii() or not digits.isdigit():
         raise ValueError(f"{where}: got {cell!r}, expected a whole number; correct the line")
-    return int(cell)
+    return int(digits)

@@ -69,7 +69,7 @@ FILMS = [(i, f"Film {i}", 1990 + i, "Drama") for i in range(1, 9)]
 
 def test_parts_by_time_and_films_of_one_name(tmp_path):
     films = [*FILMS, (9, "Film 2", 1992, "Drama"), (10, "unkonwn", "unkonwn", "unknown")]
-    ratings = [(1, 9, 5, 30), (1, 2, 3, 20), (2, 10, 5, 10), (2, 1, 4, 50), (1, 3, 4, 40), (2, 9, 1, 5)]
+    ratings = [(1, 9, 5, "30.0"), (1, 2, "3.0", 20), (2, 10, 5, 10), (2, 1, 4, 50), (1, 3, 4, 40), (2, 9, 1, 5)]
     data = read_movielens(*write(tmp_path, ratings, films), num_test=2)
     assert list(data.titles) == list(range(1, 9))
     assert data.titles[2] == "Film 2"
@@ -97,6 +97,7 @@ def test_a_table_in_another_encoding_is_refused(tmp_path):
     ("ratings", "films", "fault"),
     [
         ([(1, "x", 5, 30)], FILMS, "inter:2: got 'x', expected a whole number"),
+        ([(1, 2, 4.5, 30)], FILMS, "inter:2: got '4.5', expected a whole number"),
         ([(1, 2, 5)], FILMS, "inter:2: got 3 cells, expected 4"),
         ([(1, 2, 6, 30)], FILMS, "inter:2: got 6 stars, expected 1 to 5"),
         (
