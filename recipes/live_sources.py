@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -35,6 +36,8 @@ def check_sources(config: FeedbackConfig, output_dir: Path) -> None:
     if config.file is None:
         return
     path = Path(config.file).expanduser()
+    if path.is_file() and not os.access(path, os.R_OK):
+        raise ValueError(f"live.file: got {path}, expected a file that this user may read; change its mode")
     if (path.exists() and not path.is_file()) or not path.parent.is_dir():
         raise ValueError(f"live.file: got {path}, expected a file in a folder that is there; correct the path")
     if path.resolve() == (output_dir / LOG_NAME).resolve():

@@ -219,6 +219,8 @@ def test_plans_start_nothing(folder, tmp_path, capsys):
         (["--live.replay", "false"], "live: got no source of choices"),
         (["--live.file", "/nowhere/choices.jsonl"], "live.file: got /nowhere/choices.jsonl, expected a file in"),
         (["--live.file", "OUT/feedback.jsonl"], "live.file: got "),
+        (["--live.file", "/dev/null"], "live.file: got /dev/null, expected a file in"),
+        (["--films.num_people", "1", "--data.max_tokens", "115"], "liked, shown: got 1"),
         (["--training.optimizer.decay", "cosine"], "training.optimizer: got decay=cosine"),
         (["--training.choices_per_step", "99"], "training.choices_per_step: got 99, expected at most the 19"),
         (["--dpo.terms", "[{kind: simpo}]"], "dpo.terms: got ['simpo']"),
@@ -247,5 +249,5 @@ def test_a_log_that_is_not_the_one_learnt_from_is_refused(folder, undisturbed, t
 def test_pairs_that_tell_of_the_tests_are_refused(folder, tmp_path, capsys):
     given = ["--data.sources", "[{asset: movielens-pairs}]"]
     assert dpo_recommender.main(flags(folder, "early", tmp_path / "run", *given)) == 2
-    assert "data.sources: got asset movielens-pairs with films.early" in capsys.readouterr().err
+    assert "data.sources: got asset movielens-pairs with films.folder" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
