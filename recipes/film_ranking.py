@@ -259,7 +259,7 @@ def make_ranking(
         beta=beta,
         row_tokens=config.row_tokens,
         seed=seed,
-        # Whether a prompt is laid out once goes by the adapter, in front of whose kinds no row is shared.
+        # Behind an adapter of virtual tokens no prompt is shared, so that titles are laid out in other rows.
         made_of={**made_of, "quantization": adapter.quantization, "adapter": adapter.type},
     )
 
