@@ -29,7 +29,7 @@ PACKAGED_TEST = 10_000
 class FilmsConfig(Config):
     """Who liked which film when, and who is asked about it; docs/recommender.md."""
 
-    folder: str | None = None
+    folder: Annotated[str, Field(min_length=1)] | None = None
     """Folder with tables `ml-100k.inter` and `ml-100k.item`; None is the packaged MovieLens-100K."""
     num_test: Positive = PACKAGED_TEST
     """Ratings at the end of the table that are for tests; of the packaged one always so many."""
@@ -137,7 +137,7 @@ class FeedbackConfig(Config):
     """Feed the choices of the table's people, as an application would; alone, the run ends when they are learnt."""
     port: Annotated[int, Field(ge=0, lt=2**16)] | None = None
     """Take choices by HTTP on this port of 127.0.0.1; 0 takes a free one."""
-    file: str | None = None
+    file: Annotated[str, Field(min_length=1)] | None = None
     """Follow a file to which an application appends choices, a JSON object a line."""
     poll_seconds: Annotated[float, Field(gt=0, le=60)] = 0.5
     """How often to look for new ones."""

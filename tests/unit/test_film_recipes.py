@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -338,8 +339,12 @@ def test_a_source_that_fails_ends_the_run(folder, tiny, choices, tmp_path):
     consumer = FeedbackConsumer(tmp_path / LOG_NAME, batch_size=2, poll_seconds=0.001)
     replayed = [choices[0], replace(choices[0], user="nobody")]
     check = live_pairs(folder, tiny).check
-    with Sources(FeedbackConfig(replay=True), tmp_path, consumer=consumer, replayed=replayed, check=check) as sources:
-        assert consumer.take(0, after=None) == []
+    sources = Sources(FeedbackConfig(replay=True), tmp_path, consumer=consumer, replayed=replayed, check=check)
+    with sources, ThreadPoolExecutor(1) as learner:
+        taking = learner.submit(consumer.take, 0, after=None)
+        assert wait([taking], timeout=60).done, "it waits for a second choice"
+        consumer.stop()
+        assert taking.result() == []
         with pytest.raises(ValueError, match="id: got one that an earlier event of other contents has"):
             sources.require_sound()
     consumer.close()
