@@ -194,10 +194,10 @@ def finish(
     ranking.save(directory.path / "films.json", base=base, before=before, after=after)
     films = ranking.beside(
         {
-            "before, log-probability": before,
             "before, implicit reward": ranking.implicit(before, base),
-            "after, log-probability": after,
+            "before, log-probability": before,
             "after, implicit reward": ranking.implicit(after, base),
+            "after, log-probability": after,
         }
     )
     print(methods_table(films))

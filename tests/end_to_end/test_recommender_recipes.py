@@ -146,6 +146,7 @@ def test_a_recommender_learns_from_choices(folder, undisturbed, capsys):
     logged = [asdict(entry.event) for entry in FeedbackReader(undisturbed / "feedback.jsonl").events()]
     assert logged[:6] == events(folder)[:6]
     assert set(found["films"]["methods"]) >= {"popularity", "before, implicit reward", "after, log-probability"}
+    assert list(found["films"]["methods"])[-1] == "after, log-probability"  # what the leads are of
 
 
 @pytest.mark.parametrize("point", ["learnt", pytest.param("saved", marks=pytest.mark.slow)])
