@@ -54,7 +54,7 @@ class BeginsAgain:
         if hasattr(self, "ppo"):
             self.ppo = self.ppo.model_copy(update={"minibatch_size": minibatch_size})
         unset = {"micro_batch_size": None, "max_tokens_per_micro_batch": None}
-        self.config = self.config.model_copy(update={**unset, **limits})
+        self.training = self.training.model_copy(update={**unset, **limits})
         self._once = UpdateOnce()
         self.setup({})
 
