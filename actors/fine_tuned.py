@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from actors.learning import LearningActor
 from actors.loading import causal_model, save_trained
 from actors.sending import SendingActor
+from actors.weight_sender import WeightSender
+from actors.worker import Actor
 from alignment import adapters
 from alignment.data.chat import decode, eos_ids_of_model, load_tokenizer
 from alignment.generation import HELD_OUT_STEP, generate, sampling_seed
@@ -20,6 +22,10 @@ class FineTunedActor(LearningActor, SendingActor):
     """The policy, in full or by an adapter. A kind of it says in `make_learner` what it learns from."""
 
     role = "policy"
+
+    def setup(self, peers: Mapping[str, Actor]) -> None:
+        super().setup(peers)
+        self.sender = WeightSender(self.model.model, self.device, leads=self.ranks.rank == 0)
 
     def load_model(self) -> HfModel:
         quantization = self.training.adapter.quantization

@@ -42,7 +42,6 @@ class LearningActor(Actor):
         self.model_path, self.model_config, self.training = model_path, model, training
         self.total_updates, self.seed, self.device = total_updates, seed, device
         self.machines = machines
-        self._once = UpdateOnce()
 
     def setup(self, peers: Mapping[str, Actor]) -> None:
         self.model = self.load_model()
@@ -59,6 +58,7 @@ class LearningActor(Actor):
             calibrate=self.calibrate(),
         )
         self.learner = self.make_learner(engine, method)
+        self._once = UpdateOnce()
 
     def load_model(self) -> HfModel:
         """What learns, without its adapter."""

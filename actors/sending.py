@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from functools import cached_property
 from pathlib import Path
 
 from actors.engines.transformers import probe_logprobs
@@ -24,10 +23,8 @@ class SendingActor(Actor):
     """Loaded by `setup`."""
     model_path: str
     device: str
-
-    @cached_property
-    def sender(self) -> WeightSender:
-        return WeightSender(self.model.model, self.device, leads=self.ranks.rank == 0)
+    sender: WeightSender
+    """Made by `setup` of the model that it loaded: one that is set up anew sends its new weights."""
 
     def whereabouts(self) -> Whereabouts:
         return self.sender.whereabouts()

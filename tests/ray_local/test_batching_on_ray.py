@@ -18,7 +18,6 @@ from actors import ActorGroup, CriticActor, PolicyActor, RewardModelActor
 from actors.handles import CriticHandle, PolicyHandle, RewardHandle
 from actors.launch import session
 from actors.reward_training import RewardTrainingActor
-from actors.worker import UpdateOnce
 from alignment import forward, models
 from alignment.config import (
     CriticConfig,
@@ -55,7 +54,6 @@ class BeginsAgain:
             self.ppo = self.ppo.model_copy(update={"minibatch_size": minibatch_size})
         unset = {"micro_batch_size": None, "max_tokens_per_micro_batch": None}
         self.training = self.training.model_copy(update={**unset, **limits})
-        self._once = UpdateOnce()
         self.setup({})
 
     def weights(self) -> dict[str, torch.Tensor]:
