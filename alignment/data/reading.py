@@ -12,7 +12,7 @@ from alignment.data.chat import encode_answer
 from alignment.data.formats import read_messages, with_system_column
 from alignment.data.prompts import prompt_id
 from alignment.data.sources import Row, column
-from alignment.data.split import Split, hold_out
+from alignment.data.split import Split, hold_out, own_group
 from alignment.judgements import Judgement
 
 if TYPE_CHECKING:
@@ -181,7 +181,7 @@ def messages_of(value: Any, name: str) -> Messages:
 
 def group_of(row: Row, messages: Messages) -> str:
     """What a split must keep together: the rows of one `group`, or else of one prompt."""
-    return str(row.values.get("group") or prompt_id(messages))
+    return own_group(row.values) or prompt_id(messages)
 
 
 def number(value: Any, name: str, *, low: float, high: float) -> float:

@@ -18,7 +18,7 @@ from alignment.data.formats import Lesson, detect_format, lesson_of
 from alignment.data.mixing import Mixture
 from alignment.data.prompts import prompt_id
 from alignment.data.sources import read_rows
-from alignment.data.split import digest, held_out_groups
+from alignment.data.split import digest, held_out_groups, own_group
 from alignment.data.streaming import ByPlace, Joined, Rows, open_rows
 from alignment.types import SftExample
 
@@ -229,9 +229,8 @@ def lesson_id(lesson: Lesson) -> str:
 
 
 def _group(row: Row, lesson: Lesson) -> str:
-    own = row.values.get("group")
-    if own is not None:
-        return str(own)
+    if own := own_group(row.values):
+        return own
     return lesson.text or next((m["content"] for m in lesson.messages if m["role"] == "user"), "")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
@@ -34,6 +34,12 @@ class Split(Generic[T]):
 def digest(text: str) -> str:
     """16 hex digits of sha1: an identity, no protection."""
     return hashlib.sha1(text.encode("utf-8"), usedforsecurity=False).hexdigest()[:16]
+
+
+def own_group(values: Mapping[str, Any]) -> str | None:
+    """The `group` that a row names, 0 among them; None for one without, as an empty cell of a table is."""
+    named = values.get("group")
+    return None if named is None or named == "" else str(named)
 
 
 def hold_out(

@@ -210,13 +210,15 @@ def test_pairs_of_one_prompt_or_group_stay_together(tmp_path, tokenizer):
     assert len(held_out) == 12  # whole prompts of 4 pairs until 10 are out
     assert not {p.prompt_ids for p in train} & {p.prompt_ids for p in held_out}
 
-    grouped = [row for row in rows if row["group"]]
-    train, held_out = load(tmp_path, grouped, tokenizer, held_out=8)
+    # Numbers are groups as well, 0 among them.
+    grouped = [{**row, "group": int(row["group"][1:]) - 1} for row in rows if row["group"]]
     group_of = {
         tuple(encode_prompt(tokenizer, [{"role": "user", "content": r["prompt"]}])): r["group"] for r in grouped
     }
-    assert len(held_out) == 8
-    assert not {group_of[p.prompt_ids] for p in train} & {group_of[p.prompt_ids] for p in held_out}
+    for wanted in (4, 12, 20, 28):
+        train, held_out = load(tmp_path, grouped, tokenizer, held_out=wanted)
+        assert len(held_out) == wanted + 4  # groups of 8
+        assert not {group_of[p.prompt_ids] for p in train} & {group_of[p.prompt_ids] for p in held_out}
 
 
 def test_real_preference_file_with_conversations(tokenizer):
