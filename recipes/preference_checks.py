@@ -10,6 +10,7 @@ from alignment.config import AdapterConfig, KtoRunConfig, ModelConfig
 from alignment.config.model import VIRTUAL_TOKEN_TYPES
 from alignment.data.tasks import Tasks
 from alignment.label_losses import balanced_weights, imbalance
+from alignment.model_checks import check_model
 from alignment.shared_prompts import MASKED_ATTENTION, sees_all
 from recipes import checks, common
 from recipes.rule_evaluation import RuleEvaluation
@@ -80,6 +81,19 @@ def refuse_unshared(model: ModelConfig, adapter: AdapterConfig) -> None:
             f"share_prompts: got true with {model.path}, whose layers do not all look back to the first token, "
             "expected full attention; set it to false"
         )
+
+
+def refuse_long_mismatched(config: KtoRunConfig, model: checks.Trainee, tasks: Tasks[Any]) -> None:
+    """KTO's baseline is of answers to other prompts: the longest answer behind the longest prompt must fit as well."""
+    if config.kto.loss != "kto":
+        return
+    records = [*tasks.train, *tasks.held_out]
+    lengths = {
+        "the longest prompt": max(len(record.prompt_ids) for record in records),
+        "the longest answer, which meets others' prompts,": max(len(record.answer_ids) for record in records),
+    }
+    own = config.model.at(model.path, config.model.revision)
+    check_model("training", own, model.tokenizer, config.training.adapter, lengths=lengths)
 
 
 def refuse_split_adapter(job: Job, adapter: AdapterConfig, key: str) -> None:

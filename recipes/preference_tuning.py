@@ -26,7 +26,7 @@ from alignment.loops.run import Run
 from alignment.model_card import write_model_card
 from alignment.reference_cache import cached_numbers
 from recipes import checks, common, planning
-from recipes.preference_checks import balance, check_preferences, make_first
+from recipes.preference_checks import balance, check_preferences, make_first, refuse_long_mismatched
 from recipes.rule_evaluation import RuleEvaluation
 
 Job = common.Job[Any]
@@ -152,6 +152,7 @@ def run_kto(job: common.Job[KtoRunConfig]) -> None:
             f"data.held_out: got {len(tasks.held_out)} answers of one class alone, expected both, to tell them apart; "
             "raise data.held_out, add answers of the other class, or set it to 0"
         )
+    refuse_long_mismatched(config, model, tasks)
     balanced, warning = balance(config, tasks)
     kto = balanced.kto
     hygiene = [

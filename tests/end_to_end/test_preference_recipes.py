@@ -160,6 +160,25 @@ def test_held_out_answers_of_one_class_are_refused(tmp_path, kto, capsys):
     assert "data.held_out: got 6 answers of one class alone" in capsys.readouterr().err
 
 
+def test_answers_that_do_not_fit_behind_other_prompts_are_refused(tmp_path, kto, capsys):
+    """Each row fits the model's positions, but not the longest answer behind the longest prompt."""
+    rows = [{"prompt": f"Topic {i}?", "response": f"Well, {i}.", "label": i % 4 > 0} for i in range(24)]
+    rows += [
+        {"prompt": "Why? " * 10, "response": "So.", "label": True},
+        {"prompt": "Why?", "response": "So. " * 10, "label": False},
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    model = [
+        "--model.path",
+        str(write_tiny_model(tmp_path / "short", max_position_embeddings=96)),
+        "--dry-run",
+    ]
+    assert kto_medical.main([*kto, *model]) == 2
+    assert "(the longest prompt " in (said := capsys.readouterr().err)
+    assert "expected at most the 96 positions" in said
+    assert kto_medical.main([*kto, *model, "--kto.loss", "bco"]) == 0
+
+
 def test_prompts_that_are_answered_for_the_table_are_not_trained_on(tmp_path, dpo, capsys):
     """The same hash chooses both: of five prompts two are held out already."""
     more = ["--evaluation.num_prompts", "5", "--evaluation.functions", '[{name: "text:finished_sentence"}]']
