@@ -30,7 +30,9 @@ def check_labelled(row: Mapping[str, Any], where: str, *, num_rounds: int) -> No
     Raises:
         ValueError: naming the line.
     """
-    if "ranks" not in row or row["ranks"] not in RANKS:
+    ranks = row.get("ranks", ())
+    # True and 1.0 are equal to 1.
+    if ranks not in RANKS or any(type(rank) is not int for rank in ranks or ()):
         raise ValueError(
             f"{where}: 'ranks': got {row.get('ranks')!r}, expected [1, 2] or [2, 1], 1 the better answer, or null "
             "where you cannot tell; set it"

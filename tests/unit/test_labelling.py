@@ -30,7 +30,17 @@ def test_a_pair_that_nobody_can_tell_counts_as_told_and_gives_none():
 
 @pytest.mark.parametrize(
     "changes",
-    [{"ranks": [1, 1]}, {"ranks": [2]}, {"round": "3"}, {"round": 4}, {"round": -1}, {"round": True}, {"answers": []}],
+    [
+        {"ranks": [1, 1]},
+        {"ranks": [2]},
+        {"ranks": [True, 2]},
+        {"ranks": [2.0, 1]},
+        {"round": "3"},
+        {"round": 4},
+        {"round": -1},
+        {"round": True},
+        {"answers": []},
+    ],
 )
 def test_a_line_that_says_nothing_is_refused(changes):
     with pytest.raises(ValueError, match=f"f:1: '{next(iter(changes))}': got .*, expected "):
