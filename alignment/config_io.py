@@ -227,9 +227,11 @@ def _parse_value(field: FieldInfo | None, text: str) -> Any:
 
 
 def _members(annotation: Any) -> tuple[Any, ...]:
-    """The parts of a union, or the one type."""
+    """The parts of a union, or the one type, whatever bounds stand beside them."""
+    if typing.get_origin(annotation) is typing.Annotated:
+        return _members(typing.get_args(annotation)[0])
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
-        return typing.get_args(annotation)
+        return tuple(member for part in typing.get_args(annotation) for member in _members(part))
     return (annotation,)
 
 

@@ -152,6 +152,12 @@ def refuse_late_data(path: str, films: FilmsConfig) -> None:
     while (run := _run_of(model)) and run not in seen:
         seen.add(run)
         config = read_yaml(run / "config.yaml")
+        if (config.get("live") or {}).get("replay") and (films.early or films.folder is not None):
+            raise ValueError(
+                f"model.path: got {path}, which learnt from replayed choices in the run in {run}, expected a model "
+                "that knows nothing of the films that people are asked about, and they may be among those; name the "
+                "model that run began with"
+            )
         data = config.get("data") or {}
         sources = [*(data.get("sources") or []), data.get("source") or {}]
         for late in sorted({source.get("asset") for source in sources} & set(refused)):
