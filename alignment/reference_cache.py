@@ -65,8 +65,8 @@ def cached_numbers(
     rows, reason = _read(path, name, len(asked))
     if rows is not None:
         return CachedNumbers(dict(zip(asked, rows, strict=True))), f"reference: {len(asked)} records out of {path}"
+    folder.mkdir(parents=True, exist_ok=True)  # before the work: a folder that cannot be had costs nothing then
     rows = [list(row) if isinstance(row, Sequence) else row for row in compute(list(asked.values()))]
-    folder.mkdir(parents=True, exist_ok=True)
     saved = {"name": name, "made_of": origin, "sha256": _sha256(rows), "numbers": rows}
     write_text_atomic(path, json.dumps(saved))
     told = f"reference: {len(asked)} records computed and written to {path}"
