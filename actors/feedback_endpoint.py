@@ -97,7 +97,9 @@ class FeedbackEndpoint:
             raise RefusalError(409, "conflict", str(conflict)) from conflict
         except OSError as trouble:
             raise RefusalError(
-                503, "disk", f"the log took nothing ({trouble.strerror}), expected room on its disk; send it again"
+                503,
+                "disk",
+                f"the log took nothing ({trouble.strerror}), expected its file on a disk with room; send it again",
             ) from trouble
         return {"new": new, "known": len(events) - new}
 
@@ -117,7 +119,8 @@ class FeedbackEndpoint:
         for number, row in enumerate(rows):
             try:
                 event = event_of(row)
-                self.check(event)
+                if not self.feedback.has(event):
+                    self.check(event)
             except ValueError as refusal:
                 where = f"events[{number}]: " if several else ""
                 raise RefusalError(400, "bad_event", f"{where}{refusal}") from refusal

@@ -109,7 +109,8 @@ class FeedbackFile:
         except (ValueError, RecursionError) as error:
             raise ValueError(f"got no JSON ({type(error).__name__}), expected an event; correct the line") from error
         event = event_of(values)
-        self.check(event)
+        if not self.log.has(event):
+            self.check(event)
         return event
 
     def _append(self, events: dict[int, FeedbackEvent], refused: list[str]) -> int:

@@ -9,6 +9,7 @@ While a write is on its way nobody reads, since a disk that refuses takes it bac
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import io
 import json
@@ -109,6 +110,10 @@ class FeedbackLog:
     def __len__(self) -> int:
         return len(self._known)
 
+    def has(self, event: FeedbackEvent) -> bool:
+        """Whether it was taken before, with these contents."""
+        return self._known.get(event.id) == event
+
     def append(self, events: Sequence[FeedbackEvent]) -> int:
         """Put the events that are new at the end, all of them or, where one is refused, none. They are on the disk
         when it returns; a kill before that may leave the first of them.
@@ -142,6 +147,7 @@ class FeedbackLog:
         data = "".join(f"{line}\n" for line in lines).encode()
         with _held(self._readers, fcntl.LOCK_EX):
             try:
+                self._require_there()
                 written = 0
                 while written < len(data):
                     written += os.pwrite(self._file, data[written:], self._end + written)
@@ -150,6 +156,13 @@ class FeedbackLog:
                 os.ftruncate(self._file, self._end)
                 raise
         self._end += len(data)
+
+    def _require_there(self) -> None:
+        """What is written to a file that was removed or replaced is gone with this process."""
+        mine = os.fstat(self._file)
+        there = os.stat(self.path)
+        if (there.st_dev, there.st_ino) != (mine.st_dev, mine.st_ino):
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(self.path))
 
     def close(self) -> None:
         """Let another process write."""
@@ -181,6 +194,11 @@ class FeedbackReader:
     def _whole_lines(self) -> Iterator[bytes]:
         """From where reading stopped; none of a log that nobody has written to yet."""
         if not self.path.exists():
+            if self._next:
+                raise ValueError(
+                    f"{self.path}: got no file where {self._next} events were read, expected a log that only grows; "
+                    "put it back"
+                )
             return
         with contextlib.ExitStack() as stack:
             # A log that was copied from elsewhere may lack the lock, and has no writer then.
@@ -199,7 +217,7 @@ class FeedbackReader:
             values = json.loads(line)
             sequence = values.pop("sequence")
             event = event_of(values)
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
             raise ValueError(
                 f"{where}: got no event ({error}), expected the lines that were written; restore the file"
             ) from error

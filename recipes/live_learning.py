@@ -202,15 +202,23 @@ def finish(
     )
     print(methods_table(films))
     figures = ranking.table(before, after, base)
-    feedback = {"learnt": state.next_event, "pairs": state.num_pairs, "waiting": num_events - state.next_event}
-    print(f"choices: {feedback['learnt']} learnt in {state.step} steps, {feedback['waiting']} wait for a full one")
+    feedback = {
+        "learnt": state.next_event - state.num_skipped,
+        "skipped": state.num_skipped,
+        "pairs": state.num_pairs,
+        "waiting": num_events - state.next_event,
+    }
+    print(
+        f"choices: {feedback['learnt']} learnt in {state.step} steps, {feedback['skipped']} skipped as not finite, "
+        f"{feedback['waiting']} wait for a full one"
+    )
     policy.export(directory.final).result()
     write_model_card(
         directory.final,
         recipe=job.name,
         base=job.config.model.path,
         config=dump_config(job.config),
-        data=f"{state.next_event} choices, {state.num_pairs} pairs",
+        data=f"{feedback['learnt']} choices, {state.num_pairs} pairs",
         inputs=inputs,
         figures=figures,
         step=state.step,

@@ -68,21 +68,28 @@ class Sources:
         """
         self._stop = threading.Event()
         self._consumer = consumer
+        self._check, self._ids = check, {event.id for event in replayed}
         self.log = FeedbackLog(folder / LOG_NAME)
-        self.endpoint = None if config.port is None else self._listen(config.port, check)
+        self.endpoint = None if config.port is None else self._listen(config.port)
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="feedback-source")
         self._running: list[Future[None]] = []
         if replayed:
             self._begin(lambda: self._replay(replayed))
         if config.file is not None:
-            file = FeedbackFile(Path(config.file).expanduser(), self.log, check=check)
+            file = FeedbackFile(Path(config.file).expanduser(), self.log, check=self._check_given)
             self._begin(lambda: file.follow(self._stop, _say, seconds=config.poll_seconds))
 
-    def _listen(self, port: int, check: Callable[[FeedbackEvent], None]) -> FeedbackEndpoint:
+    def _check_given(self, event: FeedbackEvent) -> None:
+        """Of an application: were one of its ids the replay's, the log would keep the one that came first."""
+        if event.id in self._ids:
+            raise ValueError("id: got one that a replayed choice has, expected another; change it, or do not replay")
+        self._check(event)
+
+    def _listen(self, port: int) -> FeedbackEndpoint:
         from actors.feedback_endpoint import FeedbackEndpoint
 
         try:
-            endpoint = FeedbackEndpoint(self.log, check=check, port=port, key="live.port")
+            endpoint = FeedbackEndpoint(self.log, check=self._check_given, port=port, key="live.port")
         except ValueError:
             self.log.close()
             raise

@@ -44,6 +44,8 @@ class FeedbackState:
     """The event before it: a cursor into another log is noticed."""
     num_pairs: int = 0
     """Pairs that were learnt from."""
+    num_skipped: int = 0
+    """Events of steps whose gradient was not finite: taken, with nothing learnt from them."""
 
 
 def learn_from_feedback(
@@ -68,10 +70,20 @@ def learn_from_feedback(
         with log.phase("reference"):
             ref_logps = policy.ref_logps(pairs).result()
         with log.phase("update"):
-            log.metrics.update(policy.update(pairs, ref_logps, step=state.step).result())
+            told = policy.update(pairs, ref_logps, step=state.step).result()
         state.step += 1
         state.next_event, state.last_id = taken[-1].sequence + 1, taken[-1].event.id
-        state.num_pairs += len(pairs)
-        log.metrics.update({"feedback/events": state.next_event, "feedback/pairs": state.num_pairs})
+        if told["dpo/skipped_count"]:
+            state.num_skipped += len(taken)
+        else:
+            state.num_pairs += len(pairs)
+        log.metrics.update(told)
+        log.metrics.update(
+            {
+                "feedback/events": state.next_event,
+                "feedback/pairs": state.num_pairs,
+                "feedback/skipped_count": state.num_skipped,
+            }
+        )
         run.finish_step(log)
         run.checkpoint(state.step, {"policy": policy}, asdict(state))

@@ -218,8 +218,8 @@ def test_plans_start_nothing(folder, tmp_path, capsys):
     ("more", "reason"),
     [
         (["--live.replay", "false"], "live: got no source of choices"),
-        (["--live.file", '""'], 'live.file: got "", expected text'),
-        (["--films.folder", '""'], 'films.folder: got "", expected text'),
+        (["--live.file", ""], 'live.file: got "", expected text'),
+        (["--films.folder", ""], 'films.folder: got "", expected text'),
         (["--live.file", "/nowhere/choices.jsonl"], "live.file: got /nowhere/choices.jsonl, expected a file in"),
         (["--live.file", "OUT/feedback.jsonl"], "live.file: got "),
         (["--live.file", "/dev/null"], "live.file: got /dev/null, expected a file in"),

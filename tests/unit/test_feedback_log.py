@@ -129,6 +129,25 @@ print(log.append([event(1)]))
     assert logged(path) == ["e0", "e1"]
 
 
+@pytest.mark.parametrize("by", ["nothing", "another file"])
+def test_a_log_that_was_taken_away_takes_nothing(path, by):
+    """What is written to a file without a name would be gone with the process, and who asks would believe it there."""
+    log, reader = FeedbackLog(path), FeedbackReader(path)
+    log.append([event(0)])
+    assert len(list(reader.events())) == 1
+    kept = path.rename(path.with_name("kept"))
+    if by == "another file":
+        path.write_bytes(kept.read_bytes())
+    with pytest.raises(OSError, match=r"No such file|Stale file"):
+        log.append([event(1)])
+    if by == "nothing":
+        with pytest.raises(ValueError, match="got no file where 1 events were read"):
+            list(reader.events(1))
+    kept.replace(path)
+    assert log.append([event(1)]) == 1
+    assert logged(path) == ["e0", "e1"]
+
+
 WRITER = """
 import sys
 from alignment.feedback_log import FeedbackLog, event_of
@@ -335,8 +354,15 @@ def test_a_file_that_grows(path, tmp_path):
     assert taken.refused[2].startswith(f"{source}:6: id: got one that an earlier event of other contents has")
     assert logged(path) == ["e0", "e1", "e3"]
     # After a restart the file is read anew, and nothing counts again.
-    again = FeedbackFile(source, log, check=no_z).take()
+    checked: list[str] = []
+
+    def note(event: FeedbackEvent) -> None:
+        checked.append(event.id)
+        no_z(event)
+
+    again = FeedbackFile(source, log, check=note).take()
     assert (again.new, again.known, len(again.refused)) == (0, 3, 3)
+    assert checked == ["e2", "e0"], "with contents that are not known; a check may take long"
     source.write_text(line(4))
     with pytest.raises(ValueError, match=r"got \d+ bytes where \d+ bytes were read, expected a file that only grows"):
         clicks.take()

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import http.client
+import json
 import socket
+import threading
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import replace
+from contextlib import closing
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -270,6 +274,16 @@ def test_a_model_that_was_trained_on_the_answers_is_refused(tmp_path):
         with pytest.raises(ValueError, match=said):
             refuse_late_data(path, FilmsConfig(early=True))
         refuse_late_data(path, FilmsConfig())
+    for name, replay in (("replayed", True), ("used", False)):
+        live = run_of(name, early, path="own.jsonl")
+        config = LiveRunConfig.model_validate({"model": {"path": early}, "live": {"replay": replay, "port": 0}})
+        (tmp_path / name / "config.yaml").write_text(dump_config(config))
+        refuse_late_data(live, FilmsConfig())
+        if replay:
+            with pytest.raises(ValueError, match=f"learnt from replayed choices in the run in {tmp_path}/replayed"):
+                refuse_late_data(live, FilmsConfig(early=True))
+        else:
+            refuse_late_data(live, FilmsConfig(early=True))
     with pytest.raises(ValueError, match=r"trained on movielens-early-pairs .* expected .* files of films\.folder's"):
         refuse_late_data(early, FilmsConfig(folder="own", num_test=9))
 
@@ -363,6 +377,41 @@ def test_a_choice_of_a_client_is_no_replayed_one(folder, tiny, choices, tmp_path
         sources.require_sound()
     consumer.close()
     assert [logged.event for logged in taken[1:]] == choices
+
+
+class Later(list):
+    """Choices whose replay begins when they are told to."""
+
+    begin = threading.Event()
+    looks = 0
+
+    def __iter__(self):
+        self.looks += 1
+        assert self.looks == 1 or self.begin.wait(60)
+        return super().__iter__()
+
+
+def test_an_id_of_the_replay_is_nobody_elses(folder, tiny, choices, tmp_path):
+    """It would take its place in the log, and every start would be refused from then on."""
+    pytest.importorskip("fastapi")
+    replayed = Later(choices)
+    consumer = FeedbackConsumer(tmp_path / LOG_NAME, batch_size=len(choices) + 1, poll_seconds=0.001)
+    config, check = FeedbackConfig(replay=True, port=0), live_pairs(folder, tiny).check
+    with Sources(config, tmp_path, consumer=consumer, replayed=replayed, check=check) as sources:
+        for event, status in ((replace(choices[-1], user="nobody"), 400), (replace(choices[0], id="own"), 202)):
+            connection = http.client.HTTPConnection("127.0.0.1", sources.endpoint.port, timeout=60)
+            with closing(connection):
+                body = json.dumps(asdict(event))
+                connection.request("POST", "/feedback", body, {"Content-Type": "application/json"})
+                answer = connection.getresponse()
+                said = answer.read().decode()
+                assert answer.status == status
+                assert ("id: got one that a replayed choice has" in said) == (status == 400)
+        replayed.begin.set()
+        taken = consumer.take(0, after=None)
+        sources.require_sound()
+    consumer.close()
+    assert [logged.event for logged in taken] == [replace(choices[0], id="own"), *choices]
 
 
 def test_a_port_in_use_is_refused_by_the_name_of_its_setting(folder, tiny, tmp_path):

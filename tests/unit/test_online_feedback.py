@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -18,6 +19,7 @@ import tiny_feedback
 import torch
 from tiny_feedback import POINTS, KilledError, event, fill, killed_at, learn, make_pairs
 
+from actors.local import Done
 from alignment.data.chat import decode, load_tokenizer
 from alignment.data.movielens import prompt_of
 from alignment.feedback_log import FeedbackLog
@@ -63,6 +65,20 @@ def test_each_event_is_learnt_once(undisturbed, model):
     moved = {name for name, p in weights.items() if not torch.equal(p, start[name])}
     assert moved
     assert all("lora" in name for name in moved)
+
+
+def test_what_no_step_was_made_of_is_not_called_learnt(model, tmp_path, monkeypatch):
+    """A reference of nan in the second step: its gradient is not finite, its two events are taken all the same."""
+    ask = tiny_feedback.Trainer.ref_logps
+
+    def sometimes_nan(self, pairs):
+        return Done([(math.nan, 0.0)] * len(pairs)) if self.step == 1 else ask(self, pairs)
+
+    monkeypatch.setattr(tiny_feedback.Trainer, "ref_logps", sometimes_nan)
+    fill(tmp_path / "log.jsonl", range(NUM_EVENTS))
+    _, state = learn(model, tmp_path / "log.jsonl", tmp_path / "run")
+    assert (state.step, state.next_event, state.num_skipped, state.num_pairs) == (3, 6, 2, 8)
+    assert [row["feedback/skipped_count"] for row in metrics(tmp_path / "run")] == [0, 2, 2]
 
 
 @pytest.mark.parametrize("point", POINTS)
