@@ -123,9 +123,10 @@ class FeedbackLog:
 
         Raises:
             ConflictError: an id that is known with other contents; nothing of the call is written.
-            OSError: the disk does not take them; the log is as it was.
+            OSError: the disk does not take them, or the file was taken away; the log is as it was.
         """
         with self._turn:
+            self._require_there()
             new: dict[str, FeedbackEvent] = {}
             for event in events:
                 known = self._known.get(event.id) or new.setdefault(event.id, event)
@@ -147,7 +148,6 @@ class FeedbackLog:
         data = "".join(f"{line}\n" for line in lines).encode()
         with _held(self._readers, fcntl.LOCK_EX):
             try:
-                self._require_there()
                 written = 0
                 while written < len(data):
                     written += os.pwrite(self._file, data[written:], self._end + written)

@@ -92,7 +92,7 @@ def asked_cases(config: FilmsConfig, data: MovieLens, after: Mapping[int, int] |
     if not cases:
         raise ValueError(
             f"films.num_test: got {config.num_test}, whose ratings have nobody to ask about, expected likes behind "
-            "three others; lower films.choices_per_person, or raise it of a table of your own"
+            "three others; lower films.choices_per_person, or raise films.num_test of a table of your own"
         )
     wanted = len(cases) if config.num_people is None else config.num_people
     if wanted > len(cases):

@@ -90,7 +90,7 @@ def refuse_long_mismatched(config: KtoRunConfig, model: checks.Trainee, tasks: T
     records = [*tasks.train, *tasks.held_out]
     lengths = {
         "the longest prompt": max(len(record.prompt_ids) for record in records),
-        "the longest answer, which meets others' prompts,": max(len(record.answer_ids) for record in records),
+        "the longest answer within data.max_tokens": max(len(record.answer_ids) for record in records),
     }
     own = config.model.at(model.path, config.model.revision)
     check_model("training", own, model.tokenizer, config.training.adapter, lengths=lengths)
