@@ -40,7 +40,7 @@ def read(config: Any, tokenizer: Any, eos_ids: frozenset[int] | None) -> Any:
 WORK = Work(
     kind="dpo",
     batch=4,
-    micro_batch="micro_batch_size: 2",
+    micro_batch="max_tokens_per_micro_batch: 442",  # the longest pair
     config=DpoRunConfig,
     read=read,
     rows_of=rows_of,
